@@ -1,0 +1,2 @@
+//! mnist
+fn main() {}

@@ -1,0 +1,191 @@
+//! The low-rank pair itself: the one place where the LoRA formula is written.
+
+mod module;
+
+use burn::{
+    module::{Module, Param},
+    nn::{Dropout, DropoutConfig},
+    tensor::{DType, FloatDType, Tensor, TensorData, backend::Backend, module::linear},
+};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use rand_distr::{Normal, Uniform};
+
+use crate::{Init, LoraConfig, Scaling};
+
+pub use module::LoraAdapterRecord;
+
+/// A low-rank update of one weight matrix `W: [d_input, d_output]`.
+///
+/// Fine-tuning adds a matrix ΔW to a trained weight W. LoRA
+/// ([Hu et al. 2021](https://arxiv.org/abs/2106.09685)) keeps W as it is and learns ΔW as the
+/// product of two thin matrices, `ΔW = s·A·B`:
+///
+/// ```text
+///          x: [batch, d_input]
+///          │
+///    ┌─────┴──────┐
+///    │            A: [d_input, rank]     starts small and random
+///    W            │
+///    (frozen)     · s                    on the small [batch, rank] tensor
+///    │            │
+///    │            B: [rank, d_output]    starts at zero: at first ΔW = 0
+///    └─────┬──────┘
+///          +
+///          y = x·W + s·(x·A)·B
+/// ```
+///
+/// With a rank far below the matrix's sides, A and B hold a small share of W's parameters:
+/// `rank·(d_input + d_output)` instead of `d_input·d_output`. Only they get gradients and optimizer
+/// state. Since the update has W's shape, it can be added to W once training is over
+/// ([`delta`](Self::delta)); inference then costs what it did before.
+///
+/// [`forward`](Self::forward) multiplies from the left, `(x·A)·B`, so that neither ΔW nor its
+/// gradient, both as large as W, ever exist during training.
+///
+/// The factors always train: whatever becomes of the module (a clone, a trip to another device or
+/// through [`valid`](burn::module::AutodiffModule::valid) and back, a loaded record), they are
+/// leaves that require gradients on an autodiff backend. Only
+/// [`no_grad`](burn::module::Module::no_grad) stops that, until the module next comes back from
+/// `valid` or a record.
+#[derive(Debug)]
+pub struct LoraAdapter<B: Backend> {
+    /// The factor A that reads the input: `[d_input, rank]`.
+    pub a: Param<Tensor<B, 2>>,
+    /// The factor B that writes the output: `[rank, d_output]`.
+    pub b: Param<Tensor<B, 2>>,
+    /// The bias that is learned along with B, if any: `[d_output]`.
+    pub bias: Option<Param<Tensor<B, 1>>>,
+    /// The strength that [`scaling`](Self::scaling) turns into the scale `s`.
+    pub alpha: f64,
+    /// The rule for the scale `s`.
+    pub scaling: Scaling,
+    /// The dropout on the adapter's input; active on autodiff backends only.
+    pub dropout: Dropout,
+}
+
+impl<B: Backend> LoraAdapter<B> {
+    /// An adapter made of given factors, `a: [d_input, rank]` and `b: [rank, d_output]`, without
+    /// bias or dropout.
+    ///
+    /// # Panics
+    ///
+    /// If the factors do not agree on the rank, or the rank is 0.
+    pub fn new(a: Tensor<B, 2>, b: Tensor<B, 2>, alpha: f64, scaling: Scaling) -> Self {
+        let ([_, rank], [b_rank, _]) = (a.dims(), b.dims());
+        assert!(
+            rank == b_rank,
+            "A and B must agree on the rank: A is {:?} = [d_input, rank], B is {:?} = [rank, d_output]",
+            a.dims(),
+            b.dims(),
+        );
+        assert!(rank > 0, "the rank must be at least 1, got 0");
+        let dropout = DropoutConfig::new(0.0).init();
+        Self { a: trainable(a), b: trainable(b), bias: None, alpha, scaling, dropout }
+    }
+
+    /// A fresh adapter for a weight of `[d_input, d_output]`, drawn as `config` says. Everything in
+    /// `config` that concerns a whole model, such as its targets, is ignored.
+    ///
+    /// The factors are drawn on the host from the seed alone: they are the same on every backend.
+    ///
+    /// # Panics
+    ///
+    /// If the rank is 0 or the dropout is not a probability.
+    pub fn init(
+        config: &LoraConfig,
+        [d_input, d_output]: [usize; 2],
+        device: &B::Device,
+    ) -> LoraAdapter<B> {
+        let rank = config.rank;
+        let mut rng = StdRng::seed_from_u64(config.seed);
+        let mut uniform = |shape: [usize; 2], fan_in: usize| {
+            let bound = 1.0 / (fan_in as f32).sqrt();
+            let range = Uniform::new_inclusive(-bound, bound).expect("the bound is finite");
+            random(shape, || rng.sample(range), device)
+        };
+        let (a, b) = match config.init {
+            Init::KaimingUniform => {
+                (uniform([d_input, rank], d_input), Tensor::zeros([rank, d_output], device))
+            }
+            Init::Gaussian => {
+                let normal = Normal::new(0.0, 1.0 / rank as f32).expect("the deviation is finite");
+                let a = random([d_input, rank], || rng.sample(normal), device);
+                (a, Tensor::zeros([rank, d_output], device))
+            }
+            Init::RandomBoth => {
+                (uniform([d_input, rank], d_input), uniform([rank, d_output], rank))
+            }
+        };
+        Self {
+            bias: config.bias.then(|| trainable(Tensor::zeros([d_output], device))),
+            dropout: DropoutConfig::new(config.dropout).init(),
+            ..Self::new(a, b, config.alpha, config.scaling)
+        }
+    }
+
+    /// The update of the output, `s·((x·A)·B + bias)`: `[batch, d_input]` to `[batch, d_output]`.
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let hidden = self.dropout.forward(x).matmul(self.a.val()).mul_scalar(self.scale());
+        linear(hidden, self.b.val(), self.bias_delta())
+    }
+
+    /// The update of the weight, `ΔW = s·A·B`: `[d_input, d_output]`, detached from the autodiff
+    /// graph. Factors in half precision are multiplied, and returned, in `f32`.
+    pub fn delta(&self) -> Tensor<B, 2> {
+        let [a, b] = [&self.a, &self.b].map(|factor| at_least_f32(frozen(factor)));
+        a.mul_scalar(self.scale()).matmul(b)
+    }
+
+    /// The update of the layer's bias, `s·bias`, if the adapter has one: `[d_output]`.
+    pub fn bias_delta(&self) -> Option<Tensor<B, 1>> {
+        self.bias.as_ref().map(|bias| bias.val().mul_scalar(self.scale()))
+    }
+
+    /// The scale `s`, by which the product of A and B counts.
+    pub fn scale(&self) -> f64 {
+        self.scaling.scale(self.alpha, self.rank())
+    }
+
+    /// The rank.
+    pub fn rank(&self) -> usize {
+        self.a.dims()[1]
+    }
+
+    /// The shape of the weight that the adapter fits: `[d_input, d_output]`.
+    pub fn shape(&self) -> [usize; 2] {
+        [self.a.dims()[0], self.b.dims()[1]]
+    }
+
+    /// How many parameters train: `rank·(d_input + d_output)`, and `d_output` more with a bias.
+    pub fn num_trainable(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+/// A leaf that requires gradients, whatever the tensor was before.
+fn trainable<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
+    Param::from_tensor(tensor.detach())
+}
+
+/// The parameter's value as a constant. `detach` alone would not do: it keeps the requirement of
+/// gradients.
+pub(crate) fn frozen<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Tensor<B, D> {
+    param.val().detach().set_require_grad(false)
+}
+
+/// Merging in half precision would round twice; sums of weights are formed in `f32` or better.
+pub(crate) fn at_least_f32<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Tensor<B, D> {
+    match tensor.dtype() {
+        DType::F16 | DType::BF16 => tensor.cast(FloatDType::F32),
+        _ => tensor,
+    }
+}
+
+fn random<B: Backend>(
+    shape: [usize; 2],
+    mut draw: impl FnMut() -> f32,
+    device: &B::Device,
+) -> Tensor<B, 2> {
+    let values: Vec<f32> = (0..shape[0] * shape[1]).map(|_| draw()).collect();
+    Tensor::from_data(TensorData::new(values, shape), device)
+}

@@ -1,0 +1,214 @@
+//! What Burn asks of a module, written by hand for two promises that derived code breaks: the
+//! factors stay trainable on every trip, and the scaling is part of the record.
+
+use std::fmt;
+
+use burn::{
+    module::{
+        AutodiffModule, Content, Devices, DisplaySettings, HasAutodiffModule, Module,
+        ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+    },
+    nn::Dropout,
+    record::{PrecisionSettings, Record},
+    tensor::{
+        Tensor,
+        backend::{AutodiffBackend, Backend},
+    },
+};
+
+use super::LoraAdapter;
+use crate::Scaling;
+
+/// What a record keeps of a [`LoraAdapter`]: everything, so that it acts the same once restored.
+#[derive(Debug, Clone, Record)]
+pub struct LoraAdapterRecord<B: Backend> {
+    /// The factor A: `[d_input, rank]`.
+    pub a: Param<Tensor<B, 2>>,
+    /// The factor B: `[rank, d_output]`.
+    pub b: Param<Tensor<B, 2>>,
+    /// The bias, if the adapter has one: `[d_output]`.
+    pub bias: Option<Param<Tensor<B, 1>>>,
+    /// The strength.
+    pub alpha: f64,
+    /// The rule for the scale `s`.
+    pub scaling: Scaling,
+    /// The probability of dropout.
+    pub dropout: f64,
+}
+
+impl<B: Backend> Record<B> for Scaling {
+    type Item<S: PrecisionSettings> = Scaling;
+
+    fn into_item<S: PrecisionSettings>(self) -> Self::Item<S> {
+        self
+    }
+
+    fn from_item<S: PrecisionSettings>(item: Self::Item<S>, _device: &B::Device) -> Self {
+        item
+    }
+}
+
+const CONTAINER: &str = "Struct:LoraAdapter";
+
+impl<B: Backend> Module<B> for LoraAdapter<B> {
+    type Record = LoraAdapterRecord<B>;
+
+    fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
+        let devices = self.a.collect_devices(devices);
+        let devices = self.b.collect_devices(devices);
+        self.bias.collect_devices(devices)
+    }
+
+    fn fork(self, device: &B::Device) -> Self {
+        Self {
+            a: self.a.fork(device),
+            b: self.b.fork(device),
+            bias: self.bias.fork(device),
+            ..self
+        }
+    }
+
+    /// Moves the factors as leaves. A derived implementation would leave tensors that no optimizer
+    /// can train.
+    fn to_device(self, device: &B::Device) -> Self {
+        self.fork(device)
+    }
+
+    fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
+        visitor.enter_module("a", CONTAINER);
+        self.a.visit(visitor);
+        visitor.exit_module("a", CONTAINER);
+        visitor.enter_module("b", CONTAINER);
+        self.b.visit(visitor);
+        visitor.exit_module("b", CONTAINER);
+        visitor.enter_module("bias", CONTAINER);
+        self.bias.visit(visitor);
+        visitor.exit_module("bias", CONTAINER);
+    }
+
+    fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
+        mapper.enter_module("a", CONTAINER);
+        let a = Module::map(self.a, mapper);
+        mapper.exit_module("a", CONTAINER);
+        mapper.enter_module("b", CONTAINER);
+        let b = Module::map(self.b, mapper);
+        mapper.exit_module("b", CONTAINER);
+        mapper.enter_module("bias", CONTAINER);
+        let bias = Module::map(self.bias, mapper);
+        mapper.exit_module("bias", CONTAINER);
+        Self { a, b, bias, ..self }
+    }
+
+    /// Takes over the record as a whole, rank and scaling included.
+    fn load_record(self, record: Self::Record) -> Self {
+        let device = self.a.device();
+        Self::from_record(record, &device)
+    }
+
+    fn into_record(self) -> Self::Record {
+        LoraAdapterRecord {
+            a: self.a.into_record(),
+            b: self.b.into_record(),
+            bias: self.bias.into_record(),
+            alpha: self.alpha,
+            scaling: self.scaling,
+            dropout: self.dropout.prob,
+        }
+    }
+}
+
+impl<B: Backend> LoraAdapter<B> {
+    /// The adapter that `record` describes, on `device`.
+    pub(crate) fn from_record(record: LoraAdapterRecord<B>, device: &B::Device) -> Self {
+        Self {
+            a: trainable_param(record.a, device),
+            b: trainable_param(record.b, device),
+            bias: record.bias.map(|bias| trainable_param(bias, device)),
+            alpha: record.alpha,
+            scaling: record.scaling,
+            dropout: Dropout { prob: record.dropout },
+        }
+    }
+}
+
+/// The parameter as a leaf that requires gradients. It keeps its id, by which optimizers find its
+/// state.
+fn trainable_param<B: Backend, const D: usize>(
+    param: Param<Tensor<B, D>>,
+    device: &B::Device,
+) -> Param<Tensor<B, D>> {
+    param.map(|tensor| tensor.to_device(device).detach().set_require_grad(true))
+}
+
+impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
+    type InnerModule = LoraAdapter<B::InnerBackend>;
+
+    fn valid(&self) -> Self::InnerModule {
+        LoraAdapter {
+            a: self.a.valid(),
+            b: self.b.valid(),
+            bias: self.bias.valid(),
+            alpha: self.alpha,
+            scaling: self.scaling,
+            dropout: self.dropout.clone(),
+        }
+    }
+
+    fn from_inner(module: Self::InnerModule) -> Self {
+        let device = module.a.device();
+        Self {
+            a: trainable_param(Param::from_inner(module.a), &device),
+            b: trainable_param(Param::from_inner(module.b), &device),
+            bias: module.bias.map(|bias| trainable_param(Param::from_inner(bias), &device)),
+            alpha: module.alpha,
+            scaling: module.scaling,
+            dropout: module.dropout,
+        }
+    }
+}
+
+impl<B: AutodiffBackend> HasAutodiffModule<B> for LoraAdapter<B::InnerBackend> {
+    type TrainModule = LoraAdapter<B>;
+}
+
+impl<B: Backend> Clone for LoraAdapter<B> {
+    fn clone(&self) -> Self {
+        Self {
+            a: self.a.clone(),
+            b: self.b.clone(),
+            bias: self.bias.clone(),
+            alpha: self.alpha,
+            scaling: self.scaling,
+            dropout: self.dropout.clone(),
+        }
+    }
+}
+
+impl<B: Backend> ModuleDisplayDefault for LoraAdapter<B> {
+    fn content(&self, content: Content) -> Option<Content> {
+        let [d_input, d_output] = self.shape();
+        content
+            .set_top_level_type("LoraAdapter")
+            .add("d_input", &d_input)
+            .add("d_output", &d_output)
+            .add("rank", &self.rank())
+            .add("scale", &self.scale())
+            .optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl<B: Backend> ModuleDisplay for LoraAdapter<B> {
+    fn custom_settings(&self) -> Option<DisplaySettings> {
+        DisplaySettings::new().with_new_line_after_attribute(false).optional()
+    }
+}
+
+impl<B: Backend> fmt::Display for LoraAdapter<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.format(Default::default()))
+    }
+}

@@ -1,0 +1,330 @@
+use std::fmt;
+
+use burn::config::Config;
+use serde::{Deserialize, Serialize};
+
+use crate::{LoraError, pattern::Pattern};
+
+/// How strongly an adapter counts: the rule that turns `alpha` and the rank into the scale
+/// `s` of `s·A·B`.
+///
+/// With `rank` 4 and `alpha` 8 the three rules give 8, 2 and 4.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scaling {
+    /// `s = alpha`.
+    #[default]
+    Alpha,
+    /// `s = alpha / rank`: the LoRA paper, and PEFT's default.
+    AlphaOverRank,
+    /// `s = alpha / √rank`: rsLoRA, whose updates keep their size as the rank grows
+    /// ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732)).
+    AlphaOverSqrtRank,
+}
+
+impl Scaling {
+    /// The scale `s`.
+    pub fn scale(self, alpha: f64, rank: usize) -> f64 {
+        match self {
+            Self::Alpha => alpha,
+            Self::AlphaOverRank => alpha / rank as f64,
+            Self::AlphaOverSqrtRank => alpha / (rank as f64).sqrt(),
+        }
+    }
+}
+
+impl fmt::Display for Scaling {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Alpha => "alpha",
+            Self::AlphaOverRank => "alpha/rank",
+            Self::AlphaOverSqrtRank => "alpha/sqrt(rank)",
+        })
+    }
+}
+
+/// How a fresh adapter's factors are drawn. B starts at zero, unless said otherwise, so that a
+/// fresh adapter changes nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Init {
+    /// A from the uniform distribution on `±1/√d_input`, as PEFT and the authors' loralib do.
+    #[default]
+    KaimingUniform,
+    /// A from the normal distribution with standard deviation `1/rank`: PEFT's `"gaussian"`.
+    Gaussian,
+    /// A as by [`KaimingUniform`](Self::KaimingUniform), and B from the uniform distribution on
+    /// `±1/√rank`: PEFT's `init_lora_weights=False`. Such an adapter changes the output from the
+    /// start; meant for tests.
+    RandomBoth,
+}
+
+/// The recipe for adapters: how large they are, how they start, and which layers get one.
+///
+/// Plain data: it can be built in code, or read from JSON with Burn's [`Config::load`].
+///
+/// ```
+/// use burn_lora::{LoraConfig, Scaling};
+///
+/// let config = LoraConfig::new(8, 16.0)
+///     .with_scaling(Scaling::AlphaOverRank)
+///     .with_targets(["query", "value"])
+///     .with_modules_to_save(["head"]);
+/// ```
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LoraConfig {
+    /// The rank: how many columns A and how many rows B has. At least 1.
+    pub rank: usize,
+    /// The strength, turned into the scale `s` by [`scaling`](Self::scaling).
+    pub alpha: f64,
+    /// The rule for the scale `s`. Default: [`Scaling::Alpha`].
+    #[serde(default)]
+    pub scaling: Scaling,
+    /// How A and B are drawn. Default: [`Init::KaimingUniform`].
+    #[serde(default)]
+    pub init: Init,
+    /// The probability with which each element of the adapter's input is dropped during training,
+    /// in `[0, 1)`. It never touches the base's input. Default: 0.
+    #[serde(default)]
+    pub dropout: f64,
+    /// Whether the adapter also learns a bias, starting at zero: `s·(x·A·B + bias)`; PEFT's
+    /// `lora_bias`. Default: false.
+    #[serde(default)]
+    pub bias: bool,
+    /// The layers to adapt: names or regular expressions that match a layer's path with its whole
+    /// length or with whole trailing segments. Empty, the default, means every layer that can
+    /// carry an adapter.
+    #[serde(default)]
+    pub targets: Vec<String>,
+    /// The layers to leave alone although a target matches; patterns as in
+    /// [`targets`](Self::targets). Default: none.
+    #[serde(default)]
+    pub excludes: Vec<String>,
+    /// Ranks that differ from [`rank`](Self::rank): the first pattern that matches a layer's path
+    /// decides. Default: none.
+    #[serde(default)]
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Strengths that differ from [`alpha`](Self::alpha): the first pattern that matches a layer's
+    /// path decides. Default: none.
+    #[serde(default)]
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Modules or parameters that train in full, and are saved, next to the adapters: a new head,
+    /// say. What they hold is never adapted. Patterns as in [`targets`](Self::targets).
+    /// Default: none.
+    #[serde(default)]
+    pub modules_to_save: Vec<String>,
+    /// The seed of the factors. Each layer draws from its own stream, chosen by the seed and the
+    /// layer's path, so that neither the backend nor the order of layers matters. Default: 0.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+impl Config for LoraConfig {}
+
+impl LoraConfig {
+    /// A recipe with the given rank and strength, and defaults for the rest.
+    pub fn new(rank: usize, alpha: f64) -> Self {
+        Self {
+            rank,
+            alpha,
+            scaling: Scaling::default(),
+            init: Init::default(),
+            dropout: 0.0,
+            bias: false,
+            targets: Vec::new(),
+            excludes: Vec::new(),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+            seed: 0,
+        }
+    }
+
+    /// Sets the rule for the scale `s`.
+    pub fn with_scaling(mut self, scaling: Scaling) -> Self {
+        self.scaling = scaling;
+        self
+    }
+
+    /// Sets how A and B are drawn.
+    pub fn with_init(mut self, init: Init) -> Self {
+        self.init = init;
+        self
+    }
+
+    /// Sets the dropout on the adapter's input.
+    pub fn with_dropout(mut self, dropout: f64) -> Self {
+        self.dropout = dropout;
+        self
+    }
+
+    /// Sets whether the adapter learns a bias.
+    pub fn with_bias(mut self, bias: bool) -> Self {
+        self.bias = bias;
+        self
+    }
+
+    /// Sets the layers to adapt.
+    pub fn with_targets<S: Into<String>>(mut self, targets: impl IntoIterator<Item = S>) -> Self {
+        self.targets = strings(targets);
+        self
+    }
+
+    /// Sets the layers to leave alone.
+    pub fn with_excludes<S: Into<String>>(mut self, excludes: impl IntoIterator<Item = S>) -> Self {
+        self.excludes = strings(excludes);
+        self
+    }
+
+    /// Sets the ranks of particular layers.
+    pub fn with_rank_pattern<S: Into<String>>(
+        mut self,
+        ranks: impl IntoIterator<Item = (S, usize)>,
+    ) -> Self {
+        self.rank_pattern = ranks.into_iter().map(|(path, rank)| (path.into(), rank)).collect();
+        self
+    }
+
+    /// Sets the strengths of particular layers.
+    pub fn with_alpha_pattern<S: Into<String>>(
+        mut self,
+        alphas: impl IntoIterator<Item = (S, f64)>,
+    ) -> Self {
+        self.alpha_pattern = alphas.into_iter().map(|(path, alpha)| (path.into(), alpha)).collect();
+        self
+    }
+
+    /// Sets what trains in full next to the adapters.
+    pub fn with_modules_to_save<S: Into<String>>(
+        mut self,
+        modules: impl IntoIterator<Item = S>,
+    ) -> Self {
+        self.modules_to_save = strings(modules);
+        self
+    }
+
+    /// Sets the seed.
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Checks every value that does not depend on a model.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::InvalidConfig`] or [`LoraError::InvalidPattern`], naming the field or pattern.
+    pub fn validate(&self) -> Result<(), LoraError> {
+        let invalid = |field, problem: String| Err(LoraError::InvalidConfig { field, problem });
+        if self.rank == 0 {
+            return invalid("rank", "is 0, and must be at least 1".to_owned());
+        }
+        if !self.alpha.is_finite() {
+            return invalid("alpha", format!("is {}, and must be a finite number", self.alpha));
+        }
+        if !(0.0..1.0).contains(&self.dropout) {
+            return invalid("dropout", format!("is {}, and must be in [0, 1)", self.dropout));
+        }
+        if let Some((path, _)) = self.rank_pattern.iter().find(|(_, rank)| *rank == 0) {
+            return invalid("rank_pattern", format!("gives `{path}` rank 0; at least 1 is needed"));
+        }
+        if let Some((path, alpha)) = self.alpha_pattern.iter().find(|(_, a)| !a.is_finite()) {
+            return invalid("alpha_pattern", format!("gives `{path}` alpha {alpha}, not finite"));
+        }
+        for patterns in [&self.targets, &self.excludes, &self.modules_to_save] {
+            Pattern::all(patterns)?;
+        }
+        let ranks = self.rank_pattern.iter().map(|(path, _)| path);
+        let alphas = self.alpha_pattern.iter().map(|(path, _)| path);
+        ranks.chain(alphas).try_for_each(|path| Pattern::new(path).map(drop))
+    }
+
+    /// The recipe for the layer at `path` alone: rank and alpha as the patterns say, and its own
+    /// stream of random numbers.
+    pub(crate) fn for_layer(&self, path: &str) -> Result<Self, LoraError> {
+        Ok(Self {
+            rank: first_match(&self.rank_pattern, path)?.unwrap_or(self.rank),
+            alpha: first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha),
+            seed: self.seed ^ fnv1a(path),
+            ..self.clone()
+        })
+    }
+}
+
+fn strings<S: Into<String>>(items: impl IntoIterator<Item = S>) -> Vec<String> {
+    items.into_iter().map(Into::into).collect()
+}
+
+fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T>, LoraError> {
+    for (pattern, value) in patterns {
+        if Pattern::new(pattern)?.matches(path) {
+            return Ok(Some(*value));
+        }
+    }
+    Ok(None)
+}
+
+/// The 64-bit FNV-1a hash: unlike the standard library's hasher it never changes, and neither may
+/// the weights that a seed stands for. The empty path hashes to zero, so that a single layer draws
+/// from the seed itself.
+fn fnv1a(text: &str) -> u64 {
+    const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
+    const PRIME: u64 = 0x0000_0100_0000_01b3;
+    OFFSET ^ text.bytes().fold(OFFSET, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_three_scaling_rules() {
+        assert_eq!(Scaling::Alpha.scale(8.0, 4), 8.0);
+        assert_eq!(Scaling::AlphaOverRank.scale(8.0, 4), 2.0);
+        assert_eq!(Scaling::AlphaOverSqrtRank.scale(8.0, 4), 4.0);
+    }
+
+    #[test]
+    fn the_first_matching_pattern_decides() {
+        let config = LoraConfig::new(8, 16.0)
+            .with_rank_pattern([("blocks.0.fc", 2), ("fc", 4)])
+            .with_alpha_pattern([("fc", 1.5)]);
+        let of = |path: &str| {
+            let layer = config.for_layer(path).unwrap();
+            (layer.rank, layer.alpha)
+        };
+        assert_eq!(of("blocks.0.fc"), (2, 1.5));
+        assert_eq!(of("blocks.1.fc"), (4, 1.5));
+        assert_eq!(of("blocks.1.query"), (8, 16.0));
+    }
+
+    #[test]
+    fn invalid_values_are_named() {
+        let config = LoraConfig::new(4, 8.0);
+        let rejected = [
+            (LoraConfig::new(0, 8.0), "`rank` is 0"),
+            (LoraConfig::new(4, f64::NAN), "`alpha` is NaN"),
+            (config.clone().with_dropout(1.0), "`dropout` is 1"),
+            (config.clone().with_dropout(-0.1), "`dropout` is -0.1"),
+            (config.clone().with_rank_pattern([("fc", 0)]), "`rank_pattern` gives `fc` rank 0"),
+            (config.clone().with_alpha_pattern([("fc", f64::INFINITY)]), "alpha inf"),
+            (config.clone().with_targets(["("]), "`(` is not a valid pattern"),
+            (config.clone().with_rank_pattern([("(", 1)]), "`(` is not a valid pattern"),
+        ];
+        for (config, message) in rejected {
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        config.validate().unwrap();
+    }
+
+    #[test]
+    fn json_needs_only_rank_and_alpha_and_rejects_misspellings() {
+        let read = |json: &[u8]| LoraConfig::load_binary(json);
+        assert_eq!(read(br#"{"rank": 4, "alpha": 8}"#).unwrap(), LoraConfig::new(4, 8.0));
+        let scaled = read(br#"{"rank": 4, "alpha": 8, "scaling": "alpha_over_rank"}"#).unwrap();
+        assert_eq!(scaled.scaling, Scaling::AlphaOverRank);
+        assert!(read(br#"{"rank": 4, "alpha": 8, "target": []}"#).is_err());
+    }
+}

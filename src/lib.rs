@@ -1,0 +1,19 @@
+//! stub
+
+mod adapter;
+mod config;
+mod error;
+mod layer;
+mod merged;
+mod module;
+mod pattern;
+mod report;
+mod walk;
+
+pub use adapter::{LoraAdapter, LoraAdapterRecord};
+pub use config::{Init, LoraConfig, Scaling};
+pub use error::LoraError;
+pub use layer::{LoraLayer, LoraLinear, LoraLinearRecord};
+pub use merged::Merged;
+pub use module::{LoraLayers, LoraModule};
+pub use report::{LayerReport, ParameterReport};

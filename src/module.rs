@@ -1,0 +1,287 @@
+//! Whole-model operations.
+
+use burn::{module::Module, tensor::backend::Backend};
+
+use crate::{
+    LayerReport, LoraAdapter, LoraConfig, LoraError, LoraLayer, LoraLinear, Merged,
+    ParameterReport,
+    pattern::{Pattern, require_matches},
+    walk,
+};
+
+/// A model with layers that can carry adapters.
+///
+/// A model says once which layers those are, and gets every operation on the whole of it:
+///
+/// ```
+/// use burn::{module::Module, nn::LinearConfig, tensor::{Tensor, backend::Backend}};
+/// use burn_lora::{LoraConfig, LoraLayers, LoraLinear, LoraModule};
+///
+/// #[derive(Module, Debug)]
+/// struct Mlp<B: Backend> {
+///     fc1: LoraLinear<B>,
+///     fc2: LoraLinear<B>,
+/// }
+///
+/// impl<B: Backend> LoraModule<B> for Mlp<B> {
+///     fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+///         LoraLayers::new().with("fc1", &mut self.fc1).with("fc2", &mut self.fc2)
+///     }
+/// }
+///
+/// # fn main() -> Result<(), burn_lora::LoraError> {
+/// type B = burn::backend::Autodiff<burn::backend::NdArray>;
+/// let device = Default::default();
+/// let model: Mlp<B> = Mlp {
+///     fc1: LinearConfig::new(784, 256).init(&device).into(),
+///     fc2: LinearConfig::new(256, 10).init(&device).into(),
+/// };
+/// let adapted = model.attach(&LoraConfig::new(8, 16.0).with_targets(["fc1"]))?;
+/// assert_eq!(adapted.parameters().trainable, 8 * (784 + 256));
+/// let merged = adapted.merge()?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Models are values: each operation returns a new one and leaves `self` as it was, also when it
+/// fails. Weights are shared, not copied, until they change. A parameter that was never used draws
+/// its value when its model is first operated on, so that all models made from it agree.
+///
+/// # Panics
+///
+/// Every operation panics if [`lora_layers`](Self::lora_layers) forgets a layer or gives it another
+/// name than its field has, and says which.
+pub trait LoraModule<B: Backend>: Module<B> {
+    /// Lists the fields that can carry adapters, or hold modules that can, by their names.
+    fn lora_layers(&mut self) -> LoraLayers<'_, B>;
+
+    /// The model with fresh adapters on the layers that `config` chooses. Everything but the
+    /// adapters and `config.modules_to_save` is frozen.
+    ///
+    /// # Errors
+    ///
+    /// If `config` is [invalid](LoraConfig::validate), if one of its patterns matches nothing, or if
+    /// a chosen layer has an adapter already.
+    fn attach(&self, config: &LoraConfig) -> Result<Self, LoraError> {
+        config.validate()?;
+        let mut model = freeze(self, &config.modules_to_save, "modules_to_save")?;
+        let mut layers = listed(&mut model);
+        let chosen = choose(config, &layers.paths())?;
+        layers.0.retain(|(path, _)| chosen.contains(path));
+
+        let adapted = layers.0.iter().filter(|(_, layer)| layer.adapter().is_some());
+        let paths: Vec<_> = adapted.map(|(path, _)| path.clone()).collect();
+        if !paths.is_empty() {
+            return Err(LoraError::AlreadyAttached { paths });
+        }
+        for (path, layer) in layers.0 {
+            let config = config.for_layer(&path)?;
+            let adapter = LoraAdapter::init(&config, layer.weight_shape(), &layer.device());
+            layer.set_adapter(Some(adapter));
+        }
+        Ok(model)
+    }
+
+    /// The model without its adapters: the base as it was before they were attached, and still
+    /// frozen.
+    fn detach(&self) -> Self {
+        let mut model = initialized(self);
+        for (_, layer) in listed(&mut model).0 {
+            layer.set_adapter(None);
+        }
+        model
+    }
+
+    /// The model with its adapters merged into the base, which then costs what it did without them.
+    /// Sums are formed in `f32` or better.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::NotFinite`] if a merged weight would be NaN or infinite.
+    fn merge(&self) -> Result<Merged<Self>, LoraError> {
+        let original = initialized(self);
+        let mut plain = original.clone();
+        for (path, layer) in listed(&mut plain).0 {
+            if !layer.merge_adapter() {
+                return Err(LoraError::NotFinite { path });
+            }
+        }
+        Ok(Merged::new(plain, original))
+    }
+
+    /// The model with every parameter frozen but those of its adapters, and of the modules that a
+    /// pattern in `except` names: `model.freeze(&["head"])` trains the head alone.
+    ///
+    /// Only on an autodiff backend can a parameter be marked as trainable; on others, what `except`
+    /// names is frozen too.
+    ///
+    /// # Errors
+    ///
+    /// If a pattern is invalid or matches nothing.
+    fn freeze(&self, except: &[&str]) -> Result<Self, LoraError> {
+        let except: Vec<_> = except.iter().map(|&pattern| pattern.to_owned()).collect();
+        freeze(self, &except, "except")
+    }
+
+    /// The model with every parameter trainable, but for the base under an adapter.
+    fn unfreeze(&self) -> Self {
+        walk::mark_trainable(initialized(self), |_| true)
+    }
+
+    /// What trains, per layer and in all.
+    fn parameters(&self) -> ParameterReport {
+        let mut model = initialized(self);
+        let params: Vec<_> =
+            walk::visit(&model).params.into_iter().filter(|it| !it.is_statistic).collect();
+        let count = |prefix: &str| {
+            let within = |path: &str| {
+                prefix.is_empty()
+                    || path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
+            };
+            let mut counts = (0, 0);
+            for param in params.iter().filter(|param| within(&param.path)) {
+                if param.in_adapter || param.requires_grad {
+                    counts.0 += param.num_elements;
+                }
+                if !param.in_adapter {
+                    counts.1 += param.num_elements;
+                }
+            }
+            counts
+        };
+        let layers = listed(&mut model)
+            .0
+            .into_iter()
+            .map(|(path, layer)| {
+                let (trainable, total) = count(&path);
+                let adapter = layer.adapter().map(|it| (it.rank(), it.scale()));
+                LayerReport { path, shape: layer.weight_shape(), adapter, trainable, total }
+            })
+            .collect();
+        let (trainable, total) = count("");
+        ParameterReport { trainable, total, layers }
+    }
+}
+
+/// The layers of a model that can carry adapters, by path; see [`LoraModule::lora_layers`].
+#[derive(Default)]
+pub struct LoraLayers<'a, B: Backend>(Vec<(String, &'a mut dyn LoraLayer<B>)>);
+
+impl<'a, B: Backend> LoraLayers<'a, B> {
+    /// No layers yet.
+    pub fn new() -> Self {
+        Self(Vec::new())
+    }
+
+    /// Adds the field `name`: a layer, a module that has layers, or a `Vec`, an array or an `Option`
+    /// of either.
+    pub fn with<M: LoraModule<B>>(mut self, name: &str, module: &'a mut M) -> Self {
+        let below = module.lora_layers().0.into_iter().map(|(path, layer)| {
+            let path = if path.is_empty() { name.to_owned() } else { format!("{name}.{path}") };
+            (path, layer)
+        });
+        self.0.extend(below);
+        self
+    }
+
+    /// The layer itself: how a layer implements [`LoraModule`].
+    pub fn of(layer: &'a mut dyn LoraLayer<B>) -> Self {
+        Self(vec![(String::new(), layer)])
+    }
+
+    fn paths(&self) -> Vec<String> {
+        self.0.iter().map(|(path, _)| path.clone()).collect()
+    }
+}
+
+impl<B: Backend> LoraModule<B> for LoraLinear<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::of(self)
+    }
+}
+
+impl<B: Backend, M: LoraModule<B>> LoraModule<B> for Vec<M> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        numbered(self)
+    }
+}
+
+impl<B: Backend, M: LoraModule<B>, const N: usize> LoraModule<B> for [M; N] {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        numbered(self)
+    }
+}
+
+impl<B: Backend, M: LoraModule<B>> LoraModule<B> for Option<M> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        self.as_mut().map_or_else(LoraLayers::new, LoraModule::lora_layers)
+    }
+}
+
+fn numbered<B: Backend, M: LoraModule<B>>(modules: &mut [M]) -> LoraLayers<'_, B> {
+    let modules = modules.iter_mut().enumerate();
+    modules.fold(LoraLayers::new(), |layers, (index, it)| layers.with(&index.to_string(), it))
+}
+
+/// A clone that shares every value with the model, also those that were not drawn yet.
+fn initialized<B: Backend, M: Module<B>>(model: &M) -> M {
+    walk::visit(model);
+    model.clone()
+}
+
+/// The layers that the model lists, once it is certain that it lists all of them.
+fn listed<B: Backend, M: LoraModule<B>>(model: &mut M) -> LoraLayers<'_, B> {
+    let found = walk::visit(model).lora_layers;
+    let layers = model.lora_layers();
+    let listed = layers.paths();
+    let missing: Vec<_> = found.iter().filter(|path| !listed.contains(path)).collect();
+    let unknown: Vec<_> = listed.iter().filter(|path| !found.contains(path)).collect();
+    assert!(
+        missing.is_empty() && unknown.is_empty(),
+        "`lora_layers` must list every LoRA layer under its field's name: \
+         missing {missing:?}, unknown {unknown:?}"
+    );
+    layers
+}
+
+/// The paths of the layers to adapt.
+fn choose(config: &LoraConfig, paths: &[String]) -> Result<Vec<String>, LoraError> {
+    let targets = Pattern::all(&config.targets)?;
+    let excludes = Pattern::all(&config.excludes)?;
+    let extras = Pattern::all(&config.modules_to_save)?;
+    require_matches("targets", &targets, paths, Pattern::matches)?;
+    require_matches("excludes", &excludes, paths, Pattern::matches)?;
+    for (field, patterns) in [
+        ("rank_pattern", config.rank_pattern.iter().map(|(path, _)| path.clone()).collect()),
+        ("alpha_pattern", config.alpha_pattern.iter().map(|(path, _)| path.clone()).collect()),
+    ] {
+        let patterns: Vec<String> = patterns;
+        require_matches(field, &Pattern::all(&patterns)?, paths, Pattern::matches)?;
+    }
+
+    let is_chosen = |path: &&String| {
+        (targets.is_empty() || targets.iter().any(|target| target.matches(path)))
+            && !excludes.iter().any(|exclude| exclude.matches(path))
+            && !extras.iter().any(|extra| extra.covers(path))
+    };
+    let chosen: Vec<_> = paths.iter().filter(is_chosen).cloned().collect();
+    if chosen.is_empty() {
+        let field = "targets, less excludes and modules_to_save,";
+        let (patterns, available) = (config.targets.clone(), paths.to_vec());
+        return Err(LoraError::Unmatched { field, patterns, available });
+    }
+    Ok(chosen)
+}
+
+fn freeze<B: Backend, M: LoraModule<B>>(
+    model: &M,
+    except: &[String],
+    field: &'static str,
+) -> Result<M, LoraError> {
+    let except = Pattern::all(except)?;
+    let findings = walk::visit(model);
+    let paths: Vec<_> = findings.params.into_iter().map(|param| param.path).collect();
+    require_matches(field, &except, &paths, Pattern::covers)?;
+    let trains = |path: &str| except.iter().any(|pattern| pattern.covers(path));
+    Ok(walk::mark_trainable(model.clone(), trains))
+}

@@ -1,0 +1,87 @@
+use regex::Regex;
+
+use crate::LoraError;
+
+/// A regular expression that a dotted path matches with its whole length, or with whole trailing
+/// segments: `query`, `layers\.[0-3]\.query` and `.*query` all match `layers.0.query`.
+///
+/// Plain names thus behave as in PEFT's list of target modules, and any other expression as PEFT's
+/// rank and alpha patterns do.
+#[derive(Debug)]
+pub(crate) struct Pattern {
+    source: String,
+    regex: Regex,
+}
+
+impl Pattern {
+    pub(crate) fn new(source: &str) -> Result<Self, LoraError> {
+        let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{source})$")).map_err(|error| {
+            LoraError::InvalidPattern { pattern: source.to_owned(), source: Box::new(error) }
+        })?;
+        Ok(Self { source: source.to_owned(), regex })
+    }
+
+    pub(crate) fn all(sources: &[String]) -> Result<Vec<Self>, LoraError> {
+        sources.iter().map(|source| Self::new(source)).collect()
+    }
+
+    pub(crate) fn matches(&self, path: &str) -> bool {
+        self.regex.is_match(path)
+    }
+
+    /// Whether the path, or a module that holds it, matches: `head` covers `head.weight`.
+    pub(crate) fn covers(&self, path: &str) -> bool {
+        let ends = path.match_indices('.').map(|(end, _)| end).chain([path.len()]);
+        ends.into_iter().any(|end| self.matches(&path[..end]))
+    }
+}
+
+/// Fails with every pattern that `used` accepts for none of the `available` paths.
+pub(crate) fn require_matches(
+    field: &'static str,
+    patterns: &[Pattern],
+    available: &[String],
+    used: impl Fn(&Pattern, &str) -> bool,
+) -> Result<(), LoraError> {
+    let unmatched: Vec<_> = patterns
+        .iter()
+        .filter(|pattern| !available.iter().any(|path| used(pattern, path)))
+        .map(|pattern| pattern.source.clone())
+        .collect();
+    if unmatched.is_empty() {
+        return Ok(());
+    }
+    Err(LoraError::Unmatched { field, patterns: unmatched, available: available.to_vec() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matches_whole_segments_only() {
+        let matches = |pattern: &str, path: &str| Pattern::new(pattern).unwrap().matches(path);
+        assert!(matches("query", "query"));
+        assert!(matches("query", "layers.0.query"));
+        assert!(matches("0.query", "layers.0.query"));
+        assert!(matches(r"layers\.\d+\.(query|value)", "layers.12.value"));
+        assert!(matches("fc.*", "fc1"));
+        assert!(!matches("query", "layers.0.my_query"));
+        assert!(!matches("query", "query.weight"));
+        assert!(!matches("a|b", "xa"), "alternatives are anchored as a whole");
+    }
+
+    #[test]
+    fn covers_what_a_module_holds() {
+        let head = Pattern::new("head").unwrap();
+        assert!(head.covers("head.weight"));
+        assert!(head.covers("decoder.head.norm.gamma"));
+        assert!(!head.covers("header.weight"));
+    }
+
+    #[test]
+    fn a_bad_expression_is_named() {
+        let error = Pattern::new("fc(").unwrap_err().to_string();
+        assert!(error.starts_with("`fc(` is not a valid pattern"), "{error}");
+    }
+}
