@@ -2,6 +2,9 @@
 //! with several features the most specialised one wins, so that `--features wgpu` is enough to
 //! leave the default.
 
+// Nobody needs all of it.
+#![allow(dead_code)]
+
 #[cfg(not(any(feature = "ndarray", feature = "flex", feature = "wgpu")))]
 compile_error!(
     "no backend was chosen: add `--features ndarray` (CPU, the default), `flex` (CPU), `wgpu`, \

@@ -62,12 +62,15 @@ impl<B: Backend> LoraLinear<B> {
             shape[D - 1] == d_input,
             "LoraLinear expects an input of [..., {d_input}], got {shape:?}"
         );
+        shape[D - 1] = d_output;
+        let rows = shape[..D - 1].iter().product();
+        if rows == 0 {
+            // To `reshape`, a size of 0 means something else.
+            return Tensor::zeros(shape, &input.device());
+        }
         // One matrix product for all rows: a product per batch is slower, and the gradient of the
         // weight would take memory for each of them.
-        let rows = shape[..D - 1].iter().product();
-        let x = input.reshape([rows, d_input]);
-        shape[D - 1] = d_output;
-        self.forward_rows(x).reshape(shape)
+        self.forward_rows(input.reshape([rows, d_input])).reshape(shape)
     }
 
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {

@@ -1,0 +1,16 @@
+//! What the crate promises, one file per promise. All run on the backend that the cargo features
+//! choose, and compare with the plain formulas in `oracle`, never with the crate's own code.
+
+#[path = "../../examples/common/backend.rs"]
+mod backend;
+mod model;
+mod oracle;
+
+mod correctness;
+mod dropout;
+mod freezing;
+mod init;
+mod learner;
+mod loading;
+mod merging;
+mod whole_model;

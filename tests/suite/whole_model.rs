@@ -1,0 +1,213 @@
+//! Operations on whole models: which layers get an adapter, what is counted, and what is refused.
+
+use burn::{
+    module::Module,
+    nn::LinearConfig,
+    optim::GradientsParams,
+    tensor::{Tensor, backend::Backend},
+};
+use burn_lora::{LoraConfig, LoraError, LoraLayer, LoraLayers, LoraLinear, LoraModule, Scaling};
+
+use crate::{
+    model::{Mlp, Plain, Train, device},
+    oracle::Matrix,
+};
+
+fn model() -> Mlp<Train> {
+    Mlp::new(&device::<Train>())
+}
+
+/// The paths of the layers that have an adapter.
+fn adapted(model: &Mlp<Train>) -> Vec<String> {
+    let layers = model.parameters().layers.into_iter();
+    layers.filter(|layer| layer.adapter.is_some()).map(|layer| layer.path).collect()
+}
+
+fn attach(config: &LoraConfig) -> Vec<String> {
+    adapted(&model().attach(config).unwrap())
+}
+
+#[test]
+fn targets_choose_layers() {
+    let config = LoraConfig::new(2, 4.0);
+    assert_eq!(attach(&config), ["blocks.0", "blocks.1", "head"]);
+    assert_eq!(attach(&config.clone().with_targets(["head"])), ["head"]);
+    assert_eq!(attach(&config.clone().with_targets([r"blocks\.\d"])), ["blocks.0", "blocks.1"]);
+    assert_eq!(attach(&config.clone().with_targets(["1", "head"])), ["blocks.1", "head"]);
+    assert_eq!(attach(&config.clone().with_excludes(["blocks.0"])), ["blocks.1", "head"]);
+    let saved = config.with_modules_to_save(["head"]);
+    assert_eq!(attach(&saved), ["blocks.0", "blocks.1"], "what trains in full is not adapted");
+}
+
+#[test]
+fn patterns_set_rank_and_alpha_of_layers() {
+    let config = LoraConfig::new(2, 4.0)
+        .with_scaling(Scaling::AlphaOverRank)
+        .with_rank_pattern([("head", 1)])
+        .with_alpha_pattern([("blocks.1", 10.0)]);
+    let layers = model().attach(&config).unwrap().parameters().layers;
+    let adapters: Vec<_> = layers.into_iter().map(|layer| layer.adapter.unwrap()).collect();
+    assert_eq!(adapters, [(2, 2.0), (2, 5.0), (1, 4.0)]);
+}
+
+#[test]
+fn a_pattern_without_a_match_is_an_error_that_lists_the_paths() {
+    let config = LoraConfig::new(2, 4.0);
+    let refused = [
+        (
+            config.clone().with_targets(["head", "query", "value"]),
+            "targets matched nothing: `query`, `value`; the model has: `blocks.0`, `blocks.1`, `head`",
+        ),
+        (config.clone().with_excludes(["query"]), "excludes matched nothing: `query`"),
+        (config.clone().with_rank_pattern([("query", 1)]), "rank_pattern matched nothing: `query`"),
+        (config.clone().with_alpha_pattern([("query", 1.0)]), "alpha_pattern matched nothing"),
+        (
+            config.clone().with_modules_to_save(["classifier"]),
+            "modules_to_save matched nothing: `classifier`; the model has: `blocks.0.weight`",
+        ),
+        (
+            config.clone().with_targets(["head"]).with_excludes(["head"]),
+            "targets, less excludes and modules_to_save, matched nothing: `head`",
+        ),
+        (LoraConfig::new(0, 1.0), "`rank` is 0"),
+    ];
+    for (config, message) in refused {
+        let error = model().attach(&config).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+#[test]
+fn attaching_twice_is_refused_but_other_layers_can_follow() {
+    let config = LoraConfig::new(2, 4.0);
+    let head = model().attach(&config.clone().with_targets(["head"])).unwrap();
+    let error = head.attach(&config).unwrap_err();
+    assert!(matches!(&error, LoraError::AlreadyAttached { paths } if paths == &["head"]));
+    assert_eq!(error.to_string(), "already adapted: `head`; detach or merge the adapters first");
+    let both = head.attach(&config.with_targets(["blocks.0"])).unwrap();
+    assert_eq!(adapted(&both), ["blocks.0", "head"]);
+}
+
+#[test]
+fn operations_leave_the_model_as_it_was() {
+    let model = model();
+    let adapted = model.attach(&LoraConfig::new(2, 4.0)).unwrap();
+    assert!(model.head.adapter().is_none() && adapted.head.adapter().is_some());
+    let trainable = model.parameters().trainable;
+    assert_eq!(trainable, model.num_params(), "attaching froze another model");
+    let _ = adapted.detach();
+    assert!(adapted.head.adapter().is_some());
+}
+
+#[test]
+fn only_adapters_and_modules_to_save_train() {
+    let config = LoraConfig::new(2, 4.0).with_modules_to_save(["head", "norm.gamma"]);
+    let model = model().attach(&config).unwrap();
+    let x = Matrix::random(4, 6, 1).tensor::<Train, 2>([4, 6], &device::<Train>());
+    let grads = model.forward(x).sin().sum().backward();
+    assert!(model.norm.gamma.grad(&grads).is_some());
+    assert!(model.norm.beta.as_ref().unwrap().grad(&grads).is_none());
+    assert!(model.head.base.weight.grad(&grads).is_some());
+    // Two adapters of two factors, the head's weight, and gamma.
+    assert_eq!(GradientsParams::from_grads(grads, &model).len(), 6);
+    assert_eq!(model.parameters().trainable, 2 * (6 + 8) + 2 * (8 + 7) + 7 * 3 + 7);
+}
+
+#[test]
+fn freezing_and_unfreezing() {
+    let model = model();
+    let head = model.freeze(&["head"]).unwrap();
+    assert_eq!(head.parameters().trainable, 7 * 3);
+    assert_eq!(model.freeze(&[]).unwrap().parameters().trainable, 0);
+    assert_eq!(head.unfreeze().parameters().trainable, model.num_params());
+    let error = model.freeze(&["heat"]).unwrap_err().to_string();
+    assert!(error.starts_with("except matched nothing: `heat`"), "{error}");
+
+    let adapted = model.attach(&LoraConfig::new(2, 4.0).with_targets(["head"])).unwrap();
+    let everything = adapted.unfreeze().parameters();
+    let under_the_adapter = 7 * 3;
+    assert_eq!(everything.trainable, everything.total - under_the_adapter + 2 * (7 + 3));
+}
+
+#[test]
+fn the_missions_example() {
+    // LoRA on a weight of 5,000 by 10,000 with rank 8: 120,000 parameters train, 416 times fewer.
+    let base = LinearConfig::new(5_000, 10_000).with_bias(false).init::<Plain>(&device::<Plain>());
+    let report = LoraConfig::new(8, 16.0).init(base).parameters();
+    assert_eq!((report.trainable, report.total), (120_000, 50_000_000));
+    assert_eq!(report.total / report.trainable, 416);
+    let text = report.to_string();
+    assert!(text.ends_with("trainable 120,000 of 50,000,000 parameters (0.24 %)"), "{text}");
+}
+
+/// A model whose list can be wrong.
+#[derive(Module, Debug)]
+struct Careless<B: Backend> {
+    first: LoraLinear<B>,
+    second: Option<LoraLinear<B>>,
+    #[module(skip)]
+    fields: Vec<String>,
+}
+
+impl<B: Backend> Careless<B> {
+    fn listing(fields: &[&str]) -> Self {
+        let layer = || LinearConfig::new(3, 2).init(&device::<B>()).into();
+        let fields = fields.iter().map(|&name| name.to_owned()).collect();
+        Self { first: layer(), second: Some(layer()), fields }
+    }
+}
+
+impl<B: Backend> LoraModule<B> for Careless<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        let mut layers = LoraLayers::new().with(&self.fields[0], &mut self.first);
+        if let Some(name) = self.fields.get(1) {
+            layers = layers.with(name, &mut self.second);
+        }
+        layers
+    }
+}
+
+#[test]
+fn a_complete_list_is_accepted() {
+    let model = Careless::<Plain>::listing(&["first", "second"]);
+    assert!(model.attach(&LoraConfig::new(1, 1.0)).is_ok());
+}
+
+#[test]
+#[should_panic = "must list every LoRA layer under its field's name: missing [\"second\"], unknown []"]
+fn a_forgotten_layer_is_named() {
+    let _ = Careless::<Plain>::listing(&["first"]).attach(&LoraConfig::new(1, 1.0));
+}
+
+#[test]
+#[should_panic = "missing [\"second\"], unknown [\"secnd\"]"]
+fn a_misnamed_layer_is_named() {
+    Careless::<Plain>::listing(&["first", "secnd"]).parameters();
+}
+
+#[test]
+fn a_batch_norms_statistics_are_neither_counted_nor_tracked() {
+    #[derive(Module, Debug)]
+    struct Normed<B: Backend> {
+        linear: LoraLinear<B>,
+        norm: burn::nn::BatchNorm<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Normed<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("linear", &mut self.linear)
+        }
+    }
+    let device = device::<Train>();
+    let model: Normed<Train> = Normed {
+        linear: LinearConfig::new(3, 4).init(&device).into(),
+        norm: burn::nn::BatchNormConfig::new(4).init(&device),
+    };
+    let config = LoraConfig::new(2, 4.0).with_modules_to_save(["norm"]);
+    let model = model.attach(&config).unwrap().unfreeze().unfreeze();
+    let report = model.parameters();
+    assert_eq!((report.trainable, report.total), (2 * (3 + 4) + 8, 3 * 4 + 4 + 8));
+    let x = Matrix::random(5, 3, 1).tensor::<Train, 2>([5, 3], &device);
+    let y: Tensor<Train, 2> = model.norm.forward(model.linear.forward(x));
+    let grads = y.sin().sum().backward();
+    assert_eq!(GradientsParams::from_grads(grads, &model).len(), 4);
+}
