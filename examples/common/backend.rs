@@ -36,3 +36,20 @@ pub type Plain = burn::backend::NdArray;
 
 /// The chosen backend, which trains.
 pub type Train = burn::backend::Autodiff<Plain>;
+
+/// Runs one operation, so that a missing driver is one clear message and not a panic later on.
+pub fn check() -> Result<(), String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let probe = std::panic::catch_unwind(|| {
+        burn::tensor::Tensor::<Plain, 1>::ones([1], &Default::default()).into_data()
+    });
+    std::panic::set_hook(hook);
+    probe.map(drop).map_err(|_| {
+        format!(
+            "the `{NAME}` backend found no usable driver. Install your GPU's driver (or, to run \
+             without a GPU, Mesa's software Vulkan: `apt-get install mesa-vulkan-drivers`), or use \
+             the CPU: leave out the backend feature"
+        )
+    })
+}

@@ -1,0 +1,88 @@
+//! Handwritten digits: MNIST where it can be had, drawn ones otherwise.
+
+mod generated;
+mod mnist;
+
+use std::path::Path;
+
+use super::Result;
+
+/// The side of an image, in pixels.
+pub const SIDE: usize = 28;
+
+/// The number of pixels.
+pub const PIXELS: usize = SIDE * SIDE;
+
+/// A grey image, row by row, and the digit it shows.
+#[derive(Clone, Debug)]
+pub struct Digit {
+    pub pixels: [u8; PIXELS],
+    pub label: u8,
+}
+
+/// Images to learn from, and others to judge by.
+#[derive(Clone)]
+pub struct Digits {
+    /// "mnist" or "generated".
+    pub name: &'static str,
+    pub train: Vec<Digit>,
+    pub test: Vec<Digit>,
+}
+
+impl Digits {
+    /// MNIST from `dir` if given; otherwise from the cache directory, or the network; and if there
+    /// is neither, or `generated` is set, drawn digits.
+    pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
+        if generated {
+            return Ok(generated::digits(seed));
+        }
+        if let Some(dir) = dir {
+            println!("Data: MNIST from {}", dir.display());
+            return mnist::read(dir);
+        }
+        match mnist::cached_or_downloaded() {
+            Ok(dir) => {
+                println!("Data: MNIST from {}", dir.display());
+                mnist::read(&dir)
+            }
+            Err(reason) => {
+                println!("Data: generated digits, since MNIST is not at hand ({reason})");
+                Ok(generated::digits(seed))
+            }
+        }
+    }
+
+    /// The same digits, each image changed.
+    pub fn map(&self, change: impl Fn(&[u8; PIXELS]) -> [u8; PIXELS]) -> Self {
+        let changed = |digits: &[Digit]| {
+            let digits = digits.iter();
+            digits.map(|it| Digit { pixels: change(&it.pixels), label: it.label }).collect()
+        };
+        Self { name: self.name, train: changed(&self.train), test: changed(&self.test) }
+    }
+}
+
+/// The image turned counter-clockwise by `degrees`, on black, with bilinear sampling.
+pub fn rotate(pixels: &[u8; PIXELS], degrees: f64) -> [u8; PIXELS] {
+    let (sin, cos) = degrees.to_radians().sin_cos();
+    let center = (SIDE as f64 - 1.0) / 2.0;
+    let sample = |x: f64, y: f64| {
+        let at = |x: f64, y: f64| {
+            let inside = (0.0..SIDE as f64).contains(&x) && (0.0..SIDE as f64).contains(&y);
+            if inside { f64::from(pixels[y as usize * SIDE + x as usize]) } else { 0.0 }
+        };
+        let (left, top) = (x.floor(), y.floor());
+        let (right, down) = (x - left, y - top);
+        (1.0 - down) * ((1.0 - right) * at(left, top) + right * at(left + 1.0, top))
+            + down * ((1.0 - right) * at(left, top + 1.0) + right * at(left + 1.0, top + 1.0))
+    };
+    std::array::from_fn(|index| {
+        let (x, y) = ((index % SIDE) as f64 - center, (index / SIDE) as f64 - center);
+        sample(center + cos * x - sin * y, center + sin * x + cos * y).round() as u8
+    })
+}
+
+/// The image as a mirror shows it.
+pub fn mirror(pixels: &[u8; PIXELS]) -> [u8; PIXELS] {
+    std::array::from_fn(|index| pixels[index - index % SIDE + SIDE - 1 - index % SIDE])
+}

@@ -1,0 +1,68 @@
+//! What the examples share: the backend, data, training with progress, and reports.
+
+// No example needs all of it.
+#![allow(dead_code)]
+
+pub mod backend;
+pub mod classifier;
+pub mod digits;
+pub mod plot;
+pub mod progress;
+pub mod table;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// What went wrong, in a sentence for the person at the terminal.
+pub type Result<T> = std::result::Result<T, String>;
+
+/// Adds what was being done, and to which file, to an error.
+pub trait Context<T> {
+    fn context(self, doing: impl std::fmt::Display) -> Result<T>;
+}
+
+impl<T, E: std::fmt::Display> Context<T> for std::result::Result<T, E> {
+    fn context(self, doing: impl std::fmt::Display) -> Result<T> {
+        self.map_err(|error| format!("{doing}: {error}"))
+    }
+}
+
+/// Parses the arguments, checks the backend and runs the example. Arguments that make no sense end
+/// it with one line and exit code 2, anything else that goes wrong with one line and exit code 1.
+pub fn main<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
+    let args = match A::try_parse() {
+        Ok(args) => args,
+        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) => {
+            let text = error.to_string();
+            // What is missing comes as a list below the first line.
+            let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
+            eprintln!("{}", lines.collect::<Vec<_>>().join(" "));
+            return ExitCode::from(2);
+        }
+    };
+    match backend::check().and_then(|()| run(args)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Parses a number that must be finite and not 0.
+pub fn nonzero(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value != 0.0 => Ok(value),
+        _ => Err("a finite number other than 0 is needed".to_owned()),
+    }
+}
+
+/// Parses a number of at least 1.
+pub fn positive(text: &str) -> Result<usize> {
+    match text.parse() {
+        Ok(value) if value > 0 => Ok(value),
+        _ => Err("a whole number of at least 1 is needed".to_owned()),
+    }
+}

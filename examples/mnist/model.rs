@@ -1,0 +1,70 @@
+//! The model: three layers, each of which can carry an adapter.
+
+use burn::{
+    module::Module,
+    nn::LinearConfig,
+    tensor::{
+        Tensor,
+        activation::relu,
+        backend::{AutodiffBackend, Backend},
+    },
+    train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
+};
+use burn_lora::{LoraLayers, LoraLinear, LoraModule};
+
+use crate::common::{
+    classifier::{Classifier, Images},
+    digits::PIXELS,
+};
+
+/// A perceptron that reads digits: 784 pixels, 512 and 256 hidden units, 10 classes.
+#[derive(Module, Debug)]
+pub struct Mlp<B: Backend> {
+    fc1: LoraLinear<B>,
+    fc2: LoraLinear<B>,
+    head: LoraLinear<B>,
+}
+
+impl<B: Backend> Mlp<B> {
+    pub fn new(device: &B::Device) -> Self {
+        let layer = |d_input, d_output| LinearConfig::new(d_input, d_output).init(device).into();
+        Self { fc1: layer(PIXELS, 512), fc2: layer(512, 256), head: layer(256, 10) }
+    }
+}
+
+/// All that this crate asks of a model.
+impl<B: Backend> LoraModule<B> for Mlp<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new()
+            .with("fc1", &mut self.fc1)
+            .with("fc2", &mut self.fc2)
+            .with("head", &mut self.head)
+    }
+}
+
+impl<B: Backend> Classifier<B> for Mlp<B> {
+    fn logits(&self, pixels: Tensor<B, 2>) -> Tensor<B, 2> {
+        let x = relu(self.fc1.forward(pixels));
+        let x = relu(self.fc2.forward(x));
+        self.head.forward(x)
+    }
+}
+
+impl<B: AutodiffBackend> TrainStep for Mlp<B> {
+    type Input = Images<B>;
+    type Output = ClassificationOutput<B>;
+
+    fn step(&self, images: Images<B>) -> TrainOutput<ClassificationOutput<B>> {
+        let output = self.classify(images);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl<B: Backend> InferenceStep for Mlp<B> {
+    type Input = Images<B>;
+    type Output = ClassificationOutput<B>;
+
+    fn step(&self, images: Images<B>) -> ClassificationOutput<B> {
+        self.classify(images)
+    }
+}
