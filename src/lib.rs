@@ -1,4 +1,4 @@
-//! stub
+#![doc = include_str!("../README.md")]
 
 mod adapter;
 mod config;

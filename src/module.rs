@@ -30,7 +30,7 @@ use crate::{
 /// }
 ///
 /// # fn main() -> Result<(), burn_lora::LoraError> {
-/// type B = burn::backend::Autodiff<burn::backend::NdArray>;
+/// type B = burn::backend::Autodiff<burn::backend::Flex>;
 /// let device = Default::default();
 /// let model: Mlp<B> = Mlp {
 ///     fc1: LinearConfig::new(784, 256).init(&device).into(),

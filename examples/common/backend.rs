@@ -5,14 +5,24 @@
 // Nobody needs all of it.
 #![allow(dead_code)]
 
-#[cfg(not(any(feature = "ndarray", feature = "flex", feature = "wgpu")))]
+#[cfg(not(any(
+    feature = "ndarray",
+    feature = "flex",
+    feature = "wgpu",
+    feature = "cuda",
+    feature = "rocm"
+)))]
 compile_error!(
     "no backend was chosen: add `--features ndarray` (CPU, the default), `flex` (CPU), `wgpu`, \
-     `vulkan`, `metal` or `cuda`"
+     `vulkan`, `metal`, `cuda` or `rocm`"
 );
 
 /// The chosen backend's name, as its feature is called.
-pub const NAME: &str = if cfg!(feature = "vulkan") {
+pub const NAME: &str = if cfg!(feature = "cuda") {
+    "cuda"
+} else if cfg!(feature = "rocm") {
+    "rocm"
+} else if cfg!(feature = "vulkan") {
     "vulkan"
 } else if cfg!(feature = "metal") {
     "metal"
@@ -26,13 +36,31 @@ pub const NAME: &str = if cfg!(feature = "vulkan") {
     "ndarray"
 };
 
+mod chosen {
+    #[cfg(feature = "cuda")]
+    pub use burn::backend::Cuda as Plain;
+
+    #[cfg(all(feature = "rocm", not(feature = "cuda")))]
+    pub use burn::backend::Rocm as Plain;
+
+    #[cfg(all(feature = "wgpu", not(any(feature = "cuda", feature = "rocm"))))]
+    pub use burn::backend::Wgpu as Plain;
+
+    #[cfg(not(any(feature = "cuda", feature = "rocm", feature = "wgpu")))]
+    pub use cpu::Plain;
+
+    #[cfg(not(any(feature = "cuda", feature = "rocm", feature = "wgpu")))]
+    mod cpu {
+        #[cfg(feature = "flex")]
+        pub use burn::backend::Flex as Plain;
+
+        #[cfg(all(feature = "ndarray", not(feature = "flex")))]
+        pub use burn::backend::NdArray as Plain;
+    }
+}
+
 /// The chosen backend, which infers and does not train.
-#[cfg(feature = "wgpu")]
-pub type Plain = burn::backend::Wgpu;
-#[cfg(all(feature = "flex", not(feature = "wgpu")))]
-pub type Plain = burn::backend::Flex;
-#[cfg(all(feature = "ndarray", not(any(feature = "wgpu", feature = "flex"))))]
-pub type Plain = burn::backend::NdArray;
+pub type Plain = chosen::Plain;
 
 /// The chosen backend, which trains.
 pub type Train = burn::backend::Autodiff<Plain>;

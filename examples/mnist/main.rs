@@ -252,8 +252,8 @@ impl Job<'_> {
 }
 
 fn bits(tensor: Tensor<Plain, 2>) -> Vec<u32> {
-    let values = tensor.into_data().iter::<f32>().map(f32::to_bits).collect();
-    values
+    let data = tensor.into_data();
+    data.iter::<f32>().map(f32::to_bits).collect()
 }
 
 fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {

@@ -23,12 +23,12 @@ pub use module::LoraLinearRecord;
 /// `Linear` fields.
 ///
 /// ```
-/// use burn::{backend::NdArray, nn::LinearConfig};
+/// use burn::{backend::Flex, nn::LinearConfig};
 /// use burn_lora::{LoraConfig, LoraLinear};
 ///
 /// let device = Default::default();
-/// let base = LinearConfig::new(784, 256).init::<NdArray>(&device);
-/// let layer: LoraLinear<NdArray> = LoraConfig::new(4, 8.0).init(base);
+/// let base = LinearConfig::new(784, 256).init::<Flex>(&device);
+/// let layer: LoraLinear<Flex> = LoraConfig::new(4, 8.0).init(base);
 /// ```
 ///
 /// # Freezing
