@@ -1,3 +1,5 @@
+use std::{fmt, path::PathBuf};
+
 use thiserror::Error;
 
 /// What can go wrong with configurations, targets and values that come from outside the program.
@@ -47,12 +49,96 @@ pub enum LoraError {
         paths: Vec<String>,
     },
 
+    /// Adapters do not fit a model, or a file's tensors do not fit its configuration. Everything
+    /// that is wrong is listed.
+    #[error("{what} does not fit{}", .mismatch)]
+    Mismatch {
+        /// What does not fit: a file, or adapters.
+        what: String,
+        /// All that is wrong.
+        mismatch: Box<Mismatch>,
+    },
+
+    /// A file or directory could not be read or written.
+    #[error("{}: {source}", .path.display())]
+    Io {
+        /// The file or directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+
+    /// A file is not what it should be: truncated, corrupt, or of another format.
+    #[error("{file}: {problem}")]
+    InvalidFile {
+        /// The file.
+        file: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+
+    /// A file, or adapters to be saved, need something that is not supported, and that must not be
+    /// ignored since it would change the result.
+    #[error("{file}: `{field}` is not supported{reason}")]
+    Unsupported {
+        /// The file.
+        file: String,
+        /// The field or the key.
+        field: String,
+        /// Why not, and what to do; may be empty.
+        reason: String,
+    },
+
     /// Merging would write NaN or infinity into a weight: the adapter has most likely diverged.
     #[error("merging `{path}` would produce NaN or infinite weights; nothing was merged")]
     NotFinite {
         /// The layer's path.
         path: String,
     },
+}
+
+/// Everything that keeps adapters from fitting.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Mismatch {
+    /// Keys or layers that should be there, and are not.
+    pub missing: Vec<String>,
+    /// Keys or layers that are there, and belong to nothing.
+    pub unexpected: Vec<String>,
+    /// Keys or layers of the wrong shape, with the shape that was expected and the one found.
+    pub misshapen: Vec<String>,
+    /// Targets of the configuration that match nothing.
+    pub unmatched_targets: Vec<String>,
+}
+
+impl Mismatch {
+    /// Nothing if all fits. Targets without a match are told along with other faults, and are none
+    /// by themselves: lists of targets are often written for several kinds of models.
+    pub(crate) fn into_result(mut self, what: impl Into<String>) -> Result<(), LoraError> {
+        if self.missing.is_empty() && self.unexpected.is_empty() && self.misshapen.is_empty() {
+            return Ok(());
+        }
+        for keys in [&mut self.missing, &mut self.unexpected, &mut self.misshapen] {
+            keys.sort();
+        }
+        Err(LoraError::Mismatch { what: what.into(), mismatch: Box::new(self) })
+    }
+}
+
+impl fmt::Display for Mismatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (name, keys) in [
+            ("missing", &self.missing),
+            ("unexpected", &self.unexpected),
+            ("of the wrong shape", &self.misshapen),
+            ("targets without a match", &self.unmatched_targets),
+        ] {
+            if !keys.is_empty() {
+                write!(f, "; {name}: {}", keys.join(", "))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 fn quoted(names: &[String]) -> String {

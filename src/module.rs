@@ -1,10 +1,13 @@
 //! Whole-model operations.
 
+use std::collections::BTreeSet;
+
 use burn::{module::Module, tensor::backend::Backend};
 
 use crate::{
-    LayerReport, LoraAdapter, LoraConfig, LoraError, LoraLayer, LoraLinear, Merged,
+    LayerReport, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLayer, LoraLinear, Merged,
     ParameterReport,
+    error::Mismatch,
     pattern::{Pattern, require_matches},
     walk,
 };
@@ -90,6 +93,94 @@ pub trait LoraModule<B: Backend>: Module<B> {
             layer.set_adapter(None);
         }
         model
+    }
+
+    /// The model's adapters as a value, along with what `config.modules_to_save` names: what was
+    /// trained, and nothing else. Tensors are shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// If a pattern of `config.modules_to_save` is invalid or matches nothing.
+    fn adapters(&self, config: &LoraConfig) -> Result<LoraAdapters<B>, LoraError> {
+        let mut model = initialized(self);
+        let patterns = Pattern::all(&config.modules_to_save)?;
+        let params = walk::visit(&model).params;
+        let paths: Vec<_> = params.into_iter().map(|param| param.path).collect();
+        require_matches("modules_to_save", &patterns, &paths, Pattern::covers)?;
+
+        let wanted = |path: &str| patterns.iter().any(|pattern| pattern.covers(path));
+        let extras = walk::read_extras(&model, &wanted);
+        let modules = paths.iter().filter_map(|path| {
+            let pattern = patterns.iter().find(|pattern| pattern.covers(path))?;
+            pattern.covering(path)
+        });
+        let modules: BTreeSet<_> = modules.map(str::to_owned).collect();
+        let adapters = listed(&mut model).0.into_iter();
+        let adapters = adapters.filter_map(|(path, layer)| Some((path, layer.adapter()?.clone())));
+        let mut set = LoraAdapters::new(adapters);
+        set.extras = extras;
+        set.modules_to_save = modules.into_iter().collect();
+        Ok(set)
+    }
+
+    /// The model with exactly these adapters, and with the parameters that were trained in full
+    /// along with them; adapters that it had are taken off. No weight of the base is touched or
+    /// copied. As after [`attach`](Self::attach), only what was put on trains.
+    ///
+    /// To switch between sets that hold different modules trained in full, switch each on the base,
+    /// which has the originals.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::Mismatch`], listing every adapter and parameter that the model has no place for,
+    /// or one of another shape, and every layer that the adapters' configuration means and that they
+    /// leave out.
+    fn switch(&self, adapters: &LoraAdapters<B>) -> Result<Self, LoraError> {
+        let mut model = initialized(self);
+        let mut mismatch = Mismatch::default();
+        let params = walk::visit(&model).params;
+        for (name, extra) in &adapters.extras {
+            let mut params = params.iter().filter(|param| !param.in_adapter);
+            match params.find(|param| param.torch_name == *name) {
+                None => mismatch.unexpected.push(name.clone()),
+                Some(param) if param.torch_shape != extra.shape => {
+                    let (expected, found) = (&param.torch_shape, &extra.shape);
+                    let text = format!("{name} (expected {expected:?}, found {found:?})");
+                    mismatch.misshapen.push(text);
+                }
+                Some(_) => {}
+            }
+        }
+        let layers = listed(&mut model).0;
+        let known = |path: &str| layers.iter().any(|(it, _)| it == path);
+        for path in adapters.adapters.keys().filter(|path| !known(path)) {
+            mismatch.unexpected.push(path.clone());
+        }
+        for (path, layer) in &layers {
+            match adapters.get(path) {
+                Some(adapter) if adapter.shape() != layer.weight_shape() => {
+                    let (expected, found) = (layer.weight_shape(), adapter.shape());
+                    let text = format!("{path} (expected {expected:?}, found {found:?})");
+                    mismatch.misshapen.push(text);
+                }
+                None if adapters.targets.as_ref().is_some_and(|it| it.matches(path)) => {
+                    mismatch.missing.push(path.clone());
+                }
+                _ => {}
+            }
+        }
+        if let Some(targets) = &adapters.targets {
+            let paths = layers.iter().map(|(path, _)| path.as_str());
+            mismatch.unmatched_targets = targets.unmatched(paths);
+        }
+        mismatch.into_result("the set of adapters")?;
+
+        for (path, layer) in layers {
+            let adapter = adapters.get(&path).cloned();
+            let device = layer.device();
+            layer.set_adapter(adapter.map(|adapter| adapter.fork(&device)));
+        }
+        Ok(walk::write_extras(model, &adapters.extras))
     }
 
     /// The model with its adapters merged into the base, which then costs what it did without them.

@@ -31,8 +31,13 @@ impl Pattern {
 
     /// Whether the path, or a module that holds it, matches: `head` covers `head.weight`.
     pub(crate) fn covers(&self, path: &str) -> bool {
+        self.covering(path).is_some()
+    }
+
+    /// What of the path matches: the path itself or the outermost module that does.
+    pub(crate) fn covering<'a>(&self, path: &'a str) -> Option<&'a str> {
         let ends = path.match_indices('.').map(|(end, _)| end).chain([path.len()]);
-        ends.into_iter().any(|end| self.matches(&path[..end]))
+        ends.map(|end| &path[..end]).find(|module| self.matches(module))
     }
 }
 

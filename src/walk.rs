@@ -1,11 +1,17 @@
 //! Walks over a model's parameters that know where they are.
 
+use std::collections::BTreeMap;
+
 use burn::{
-    module::{ModuleMapper, ModuleVisitor, Param},
+    module::{Module, ModuleMapper, ModuleVisitor, Param},
     tensor::{Bool, Int, Tensor, backend::Backend},
 };
 
-use crate::layer::{ADAPTER, CONTAINER};
+use crate::{
+    adapter::frozen,
+    adapters::Extra,
+    layer::{ADAPTER, CONTAINER},
+};
 
 /// The place of a walk in the tree of modules.
 #[derive(Default)]
@@ -43,9 +49,36 @@ impl Place {
     }
 }
 
+/// How PyTorch calls and keeps a parameter, by the container that Burn has it in.
+struct TorchLayout {
+    name: String,
+    /// Whether a matrix is the transpose of Burn's.
+    transposed: bool,
+}
+
+impl Place {
+    fn torch_layout(&self) -> TorchLayout {
+        let container = self.containers.last().map_or("", String::as_str);
+        let mut names = self.names.clone();
+        let mut transposed = false;
+        if let Some(name) = names.last_mut() {
+            match (container, name.as_str()) {
+                ("Struct:Linear", "weight") => transposed = true,
+                (container, "gamma") if container.ends_with("Norm") => *name = "weight".to_owned(),
+                (container, "beta") if container.ends_with("Norm") => *name = "bias".to_owned(),
+                _ => {}
+            }
+        }
+        TorchLayout { name: names.join("."), transposed }
+    }
+}
+
 /// A float parameter as [`visit`] meets it.
 pub(crate) struct Visited {
     pub path: String,
+    /// The name and the shape that it has in PyTorch.
+    pub torch_name: String,
+    pub torch_shape: Vec<usize>,
     pub num_elements: usize,
     pub requires_grad: bool,
     pub in_adapter: bool,
@@ -79,9 +112,16 @@ impl<B: Backend> ModuleVisitor<B> for Visitor {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        let layout = self.place.torch_layout();
+        let mut shape = param.lazy_shape().to_vec();
+        if layout.transposed {
+            shape.swap(0, 1);
+        }
         self.findings.params.push(Visited {
             path: self.place.path(),
-            num_elements: param.lazy_shape().num_elements(),
+            num_elements: shape.iter().product(),
+            torch_name: layout.name,
+            torch_shape: shape,
             // This draws the value of a parameter that was never used.
             requires_grad: param.is_require_grad(),
             in_adapter: self.place.adapted_layer().is_some(),
@@ -100,7 +140,7 @@ impl<B: Backend> ModuleVisitor<B> for Visitor {
 
 /// Visits every parameter. Those that were never used draw their values now, so that clones of the
 /// model agree from here on.
-pub(crate) fn visit<B: Backend, M: burn::module::Module<B>>(model: &M) -> Findings {
+pub(crate) fn visit<B: Backend, M: Module<B>>(model: &M) -> Findings {
     let mut visitor = Visitor::default();
     model.visit(&mut visitor);
     visitor.findings
@@ -129,9 +169,89 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Marker<F> {
 
 /// Marks the parameters whose paths `trains` accepts, and those of adapters, as trainable, and all
 /// others as frozen.
-pub(crate) fn mark_trainable<B: Backend, M: burn::module::Module<B>>(
+pub(crate) fn mark_trainable<B: Backend, M: Module<B>>(
     model: M,
     trains: impl Fn(&str) -> bool,
 ) -> M {
     model.map(&mut Marker { place: Place::default(), trains })
+}
+
+struct Reader<'a, B: Backend> {
+    place: Place,
+    wanted: &'a dyn Fn(&str) -> bool,
+    found: BTreeMap<String, Extra<B>>,
+}
+
+impl<B: Backend> ModuleVisitor<B> for Reader<'_, B> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.place.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.place.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if self.place.adapted_layer().is_some() || !(self.wanted)(&self.place.path()) {
+            return;
+        }
+        let layout = self.place.torch_layout();
+        let tensor = frozen(param);
+        let tensor = if layout.transposed { tensor.swap_dims(0, 1) } else { tensor };
+        let shape = tensor.dims().to_vec();
+        let values = tensor.reshape([shape.iter().product::<usize>()]);
+        self.found.insert(layout.name, Extra { values, shape });
+    }
+}
+
+/// The parameters whose paths are `wanted`, by PyTorch's names and in PyTorch's layout.
+pub(crate) fn read_extras<B: Backend, M: Module<B>>(
+    model: &M,
+    wanted: &dyn Fn(&str) -> bool,
+) -> BTreeMap<String, Extra<B>> {
+    let mut reader = Reader { place: Place::default(), wanted, found: BTreeMap::new() };
+    model.visit(&mut reader);
+    reader.found
+}
+
+struct Writer<'a, B: Backend> {
+    place: Place,
+    extras: &'a BTreeMap<String, Extra<B>>,
+}
+
+impl<B: Backend> ModuleMapper<B> for Writer<'_, B> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.place.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.place.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let layout = self.place.torch_layout();
+        let adapted = self.place.adapted_layer().is_some();
+        let extra = self.extras.get(&layout.name).filter(|_| !adapted);
+        let trains = (adapted || extra.is_some()) && !self.place.is_statistic();
+        param.map(|tensor| {
+            let Some(extra) = extra else { return tensor.detach().set_require_grad(trains) };
+            let mut shape = tensor.dims();
+            if layout.transposed {
+                shape.swap(0, 1);
+            }
+            let device = tensor.device();
+            let values = extra.values.clone().to_device(&device).cast(tensor.dtype());
+            let values: Tensor<B, D> = values.reshape(shape);
+            let values = if layout.transposed { values.swap_dims(0, 1) } else { values };
+            values.detach().set_require_grad(trains)
+        })
+    }
+}
+
+/// Replaces parameters by `extras`, which then train, as adapters do; all others are frozen.
+pub(crate) fn write_extras<B: Backend, M: Module<B>>(
+    model: M,
+    extras: &BTreeMap<String, Extra<B>>,
+) -> M {
+    model.map(&mut Writer { place: Place::default(), extras })
 }

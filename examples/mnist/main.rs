@@ -62,7 +62,7 @@ struct Args {
     /// Seed of weights, adapters, shuffling and generated digits
     #[arg(long, default_value = "42")]
     seed: u64,
-    /// Directory for curves.svg, summary.json and burn-train's logs
+    /// Directory for curves.svg, summary.json, the adapters and burn-train's logs
     #[arg(long, value_name = "DIR", default_value = "out/mnist")]
     out: PathBuf,
 }
@@ -101,8 +101,9 @@ struct Method {
     accuracy_old: f64,
     /// The accuracy on the old task once the adapters are switched off, where there are any.
     accuracy_old_switched_off: Option<f64>,
-    /// What has to be kept of the result, next to the base, in `f32`.
-    bytes: usize,
+    /// What has to be kept of the result, next to the base: the size of the adapters' files, or of
+    /// the trained parameters in `f32`.
+    bytes: u64,
     #[serde(skip)]
     history: History,
 }
@@ -123,7 +124,10 @@ fn run(args: Args) -> Result<()> {
         grouped(digits.test.len()),
         backend::NAME,
     );
-    let job = Job { args: &args, old: &digits };
+    let config = LoraConfig::new(args.rank, args.alpha)
+        .with_scaling(Scaling::AlphaOverRank)
+        .with_seed(args.seed);
+    let job = Job { args: &args, config: &config, old: &digits };
 
     // 1. A base that reads upright digits, and fails at turned ones.
     Plain::seed(&Default::default(), args.seed);
@@ -138,18 +142,15 @@ fn run(args: Args) -> Result<()> {
     );
 
     // 2. The same base, adapted to turned digits in three ways.
-    let config = LoraConfig::new(args.rank, args.alpha)
-        .with_scaling(Scaling::AlphaOverRank)
-        .with_seed(args.seed);
     let train = || base.clone().train::<Train>();
     let full = train().unfreeze();
     let lora = train().attach(&config).context("attaching adapters")?;
     let last = train().freeze(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
 
-    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, &rotated);
-    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, &rotated);
-    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, &rotated);
+    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, &rotated)?;
+    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, &rotated)?;
+    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, &rotated)?;
 
     // 3. Merged into the base, the adapters cost nothing and compute the same.
     let merged = adapted.merge().context("merging")?;
@@ -164,7 +165,7 @@ fn run(args: Args) -> Result<()> {
     // 5. A second set of adapters for another task, on the same base.
     let mirrored = digits.map(mirror);
     let second = train().attach(&config).context("attaching adapters")?;
-    let (second, _) = job.adapt("LoRA, mirrored digits", second, LORA_LEARNING_RATE, &mirrored);
+    let (second, _) = job.adapt("LoRA, mirrored digits", second, LORA_LEARNING_RATE, &mirrored)?;
 
     println!();
     let largest = largest_difference(unmerged.clone(), unmerged.zeros_like());
@@ -196,12 +197,14 @@ fn run(args: Args) -> Result<()> {
     let path = args.out.join("summary.json");
     let json = serde_json::to_string_pretty(&summary).context(path.display())?;
     fs::write(&path, json + "\n").context(path.display())?;
-    println!("Wrote {} and {}", curves.display(), path.display());
+    let adapters = args.out.join("adapters");
+    println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())
 }
 
 struct Job<'a> {
     args: &'a Args,
+    config: &'a LoraConfig,
     /// The digits that the base was trained on.
     old: &'a Digits,
 }
@@ -229,7 +232,7 @@ impl Job<'_> {
         model: Mlp<Train>,
         learning_rate: f64,
         new: &Digits,
-    ) -> (Method, Mlp<Plain>) {
+    ) -> Result<(Method, Mlp<Plain>)> {
         let ParameterReport { trainable, total, layers, .. } = model.parameters();
         let adapted = layers.iter().any(|layer| layer.adapter.is_some());
         let old_accuracy =
@@ -244,10 +247,23 @@ impl Job<'_> {
             accuracy_new: accuracy(logits(&model, &new.test), &new.test),
             accuracy_old: old_accuracy(&model),
             accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())),
-            bytes: trainable * size_of::<f32>(),
+            bytes: match adapted {
+                true => self.save_adapters(name, &model)?,
+                false => (trainable * size_of::<f32>()) as u64,
+            },
             history,
         };
-        (method, model)
+        Ok((method, model))
+    }
+
+    /// Saves the model's adapters, and returns the size of the files.
+    fn save_adapters(&self, name: &str, model: &Mlp<Plain>) -> Result<u64> {
+        let dir = self.args.out.join("adapters").join(name.replace([' ', ','], "-"));
+        let adapters = model.adapters(self.config).context("taking the adapters")?;
+        adapters.save(&dir).context("saving the adapters")?;
+        let files = fs::read_dir(&dir).context(dir.display())?;
+        let sizes = files.map(|file| Ok(file?.metadata()?.len()));
+        sizes.sum::<std::io::Result<u64>>().context(dir.display())
     }
 }
 
@@ -273,7 +289,7 @@ fn results(methods: &[Method]) -> String {
                 format!("{:.2} %", method.accuracy_new),
                 format!("{:.2} %", method.accuracy_old),
                 method.accuracy_old_switched_off.map_or("-".to_owned(), |it| format!("{it:.2} %")),
-                grouped(method.bytes),
+                grouped(method.bytes as usize),
             ]
         })
         .collect();

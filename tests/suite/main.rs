@@ -13,4 +13,5 @@ mod init;
 mod learner;
 mod loading;
 mod merging;
+mod peft;
 mod whole_model;

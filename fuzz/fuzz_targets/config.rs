@@ -1,0 +1,43 @@
+//! Any bytes as `adapter_config.json`, with tensors that fit many of them.
+//!
+//! ```text
+//! cargo +nightly fuzz run config fuzz/corpus/config fuzz/seeds/config
+//! ```
+
+#![no_main]
+
+use burn::backend::Flex;
+use burn_lora::LoraAdapters;
+use libfuzzer_sys::fuzz_target;
+
+/// Two linear layers with adapters of rank 1, a trained bias and a head.
+fn weights() -> Vec<u8> {
+    let mut header = String::from("{");
+    let mut end = 0;
+    for (key, shape) in [
+        ("layers.0.fc.lora_A.weight", [1, 2]),
+        ("layers.0.fc.lora_B.weight", [3, 1]),
+        ("layers.1.fc.lora_A.weight", [1, 2]),
+        ("layers.1.fc.lora_B.weight", [3, 1]),
+    ] {
+        let start = end;
+        end += 4 * shape[0] * shape[1];
+        let comma = if start == 0 { "" } else { "," };
+        header += &format!(
+            r#"{comma}"base_model.model.{key}": {{"dtype": "F32", "shape": {shape:?},
+            "data_offsets": [{start}, {end}]}}"#
+        );
+    }
+    header += "}";
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + end, 0);
+    bytes
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    if let Ok(set) = LoraAdapters::<Flex>::from_bytes(bytes, &weights(), &Default::default()) {
+        assert_eq!(set.len(), 2);
+        assert!(set.iter().all(|(_, adapter)| adapter.alpha.is_finite()));
+    }
+});

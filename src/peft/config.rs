@@ -1,0 +1,404 @@
+//! `adapter_config.json`: what it says about the adapters, and which layers it means.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burn::tensor::backend::Backend;
+use regex::Regex;
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::json::{Entries, check_object};
+use crate::{LoraAdapters, LoraError, Scaling};
+
+/// Fields that change what an adapter computes, in ways that are not supported. Off, they are null,
+/// false or empty.
+const UNSUPPORTED: [&str; 11] = [
+    "alora_invocation_tokens",
+    "kasa_config",
+    "layer_replication",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+    "arrow_config",
+];
+
+/// Initialisations that move a part of the base's weight into the adapter. Such an adapter does not
+/// fit the base that others know.
+const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
+
+/// What the file says about the adapters.
+#[derive(Debug, Deserialize)]
+pub(crate) struct PeftConfig {
+    peft_type: Option<String>,
+    #[serde(default = "default_rank")]
+    r: usize,
+    #[serde(default = "default_alpha")]
+    lora_alpha: f64,
+    #[serde(default)]
+    pub lora_dropout: f64,
+    #[serde(default)]
+    use_rslora: bool,
+    #[serde(default)]
+    rank_pattern: Entries<usize>,
+    #[serde(default)]
+    alpha_pattern: Entries<f64>,
+    #[serde(default)]
+    pub lora_bias: bool,
+    #[serde(default)]
+    bias: BiasMode,
+    modules_to_save: Option<Vec<String>>,
+    target_modules: Option<Modules>,
+    exclude_modules: Option<Modules>,
+    layers_to_transform: Option<Indices>,
+    layers_pattern: Option<Names>,
+    init_lora_weights: Option<Value>,
+    /// Everything else.
+    #[serde(flatten)]
+    pub others: BTreeMap<String, Value>,
+}
+
+fn default_rank() -> usize {
+    8
+}
+
+fn default_alpha() -> f64 {
+    8.0
+}
+
+/// Which biases of the base were trained, and are in the file.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum BiasMode {
+    #[default]
+    None,
+    All,
+    LoraOnly,
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Modules {
+    /// A regular expression, or "all-linear".
+    Expression(String),
+    /// Names, or ends of names.
+    Names(Vec<String>),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Indices {
+    One(usize),
+    Many(Vec<usize>),
+}
+
+#[derive(Clone, Debug, Deserialize)]
+#[serde(untagged)]
+enum Names {
+    One(String),
+    Many(Vec<String>),
+}
+
+/// Which layers a configuration means, by PEFT's rules.
+#[derive(Clone, Debug)]
+pub(crate) struct Targets {
+    targets: Matcher,
+    excludes: Option<Matcher>,
+    modules_to_save: Vec<String>,
+    /// The layers' indices, and how to find them in a path.
+    layers: Option<(Vec<usize>, Vec<Regex>)>,
+}
+
+#[derive(Clone, Debug)]
+enum Matcher {
+    Expression(Regex),
+    Names(Vec<String>),
+}
+
+pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
+    let invalid = |problem: String| LoraError::InvalidFile { file: file.to_owned(), problem };
+    let unsupported = |field: &str, reason: String| LoraError::Unsupported {
+        file: file.to_owned(),
+        field: field.to_owned(),
+        reason,
+    };
+    check_object(text).map_err(invalid)?;
+    let config: PeftConfig =
+        serde_json::from_slice(text).map_err(|error| invalid(error.to_string()))?;
+
+    match config.peft_type.as_deref() {
+        Some("LORA") => {}
+        Some(other) => return Err(unsupported("peft_type", format!(": it is {other}, not LORA"))),
+        None => return Err(invalid("`peft_type` is missing; LORA is expected".to_owned())),
+    }
+    for field in UNSUPPORTED {
+        if config.others.get(field).is_some_and(is_on) {
+            return Err(unsupported(field, String::new()));
+        }
+    }
+    if let Some(Value::String(init)) = &config.init_lora_weights
+        && BASE_CHANGING.iter().any(|it| init.starts_with(it))
+    {
+        let reason = format!(
+            ": {init} changes the base's weights; convert the adapter in PEFT with \
+             `save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
+        );
+        return Err(unsupported("init_lora_weights", reason));
+    }
+    let ranks = config.rank_pattern.0.iter().map(|(_, rank)| *rank);
+    if ranks.chain([config.r]).any(|rank| rank == 0) {
+        return Err(invalid("a rank is 0".to_owned()));
+    }
+    let alphas = config.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
+    if alphas.chain([config.lora_alpha]).any(|alpha| !alpha.is_finite()) {
+        return Err(invalid("an alpha is not finite".to_owned()));
+    }
+    if !(0.0..1.0).contains(&config.lora_dropout) {
+        return Err(invalid(format!("`lora_dropout` is {}, not in [0, 1)", config.lora_dropout)));
+    }
+    // Patterns that PEFT's regular expressions know and ours do not would set a wrong rank.
+    let ranks = config.rank_pattern.0.iter().map(|(pattern, _)| pattern);
+    let alphas = config.alpha_pattern.0.iter().map(|(pattern, _)| pattern);
+    for pattern in ranks.chain(alphas) {
+        suffix_pattern(pattern)
+            .map_err(|error| invalid(format!("pattern `{pattern}`: {error}")))?;
+    }
+    Ok(config)
+}
+
+fn is_on(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        _ => true,
+    }
+}
+
+/// PEFT's rule for the keys of rank and alpha patterns.
+fn suffix_pattern(pattern: &str) -> Result<Regex, Box<regex::Error>> {
+    Regex::new(&format!(r"^(?:(?:.*\.)?(?:{pattern})$)")).map_err(Box::new)
+}
+
+fn first_match<V: Copy>(patterns: &Entries<V>, path: &str) -> Option<V> {
+    let mut patterns = patterns.0.iter();
+    let first = patterns.find(|(key, _)| suffix_pattern(key).is_ok_and(|it| it.is_match(path)));
+    first.map(|(_, value)| *value)
+}
+
+impl PeftConfig {
+    pub fn rank(&self, path: &str) -> usize {
+        first_match(&self.rank_pattern, path).unwrap_or(self.r)
+    }
+
+    pub fn alpha(&self, path: &str) -> f64 {
+        first_match(&self.alpha_pattern, path).unwrap_or(self.lora_alpha)
+    }
+
+    pub fn scaling(&self) -> Scaling {
+        if self.use_rslora { Scaling::AlphaOverSqrtRank } else { Scaling::AlphaOverRank }
+    }
+
+    pub fn modules_to_save(&self) -> &[String] {
+        self.modules_to_save.as_deref().unwrap_or_default()
+    }
+
+    /// Whether the file may hold the parameter `name`, trained in full; `of_target` is whether it
+    /// belongs to the base of an adapted layer.
+    pub fn saves(&self, name: &str, of_target: bool) -> bool {
+        let is_bias = name == "bias" || name.ends_with(".bias");
+        let by_mode = match self.bias {
+            BiasMode::None => false,
+            BiasMode::All => is_bias,
+            BiasMode::LoraOnly => is_bias && of_target,
+        };
+        by_mode || within_any(self.modules_to_save(), name)
+    }
+
+    /// The layers that are meant; nothing if an expression is beyond this crate's regular
+    /// expressions, or the file names none.
+    pub fn targets(&self) -> Option<Targets> {
+        let layers = match &self.layers_to_transform {
+            None => None,
+            Some(Indices::One(index)) => Some(vec![*index]),
+            Some(Indices::Many(indices)) if indices.is_empty() => None,
+            Some(Indices::Many(indices)) => Some(indices.clone()),
+        };
+        let patterns = match &self.layers_pattern {
+            None => vec![],
+            Some(Names::One(pattern)) => vec![pattern.clone()],
+            Some(Names::Many(patterns)) => patterns.clone(),
+        };
+        let patterns = if patterns.is_empty() { vec!["[^.]*".to_owned()] } else { patterns };
+        let finders: Result<Vec<_>, _> =
+            patterns.iter().map(|it| Regex::new(&format!(r"^.*?\.{it}\.(\d+)\."))).collect();
+        let excludes = match &self.exclude_modules {
+            Some(modules) => Some(Matcher::new(modules)?),
+            None => None,
+        };
+        Some(Targets {
+            targets: Matcher::new(self.target_modules.as_ref()?)?,
+            excludes,
+            modules_to_save: self.modules_to_save().to_vec(),
+            layers: layers.zip(Some(finders.ok()?)),
+        })
+    }
+}
+
+/// Whether the path is one of the modules, ends with one, or lies within one.
+fn within_any(modules: &[String], path: &str) -> bool {
+    let ends = path.match_indices('.').map(|(end, _)| end).chain([path.len()]);
+    ends.into_iter().any(|end| is_or_ends_with(modules, &path[..end]))
+}
+
+fn is_or_ends_with(names: &[String], path: &str) -> bool {
+    names.iter().any(|name| {
+        path.strip_suffix(name.as_str()).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    })
+}
+
+impl Matcher {
+    fn new(modules: &Modules) -> Option<Self> {
+        match modules {
+            Modules::Names(names) => Some(Self::Names(names.clone())),
+            Modules::Expression(all) if all.eq_ignore_ascii_case("all-linear") => None,
+            Modules::Expression(expression) => {
+                Regex::new(&format!("^(?:{expression})$")).ok().map(Self::Expression)
+            }
+        }
+    }
+
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Self::Expression(regex) => regex.is_match(path),
+            Self::Names(names) => is_or_ends_with(names, path),
+        }
+    }
+}
+
+impl Targets {
+    pub fn matches(&self, path: &str) -> bool {
+        if self.excludes.as_ref().is_some_and(|excludes| excludes.matches(path))
+            || within_any(&self.modules_to_save, path)
+            || !self.targets.matches(path)
+        {
+            return false;
+        }
+        match (&self.targets, &self.layers) {
+            // A name in full stands for itself, whatever the indices say.
+            (Matcher::Names(names), Some((indices, finders)))
+                if !names.iter().any(|name| name == path) =>
+            {
+                let found = finders.iter().find_map(|finder| finder.captures(path));
+                let index = found.and_then(|found| found[1].parse().ok());
+                index.is_some_and(|index| indices.contains(&index))
+            }
+            _ => true,
+        }
+    }
+
+    /// The names, or the expression, that match none of the paths.
+    pub fn unmatched<'a>(&self, paths: impl Iterator<Item = &'a str> + Clone) -> Vec<String> {
+        match &self.targets {
+            Matcher::Expression(regex) if !paths.clone().any(|path| regex.is_match(path)) => {
+                vec![regex.as_str().to_owned()]
+            }
+            Matcher::Expression(_) => vec![],
+            Matcher::Names(names) => {
+                let matches = |name: &String| {
+                    paths.clone().any(|path| is_or_ends_with(std::slice::from_ref(name), path))
+                };
+                names.iter().filter(|name| !matches(name)).cloned().collect()
+            }
+        }
+    }
+}
+
+/// The text of the file that describes `set`.
+pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec<u8>, LoraError> {
+    let unsupported = |field: &str, reason: &str| LoraError::Unsupported {
+        file: file.to_owned(),
+        field: field.to_owned(),
+        reason: reason.to_owned(),
+    };
+    let Some(first) = set.adapters.values().next() else {
+        return Err(unsupported("an empty set", ": there is no adapter to save"));
+    };
+    if set.adapters.contains_key("") {
+        return Err(unsupported("a layer without a name", ": make it the field of a model"));
+    }
+
+    // One rule for all: rsLoRA's if it is everybody's, and otherwise alpha/rank.
+    let rslora = set.adapters.values().all(|it| it.scaling == Scaling::AlphaOverSqrtRank);
+    let alpha = |path: &str| {
+        let adapter = &set.adapters[path];
+        match adapter.scaling {
+            Scaling::AlphaOverSqrtRank if rslora => adapter.alpha,
+            Scaling::AlphaOverRank => adapter.alpha,
+            _ => adapter.scale() * adapter.rank() as f64,
+        }
+    };
+    let paths = || set.adapters.keys();
+    let exactly = |path: &str| format!("^{}", regex::escape(path));
+    let (rank, common_alpha) = (first.rank(), alpha(paths().next().expect("there is one")));
+    let ranks = paths().filter(|path| set.adapters[*path].rank() != rank);
+    let ranks: BTreeMap<_, _> =
+        ranks.map(|path| (exactly(path), set.adapters[path].rank())).collect();
+    let alphas = paths().filter(|path| alpha(path) != common_alpha);
+    let alphas: BTreeMap<_, _> = alphas.map(|path| (exactly(path), number(alpha(path)))).collect();
+    let dropout = set.adapters.values().map(|it| it.dropout.prob).fold(0.0, f64::max);
+
+    let biases: BTreeSet<_> = set
+        .extras
+        .keys()
+        .filter(|name| !within_any(&set.modules_to_save, name))
+        .map(String::as_str)
+        .collect();
+    let of_target = |name: &&str| {
+        name.strip_suffix(".bias").is_some_and(|path| set.adapters.contains_key(path))
+    };
+    let bias = match &biases {
+        biases if biases.is_empty() => "none",
+        biases if biases.iter().all(|name| of_target(name)) => "lora_only",
+        _ => "all",
+    };
+
+    let mut fields = set.config.clone();
+    for (name, value) in [
+        ("alpha_pattern", json!(alphas)),
+        ("bias", json!(bias)),
+        ("inference_mode", json!(true)),
+        ("init_lora_weights", json!(true)),
+        ("lora_alpha", number(common_alpha)),
+        ("lora_bias", json!(set.adapters.values().any(|it| it.bias.is_some()))),
+        ("lora_dropout", json!(dropout)),
+        ("peft_type", json!("LORA")),
+        ("r", json!(rank)),
+        ("rank_pattern", json!(ranks)),
+        ("target_modules", json!(paths().collect::<Vec<_>>())),
+        ("use_rslora", json!(rslora)),
+    ] {
+        fields.insert(name.to_owned(), value);
+    }
+    for (name, value) in [
+        ("base_model_name_or_path", Value::Null),
+        ("fan_in_fan_out", json!(false)),
+        ("task_type", Value::Null),
+    ] {
+        fields.entry(name.to_owned()).or_insert(value);
+    }
+    if !set.modules_to_save.is_empty() {
+        fields.insert("modules_to_save".to_owned(), json!(set.modules_to_save));
+    }
+    let mut text = serde_json::to_vec_pretty(&fields).expect("maps of JSON can be written");
+    text.push(b'\n');
+    Ok(text)
+}
+
+/// The number as PEFT writes it: without a fraction if it has none.
+fn number(value: f64) -> Value {
+    if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
+}

@@ -1,0 +1,60 @@
+"""Has this crate write adapters, loads them into Python's PEFT library, and compares what they
+compute. Needs the environment of make_fixtures.py; one command:
+
+    venv/bin/python tests/peft/check_saved.py
+"""
+
+import json
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file
+
+from make_fixtures import base_model
+
+WEIGHTS = "adapter_model.safetensors"
+ROOT = Path(__file__).parent.parent.parent
+
+
+def main():
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run(
+            ["cargo", "test", "--quiet", "--test", "suite", "--", "--ignored", "--exact",
+             "peft::write_for_python"],
+            cwd=ROOT, env={**os.environ, "PEFT_OUT": out}, check=True, stdout=subprocess.DEVNULL,
+        )
+        worst = 0.0
+        directories = sorted(Path(out).iterdir())
+        assert directories, "nothing was written"
+        for path in directories:
+            config = PeftConfig.from_pretrained(path)
+            config.inference_mode = False
+            model = get_peft_model(base_model(), config)
+            result = set_peft_model_state_dict(model, load_peft_weights(path))
+            assert not result.unexpected_keys, result.unexpected_keys
+            # All that PEFT may miss is the base, which the file does not hold.
+            trained = {name for name, it in model.named_parameters() if it.requires_grad}
+            lost = trained.intersection(result.missing_keys)
+            assert trained and not lost, lost
+            # Saved again by PEFT, every tensor has the same bits.
+            model.save_pretrained(path / "again")
+            ours, theirs = (load_file(it / WEIGHTS) for it in (path, path / "again"))
+            assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours), path
+            model = PeftModel.from_pretrained(base_model(), path).eval()
+            expected = json.loads((path / "expected.json").read_text())
+            x = torch.tensor(expected["x"]).reshape(5, 6)
+            error = (model(x) - torch.tensor(expected["y"]).reshape(5, 3)).abs().max().item()
+            worst = max(worst, error)
+            print(f"{path.name:<20} largest difference {error:.1e}")
+            assert error < 1e-5, path
+        print(f"{len(directories)} directories, largest difference {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()
