@@ -362,7 +362,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     };
     let bias = match &biases {
         biases if biases.is_empty() => "none",
-        biases if biases.iter().all(|name| of_target(name)) => "lora_only",
+        biases if biases.iter().all(of_target) => "lora_only",
         _ => "all",
     };
 
