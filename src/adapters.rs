@@ -1,10 +1,16 @@
 //! A model's adapters as a value.
 
+mod combine;
+pub(crate) mod low_rank;
+
 use std::{collections::BTreeMap, fmt};
 
 use burn::tensor::{Tensor, backend::Backend};
 
 use crate::{LoraAdapter, peft::Targets};
+
+pub use combine::Combination;
+pub use low_rank::Approximation;
 
 /// The adapters of a whole model, by the paths of its layers, apart from the model.
 ///

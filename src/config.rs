@@ -268,7 +268,7 @@ fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T
 /// The 64-bit FNV-1a hash: unlike the standard library's hasher it never changes, and neither may
 /// the weights that a seed stands for. The empty path hashes to zero, so that a single layer draws
 /// from the seed itself.
-fn fnv1a(text: &str) -> u64 {
+pub(crate) fn fnv1a(text: &str) -> u64 {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;
     OFFSET ^ text.bytes().fold(OFFSET, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(PRIME))

@@ -89,6 +89,15 @@ pub enum LoraError {
         reason: String,
     },
 
+    /// Sets of adapters cannot be combined.
+    #[error("the sets cannot be combined: `{path}`: {problem}")]
+    Incompatible {
+        /// The layer, the parameter or the argument.
+        path: String,
+        /// Why not, and what to do.
+        problem: String,
+    },
+
     /// Merging would write NaN or infinity into a weight: the adapter has most likely diverged.
     #[error("merging `{path}` would produce NaN or infinite weights; nothing was merged")]
     NotFinite {

@@ -3,7 +3,7 @@
 
 mod linear;
 
-use burn::tensor::backend::Backend;
+use burn::tensor::{Tensor, backend::Backend};
 
 use crate::LoraAdapter;
 
@@ -33,6 +33,9 @@ pub trait LoraLayer<B: Backend> {
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
     fn weight_shape(&self) -> [usize; 2];
+
+    /// The base's weight seen as a matrix, as a constant: `[d_input, d_output]`.
+    fn weight_matrix(&self) -> Tensor<B, 2>;
 
     /// How many parameters the base has, its bias included.
     fn num_base_params(&self) -> usize;

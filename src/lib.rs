@@ -13,7 +13,7 @@ mod report;
 mod walk;
 
 pub use adapter::{LoraAdapter, LoraAdapterRecord};
-pub use adapters::LoraAdapters;
+pub use adapters::{Approximation, Combination, LoraAdapters};
 pub use config::{Init, LoraConfig, Scaling};
 pub use error::{LoraError, Mismatch};
 pub use layer::{LoraLayer, LoraLinear, LoraLinearRecord};

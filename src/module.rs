@@ -1,12 +1,13 @@
 //! Whole-model operations.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use burn::{module::Module, tensor::backend::Backend};
 
 use crate::{
-    LayerReport, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLayer, LoraLinear, Merged,
-    ParameterReport,
+    Approximation, LayerReport, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLayer,
+    LoraLinear, Merged, ParameterReport,
+    adapters::low_rank,
     error::Mismatch,
     pattern::{Pattern, require_matches},
     walk,
@@ -181,6 +182,40 @@ pub trait LoraModule<B: Backend>: Module<B> {
             layer.set_adapter(adapter.map(|adapter| adapter.fork(&device)));
         }
         Ok(walk::write_extras(model, &adapters.extras))
+    }
+
+    /// Adapters that turn this model into `tuned`, a version of it that was trained in full, as well
+    /// as the ranks in `config` allow: the best approximation of the difference of each weight that
+    /// `config` chooses. Biases, and layers that were not chosen, are left out; what
+    /// `config.modules_to_save` names is taken from `tuned`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`attach`](Self::attach).
+    ///
+    /// # Panics
+    ///
+    /// If the two models' layers differ.
+    fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
+        config.validate()?;
+        let (mut base, mut tuned) = (initialized(self), initialized(tuned));
+        let mut set = tuned.adapters(config)?;
+        set.adapters.clear();
+        let layers = listed(&mut base);
+        let chosen = choose(config, &layers.paths())?;
+        let tuned_layers = listed(&mut tuned);
+        assert_eq!(layers.paths(), tuned_layers.paths(), "the two models' layers must be the same");
+        let mut kept = BTreeMap::new();
+        for ((path, layer), (_, tuned)) in layers.0.into_iter().zip(tuned_layers.0) {
+            if chosen.contains(&path) {
+                let rank = config.for_layer(&path)?.rank;
+                let delta = tuned.weight_matrix() - layer.weight_matrix();
+                let (adapter, share) = low_rank::extract(delta, rank);
+                set.adapters.insert(path.clone(), adapter);
+                kept.insert(path, share);
+            }
+        }
+        Ok(Approximation { adapters: set, kept })
     }
 
     /// The model with its adapters merged into the base, which then costs what it did without them.

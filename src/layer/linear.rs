@@ -111,6 +111,10 @@ impl<B: Backend> LoraLayer<B> for LoraLinear<B> {
         self.base.weight.lazy_shape().dims()
     }
 
+    fn weight_matrix(&self) -> Tensor<B, 2> {
+        frozen(&self.base.weight)
+    }
+
     fn num_base_params(&self) -> usize {
         let [d_input, d_output] = self.weight_shape();
         d_input * d_output + if self.base.bias.is_some() { d_output } else { 0 }

@@ -89,6 +89,24 @@ def trained():
     save("trained", model, torch.randn(5, 6))
 
 
+def combined():
+    """Two adapters, and what PEFT makes of them with the weights 0.7 and -0.4."""
+    path = FIXTURES / "combined"
+    shutil.rmtree(path, ignore_errors=True)
+    options = {"target_modules": ["fc1", "head"], "init_lora_weights": False}
+    model = get_peft_model(base_model(), LoraConfig(r=4, lora_alpha=6, **options), "one")
+    model.add_adapter("two", LoraConfig(r=4, lora_alpha=10, **options))
+    names = ["one", "two"]
+    for kind, arguments in [("linear", {}), ("cat", {}), ("ties", {"density": 0.6})]:
+        model.add_weighted_adapter(
+            ["one", "two"], [0.7, -0.4], kind, combination_type=kind, **arguments
+        )
+        names.append(kind)
+    model.save_pretrained(path, selected_adapters=names)
+    (path / "README.md").unlink()
+    print(f"combined: {names}")
+
+
 def main():
     torch.manual_seed(20)
     FIXTURES.mkdir(exist_ok=True)
@@ -117,6 +135,7 @@ def main():
     case("bf16", dtype=torch.bfloat16, target_modules=["fc1", "head"])
     case("dora", target_modules=["fc1"], use_dora=True)
     trained()
+    combined()
 
 
 if __name__ == "__main__":

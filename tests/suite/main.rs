@@ -6,6 +6,7 @@ mod backend;
 mod model;
 mod oracle;
 
+mod algebra;
 mod correctness;
 mod dropout;
 mod freezing;

@@ -1,0 +1,265 @@
+//! Sets of adapters as vectors: scaled, added, and merged in the ways of the literature.
+
+use burn::{
+    module::Param,
+    nn::Dropout,
+    tensor::{Tensor, TensorData, backend::Backend},
+};
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+
+use super::LoraAdapters;
+use crate::{LoraAdapter, LoraError, Scaling, adapter::frozen, config::fnv1a};
+
+/// How [`LoraAdapters::combine`] forms one adapter of several, for each layer.
+///
+/// Only [`Concatenate`](Self::Concatenate) adds the updates themselves. The others merge the factors
+/// A and B apart, as PEFT does: they need equal ranks, keep that rank, and are approximations, since
+/// the product of two sums is not the sum of the products.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub enum Combination {
+    /// The weighted sum of the updates, exactly: the factors side by side, so that ranks add up.
+    Concatenate,
+    /// The weighted sums of the factors, each weighted by the root of its weight: PEFT's "linear".
+    Linear,
+    /// TIES ([Yadav et al. 2023](https://arxiv.org/abs/2306.01708)): of each factor only the largest
+    /// elements are kept, and where they disagree on the sign, those of the stronger one.
+    Ties {
+        /// The share of elements to keep, in `(0, 1]`.
+        density: f64,
+    },
+    /// DARE ([Yu et al. 2023](https://arxiv.org/abs/2311.03099)): elements are dropped at random, and
+    /// the others enlarged to make up for it, before the factors are added.
+    Dare {
+        /// The probability with which an element is kept, in `(0, 1]`.
+        density: f64,
+        /// The seed of what is dropped.
+        seed: u64,
+    },
+    /// DARE's dropping, and then TIES's election of signs.
+    DareTies {
+        /// The probability with which an element is kept, in `(0, 1]`.
+        density: f64,
+        /// The seed of what is dropped.
+        seed: u64,
+    },
+}
+
+impl<B: Backend> LoraAdapters<B> {
+    /// The adapters with all updates multiplied by `by`, exactly: -1 takes a task away instead of
+    /// adding it. What was trained in full stays as it is.
+    pub fn scaled(&self, by: f64) -> Self {
+        let mut set = self.clone();
+        for adapter in set.adapters.values_mut() {
+            adapter.alpha *= by;
+        }
+        set
+    }
+
+    /// One set of several, each with its weight: for each layer the weighted sum of the updates, or
+    /// another combination of them. A layer that only some of the sets adapt takes part with those.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), burn_lora::LoraError> {
+    /// use burn::{backend::Flex, tensor::Tensor};
+    /// use burn_lora::{Combination, LoraAdapter, LoraAdapters, Scaling};
+    ///
+    /// let device = Default::default();
+    /// let set = |value: f32| {
+    ///     let a = Tensor::<Flex, 2>::full([4, 2], value, &device);
+    ///     let b = Tensor::full([2, 3], value, &device);
+    ///     LoraAdapters::new([("fc", LoraAdapter::new(a, b, 1.0, Scaling::Alpha))])
+    /// };
+    /// let (one, two) = (set(1.0), set(2.0));
+    /// let sum = LoraAdapters::combine(&[(&one, 0.5), (&two, 0.25)], Combination::Concatenate)?;
+    /// assert_eq!(sum.get("fc").unwrap().rank(), 4);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::Incompatible`] if adapters of one layer have different shapes, or for the
+    /// approximate ways different ranks; if a set has parameters that were trained in full, of
+    /// which there can be no sum; or if a weight or a density makes no sense.
+    pub fn combine(parts: &[(&Self, f64)], how: Combination) -> Result<Self, LoraError> {
+        let incompatible = |path: &str, problem: String| {
+            Err(LoraError::Incompatible { path: path.to_owned(), problem })
+        };
+        if let Combination::Ties { density }
+        | Combination::Dare { density, .. }
+        | Combination::DareTies { density, .. } = how
+            && !(density > 0.0 && density <= 1.0)
+        {
+            return incompatible("density", format!("it is {density}, and must be in (0, 1]"));
+        }
+        for (set, weight) in parts {
+            if !weight.is_finite() {
+                return incompatible("weights", format!("{weight} is not finite"));
+            }
+            if let Some(name) = set.extras.keys().next() {
+                return incompatible(
+                    name,
+                    "it was trained in full, and cannot be added".to_owned(),
+                );
+            }
+        }
+        let mut paths: Vec<_> = parts.iter().flat_map(|(set, _)| set.adapters.keys()).collect();
+        paths.sort();
+        paths.dedup();
+        let mut combined = Vec::new();
+        for path in paths {
+            let parts: Vec<_> = parts
+                .iter()
+                .filter_map(|(set, weight)| Some((set.adapters.get(path)?, *weight)))
+                .collect();
+            let first = parts[0].0;
+            for (adapter, _) in &parts {
+                if adapter.shape() != first.shape() {
+                    let shapes = (first.shape(), adapter.shape());
+                    return incompatible(path, format!("shapes differ: {shapes:?}"));
+                }
+                if how != Combination::Concatenate && adapter.rank() != first.rank() {
+                    let ranks = (first.rank(), adapter.rank());
+                    let problem = format!("ranks differ: {ranks:?}; truncate or concatenate");
+                    return incompatible(path, problem);
+                }
+            }
+            let mut adapter = match how {
+                Combination::Concatenate => concatenate(&parts),
+                how => factorwise(&parts, how, path),
+            };
+            let dropout = parts.iter().map(|(it, _)| it.dropout.prob).fold(0.0, f64::max);
+            adapter.dropout = Dropout { prob: dropout };
+            combined.push((path.clone(), adapter));
+        }
+        Ok(Self::new(combined))
+    }
+}
+
+/// The weighted sum of the updates.
+fn concatenate<B: Backend>(parts: &[(&LoraAdapter<B>, f64)]) -> LoraAdapter<B> {
+    let scales: Vec<_> = parts.iter().map(|(adapter, weight)| adapter.scale() * weight).collect();
+    // A scale that all share stays a scale, and no factor is rounded.
+    let alpha = if scales.iter().all(|scale| *scale == scales[0]) { scales[0] } else { 1.0 };
+    let own = |scale: f64| if alpha == scale { 1.0 } else { scale / alpha };
+    let a = parts.iter().map(|(adapter, _)| frozen(&adapter.a)).collect();
+    let b = parts.iter().zip(&scales);
+    let b = b.map(|((adapter, _), scale)| times(frozen(&adapter.b), own(*scale))).collect();
+    let mut sum = LoraAdapter::new(Tensor::cat(a, 1), Tensor::cat(b, 0), alpha, Scaling::Alpha);
+    let biases = parts.iter().zip(&scales).filter_map(|((adapter, _), scale)| {
+        Some(times(frozen(adapter.bias.as_ref()?), own(*scale)))
+    });
+    sum.bias = biases.reduce(|sum, bias| sum + bias).map(Param::from_tensor);
+    sum
+}
+
+/// The factors merged apart. Each part's weight and scale are shared evenly by its two factors; a
+/// negative one turns the sign of A.
+fn factorwise<B: Backend>(
+    parts: &[(&LoraAdapter<B>, f64)],
+    how: Combination,
+    path: &str,
+) -> LoraAdapter<B> {
+    let scales: Vec<_> = parts.iter().map(|(adapter, weight)| adapter.scale() * weight).collect();
+    let for_a: Vec<_> = scales.iter().map(|it| it.abs().sqrt().copysign(*it)).collect();
+    let for_b: Vec<_> = scales.iter().map(|it| it.abs().sqrt()).collect();
+    let a = parts.iter().map(|(adapter, _)| frozen(&adapter.a)).collect();
+    let b = parts.iter().map(|(adapter, _)| frozen(&adapter.b)).collect();
+    let (a, b) = (merge(a, &for_a, how, path, "A"), merge(b, &for_b, how, path, "B"));
+    let mut merged = LoraAdapter::new(a, b, 1.0, Scaling::Alpha);
+    // Biases are added as they are: of them there is no product.
+    let biases = parts
+        .iter()
+        .zip(&scales)
+        .filter_map(|((adapter, _), scale)| Some(times(frozen(adapter.bias.as_ref()?), *scale)));
+    merged.bias = biases.reduce(|sum, bias| sum + bias).map(Param::from_tensor);
+    merged
+}
+
+fn merge<B: Backend>(
+    tensors: Vec<Tensor<B, 2>>,
+    weights: &[f64],
+    how: Combination,
+    path: &str,
+    factor: &str,
+) -> Tensor<B, 2> {
+    let weighted = |tensors: Vec<Tensor<B, 2>>| {
+        let weighted = tensors.into_iter().zip(weights);
+        weighted.map(|(tensor, weight)| times(tensor, *weight)).reduce(|sum, it| sum + it)
+    };
+    let pruned = |tensors: Vec<Tensor<B, 2>>, prune: &dyn Fn(&mut [f32], usize)| {
+        let tensors = tensors.into_iter().enumerate();
+        tensors.map(|(part, it)| on_host(it, |values| prune(values, part))).collect::<Vec<_>>()
+    };
+    let drop = |density: f64, seed: u64| {
+        move |values: &mut [f32], part: usize| {
+            let stream = fnv1a(&format!("{path}.{factor}.{part}"));
+            drop_randomly(values, density, &mut StdRng::seed_from_u64(seed ^ stream));
+        }
+    };
+    let merged = match how {
+        Combination::Concatenate => unreachable!("this way does not merge factors"),
+        Combination::Linear => weighted(tensors),
+        Combination::Dare { density, seed } => weighted(pruned(tensors, &drop(density, seed))),
+        Combination::Ties { density } => {
+            let keep = |values: &mut [f32], _: usize| keep_largest(values, density);
+            Some(elect(pruned(tensors, &keep), weights))
+        }
+        Combination::DareTies { density, seed } => {
+            Some(elect(pruned(tensors, &drop(density, seed)), weights))
+        }
+    };
+    merged.expect("a layer is combined of at least one part")
+}
+
+/// Sets all but the `density` largest elements to zero.
+fn keep_largest(values: &mut [f32], density: f64) {
+    let keep = (density * values.len() as f64) as usize;
+    let mut order: Vec<_> = (0..values.len()).collect();
+    order.sort_by(|&i, &j| values[j].abs().total_cmp(&values[i].abs()));
+    for &index in &order[keep..] {
+        values[index] = 0.0;
+    }
+}
+
+/// Keeps each element with probability `density`, enlarged so that the mean stays.
+fn drop_randomly(values: &mut [f32], density: f64, rng: &mut StdRng) {
+    for value in values {
+        *value = if rng.random_bool(density) { *value / density as f32 } else { 0.0 };
+    }
+}
+
+/// The weighted mean, for each element, of those that have the sign of the sum of all.
+fn elect<B: Backend>(tensors: Vec<Tensor<B, 2>>, weights: &[f64]) -> Tensor<B, 2> {
+    let parts: Vec<Vec<f32>> = tensors.iter().map(|tensor| values(tensor.clone())).collect();
+    on_host(tensors[0].clone(), |merged| {
+        for (index, merged) in merged.iter_mut().enumerate() {
+            let total: f32 = parts.iter().map(|part| part[index]).sum();
+            let sign = if total >= 0.0 { 1.0 } else { -1.0 };
+            let (mut sum, mut count) = (0.0, 0);
+            for (part, weight) in parts.iter().zip(weights) {
+                if part[index] * sign > 0.0 {
+                    sum += f64::from(part[index]) * weight;
+                    count += 1;
+                }
+            }
+            *merged = (sum / f64::from(count.max(1))) as f32;
+        }
+    })
+}
+
+fn times<B: Backend, const D: usize>(tensor: Tensor<B, D>, by: f64) -> Tensor<B, D> {
+    if by == 1.0 { tensor } else { tensor.mul_scalar(by) }
+}
+
+fn values<B: Backend>(tensor: Tensor<B, 2>) -> Vec<f32> {
+    tensor.into_data().convert::<f32>().to_vec().expect("the data was converted to this type")
+}
+
+fn on_host<B: Backend>(tensor: Tensor<B, 2>, change: impl FnOnce(&mut [f32])) -> Tensor<B, 2> {
+    let (shape, device) = (tensor.dims(), tensor.device());
+    let mut values = values(tensor);
+    change(&mut values);
+    Tensor::from_data(TensorData::new(values, shape), &device)
+}
