@@ -32,7 +32,8 @@ pub use low_rank::Approximation;
 /// ```
 #[derive(Clone, Debug)]
 pub struct LoraAdapters<B: Backend> {
-    pub(crate) adapters: BTreeMap<String, LoraAdapter<B>>,
+    /// Boxed, since the nodes of a map leave room for more values than they hold.
+    pub(crate) adapters: BTreeMap<String, Box<LoraAdapter<B>>>,
     /// What was trained in full, by PyTorch's name and in PyTorch's layout: only a model knows what
     /// of it to transpose.
     pub(crate) extras: BTreeMap<String, Extra<B>>,
@@ -56,7 +57,7 @@ impl<B: Backend> LoraAdapters<B> {
     /// A set of the given adapters, by the paths of their layers.
     pub fn new<S: Into<String>>(adapters: impl IntoIterator<Item = (S, LoraAdapter<B>)>) -> Self {
         Self {
-            adapters: adapters.into_iter().map(|(path, it)| (path.into(), it)).collect(),
+            adapters: adapters.into_iter().map(|(path, it)| (path.into(), Box::new(it))).collect(),
             extras: BTreeMap::new(),
             modules_to_save: Vec::new(),
             targets: None,
@@ -66,12 +67,12 @@ impl<B: Backend> LoraAdapters<B> {
 
     /// The adapter of the layer at `path`.
     pub fn get(&self, path: &str) -> Option<&LoraAdapter<B>> {
-        self.adapters.get(path)
+        self.adapters.get(path).map(Box::as_ref)
     }
 
     /// The layers' paths and adapters, in alphabetical order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &LoraAdapter<B>)> {
-        self.adapters.iter().map(|(path, adapter)| (path.as_str(), adapter))
+        self.adapters.iter().map(|(path, adapter)| (path.as_str(), adapter.as_ref()))
     }
 
     /// The number of adapters.
@@ -86,7 +87,7 @@ impl<B: Backend> LoraAdapters<B> {
 
     /// The number of parameters, those trained in full included.
     pub fn num_params(&self) -> usize {
-        let adapters = self.adapters.values().map(LoraAdapter::num_trainable);
+        let adapters = self.adapters.values().map(|it| it.num_trainable());
         adapters.chain(self.extras.values().map(Extra::num_elements)).sum()
     }
 

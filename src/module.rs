@@ -211,7 +211,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
                 let rank = config.for_layer(&path)?.rank;
                 let delta = tuned.weight_matrix() - layer.weight_matrix();
                 let (adapter, share) = low_rank::extract(delta, rank);
-                set.adapters.insert(path.clone(), adapter);
+                set.adapters.insert(path.clone(), Box::new(adapter));
                 kept.insert(path, share);
             }
         }

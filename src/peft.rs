@@ -6,7 +6,11 @@ mod directory;
 mod json;
 mod tensors;
 
-use std::{fs, path::Path};
+use std::{
+    fs::{self, File},
+    io::Read,
+    path::Path,
+};
 
 use burn::tensor::backend::Backend;
 
@@ -31,8 +35,17 @@ impl<B: Backend> LoraAdapters<B> {
     /// configuration has a field set that would change the result and is not supported.
     pub fn load(dir: impl AsRef<Path>, device: &B::Device) -> Result<Self, LoraError> {
         let dir = dir.as_ref();
-        let (config, weights) = (read(&dir.join(CONFIG))?, read(&dir.join(WEIGHTS))?);
-        Self::parse(&config, &weights, &dir.display().to_string(), device)
+        let (config_path, weights_path) = (dir.join(CONFIG), dir.join(WEIGHTS));
+        let io = |path: &Path| {
+            let path = path.to_owned();
+            move |source| LoraError::Io { path, source }
+        };
+        let (mut file, _) = open(&config_path)?;
+        let mut config = Vec::new();
+        file.read_to_end(&mut config).map_err(io(&config_path))?;
+        let (weights, length) = open(&weights_path)?;
+        let config = config::parse(&config, &config_path.display().to_string())?;
+        tensors::read(config, weights, length, &weights_path.display().to_string(), device)
     }
 
     /// Like [`load`](Self::load), from the contents of the two files.
@@ -45,19 +58,8 @@ impl<B: Backend> LoraAdapters<B> {
         weights: &[u8],
         device: &B::Device,
     ) -> Result<Self, LoraError> {
-        Self::parse(config, weights, "", device)
-    }
-
-    fn parse(
-        config: &[u8],
-        weights: &[u8],
-        dir: &str,
-        device: &B::Device,
-    ) -> Result<Self, LoraError> {
-        let name = |file: &str| Path::new(dir).join(file).display().to_string();
-        let (config_name, weights_name) = (name(CONFIG), name(WEIGHTS));
-        let config = config::parse(config, &config_name)?;
-        tensors::read(config, weights, &weights_name, device)
+        let config = config::parse(config, CONFIG)?;
+        tensors::read(config, weights, weights.len() as u64, WEIGHTS, device)
     }
 
     /// Writes the adapters as a directory that [`load`](Self::load) and Python's PEFT library read.
@@ -84,12 +86,13 @@ impl<B: Backend> LoraAdapters<B> {
     }
 }
 
-/// Reads a regular file. Anything else, such as a device, could go on forever.
-fn read(path: &Path) -> Result<Vec<u8>, LoraError> {
+/// Opens a regular file, and tells its length. Anything else, such as a device, could go on forever.
+fn open(path: &Path) -> Result<(File, u64), LoraError> {
     let io = |source| LoraError::Io { path: path.to_owned(), source };
-    if !fs::metadata(path).map_err(io)?.is_file() {
+    let metadata = fs::metadata(path).map_err(io)?;
+    if !metadata.is_file() {
         let problem = "not a file".to_owned();
         return Err(LoraError::InvalidFile { file: path.display().to_string(), problem });
     }
-    fs::read(path).map_err(io)
+    Ok((File::open(path).map_err(io)?, metadata.len()))
 }

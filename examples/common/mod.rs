@@ -6,6 +6,7 @@
 pub mod backend;
 pub mod classifier;
 pub mod digits;
+pub mod mlp;
 pub mod plot;
 pub mod progress;
 pub mod table;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+pub use plotters::chart::SeriesLabelPosition;
 use plotters::prelude::*;
 
 use super::{Context, Result};
@@ -15,6 +16,8 @@ pub struct Panel<'a> {
     pub curves: Vec<(&'a str, Vec<(f64, f64)>)>,
     /// Whether each point is marked.
     pub marks: bool,
+    /// Where the curves leave room for their names.
+    pub legend: SeriesLabelPosition,
 }
 
 /// Colours that people with any colour vision tell apart (Okabe and Ito).
@@ -72,11 +75,9 @@ fn draw_panel(
             chart.draw_series(marks)?;
         }
     }
-    let position =
-        if panel.marks { SeriesLabelPosition::LowerRight } else { SeriesLabelPosition::UpperRight };
     chart
         .configure_series_labels()
-        .position(position)
+        .position(panel.legend.clone())
         .background_style(WHITE.mix(0.8))
         .border_style(BLACK.mix(0.2))
         .label_font(("sans-serif", 13))

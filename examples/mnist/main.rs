@@ -9,7 +9,6 @@
 
 #[path = "../common/mod.rs"]
 mod common;
-mod model;
 
 use std::{
     fs,
@@ -31,11 +30,11 @@ use common::{
     backend::{self, Plain, Train},
     classifier::{Recipe, accuracy, fit, logits},
     digits::{Digits, mirror, rotate},
-    plot::{Panel, draw},
+    mlp::Mlp,
+    plot::{Panel, SeriesLabelPosition, draw},
     progress::History,
     table::{grouped, table},
 };
-use model::Mlp;
 
 /// Adapt a model of handwritten digits to a changed task: full fine-tuning, LoRA and the last layer
 /// side by side.
@@ -313,12 +312,14 @@ fn draw_curves(path: &Path, methods: &[Method], base_accuracy: f64) -> Result<()
         let after = after.map(|(epoch, &accuracy)| (epoch as f64 + 1.0, accuracy));
         (method.name, std::iter::once((0.0, base_accuracy)).chain(after).collect())
     });
-    let panel = |title, y, curves, marks| Panel { title, x: "epoch", y, curves, marks };
+    use SeriesLabelPosition::{LowerRight, UpperRight};
+    let panel =
+        |title, y, curves, marks, legend| Panel { title, x: "epoch", y, curves, marks, legend };
     draw(
         path,
         &[
-            panel("Training loss on the new task", "loss", losses.collect(), false),
-            panel("Accuracy on the new task", "%", accuracies.collect(), true),
+            panel("Training loss on the new task", "loss", losses.collect(), false, UpperRight),
+            panel("Accuracy on the new task", "%", accuracies.collect(), true, LowerRight),
         ],
     )
 }

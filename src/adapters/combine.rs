@@ -109,10 +109,8 @@ impl<B: Backend> LoraAdapters<B> {
         paths.dedup();
         let mut combined = Vec::new();
         for path in paths {
-            let parts: Vec<_> = parts
-                .iter()
-                .filter_map(|(set, weight)| Some((set.adapters.get(path)?, *weight)))
-                .collect();
+            let parts: Vec<_> =
+                parts.iter().filter_map(|(set, weight)| Some((set.get(path)?, *weight))).collect();
             let first = parts[0].0;
             for (adapter, _) in &parts {
                 if adapter.shape() != first.shape() {

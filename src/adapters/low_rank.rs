@@ -41,7 +41,7 @@ impl<B: Backend> LoraAdapters<B> {
             let share = small.kept(rank, small.total());
             let device = adapter.a.device();
             let truncated = small.adapter(&a.q(), &b.q(), rank, &device);
-            *adapter = LoraAdapter {
+            **adapter = LoraAdapter {
                 bias: adapter.bias.clone().map(|it| it.map(|bias| bias * adapter.scale())),
                 dropout: adapter.dropout.clone(),
                 ..truncated

@@ -202,10 +202,9 @@ fn squared_singular_values(matrix: &Matrix) -> Vec<f64> {
                     continue;
                 }
                 let (sin, cos) = (0.5 * (2.0 * r).atan2(p - q)).sin_cos();
-                for row in 0..matrix.rows {
-                    let (x, y) = (columns[i][row], columns[j][row]);
-                    columns[i][row] = cos * x + sin * y;
-                    columns[j][row] = cos * y - sin * x;
+                let (left, right) = columns.split_at_mut(j);
+                for (x, y) in left[i].iter_mut().zip(&mut right[0]) {
+                    (*x, *y) = (cos * *x + sin * *y, cos * *y - sin * *x);
                 }
             }
         }

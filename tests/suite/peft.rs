@@ -621,7 +621,7 @@ fn a_failed_save_leaves_the_old_file() {
     adapter.b = adapter.b.map(|b| b * f32::NAN);
     diverged.fc1.set_adapter(Some(adapter));
     let error = diverged.adapters(&config()).unwrap().save(&path).unwrap_err().to_string();
-    assert!(error.contains("fc1.lora_B.weight` holds NaN"), "{error}");
+    assert!(error.contains("the adapters hold NaN"), "{error}");
     assert_eq!(fs::read(path.join("adapter_model.safetensors")).unwrap(), before);
 
     // Nor is a directory of other things taken for one of adapters.

@@ -1,4 +1,4 @@
-//! The model: three layers, each of which can carry an adapter.
+//! The model of the examples with digits: three layers, each of which can carry an adapter.
 
 use burn::{
     module::Module,
@@ -12,7 +12,7 @@ use burn::{
 };
 use burn_lora::{LoraLayers, LoraLinear, LoraModule};
 
-use crate::common::{
+use super::{
     classifier::{Classifier, Images},
     digits::PIXELS,
 };

@@ -1,0 +1,320 @@
+//! One base, many adapters: several tasks learned on the same base, held in memory side by side,
+//! switched, saved, combined and cut down.
+//!
+//! ```text
+//! cargo run --release --example adapters
+//! ```
+
+#[path = "../common/mod.rs"]
+mod common;
+
+use std::{
+    alloc::System,
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use burn::{module::Module, tensor::backend::Backend};
+use burn_lora::{Approximation, Combination, LoraAdapters, LoraConfig, LoraModule, Scaling};
+use clap::Parser;
+use serde::Serialize;
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
+
+use common::{
+    Context, Result,
+    backend::{self, Plain, Train},
+    classifier::{Recipe, accuracy, fit, logits},
+    digits::{Digits, mirror, rotate},
+    mlp::Mlp,
+    plot::{Panel, SeriesLabelPosition, draw},
+    table::{grouped, table},
+};
+
+/// Counts every allocation, to show what adapters add to a base in memory.
+#[global_allocator]
+static MEMORY: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
+
+/// Learn several tasks as adapters on one base, and switch, save, combine and truncate them.
+#[derive(Parser, Debug)]
+struct Args {
+    /// Directory with MNIST's four IDX files, raw or .gz; drawn digits by default
+    #[arg(long, value_name = "DIR")]
+    data: Option<PathBuf>,
+    /// Rank of the adapters
+    #[arg(long, default_value = "8", value_parser = common::positive)]
+    rank: usize,
+    /// Strength of the adapters: the update counts alpha/rank
+    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    alpha: f64,
+    /// Passes over the training images, for each training
+    #[arg(long, default_value = "3", value_parser = common::positive)]
+    epochs: usize,
+    /// Number of training images
+    #[arg(long, value_name = "N", default_value = "12000", value_parser = common::positive)]
+    train_size: usize,
+    /// Seed of weights, adapters, shuffling and generated digits
+    #[arg(long, default_value = "42")]
+    seed: u64,
+    /// Directory for adapters.svg, summary.json, the adapters and burn-train's logs
+    #[arg(long, value_name = "DIR", default_value = "out/adapters")]
+    out: PathBuf,
+}
+
+#[derive(Serialize)]
+struct Summary {
+    dataset: &'static str,
+    backend: &'static str,
+    rank: usize,
+    alpha: f64,
+    seed: u64,
+    base_bytes: usize,
+    /// The numbers of one set of adapters, in memory.
+    adapter_bytes: usize,
+    /// The same on disk: two files.
+    file_bytes: u64,
+    switch_micros: f64,
+    /// What is allocated for the base and so many sets of adapters.
+    resident_bytes_with_1: usize,
+    resident_bytes_with_64: usize,
+    /// By what was done and the task that it is judged on, in percent.
+    accuracies: BTreeMap<String, f64>,
+}
+
+/// A task, and the adapters that were trained for it.
+struct Task {
+    name: &'static str,
+    digits: Digits,
+    adapters: LoraAdapters<Plain>,
+}
+
+fn main() -> ExitCode {
+    common::main(run)
+}
+
+fn run(args: Args) -> Result<()> {
+    fs::create_dir_all(&args.out).context(args.out.display())?;
+    let mut digits = Digits::load(args.data.as_deref(), args.data.is_none(), args.seed)?;
+    digits.train.truncate(args.train_size);
+    println!(
+        "Training on {} images ({}), with the {} backend\n",
+        grouped(digits.train.len()),
+        digits.name,
+        backend::NAME,
+    );
+    let config = LoraConfig::new(args.rank, args.alpha)
+        .with_scaling(Scaling::AlphaOverRank)
+        .with_seed(args.seed);
+    let mut accuracies = BTreeMap::new();
+
+    // 1. One base, and a set of adapters for each task.
+    Plain::seed(&Default::default(), args.seed);
+    let base = train(&args, "base", Mlp::new(&Default::default()), 1e-3, &digits);
+    let base_bytes = 4 * base.num_params();
+    let changes: [(&str, fn(&_) -> _); 4] = [
+        ("left", |image| rotate(image, 60.0)),
+        ("right", |image| rotate(image, -60.0)),
+        ("upside-down", |image| rotate(image, 180.0)),
+        ("mirrored", mirror),
+    ];
+    let mut tasks = Vec::new();
+    for (name, change) in changes {
+        let digits = digits.map(change);
+        let model = base.clone().train::<Train>().attach(&config).context("attaching adapters")?;
+        let model = train(&args, name, model, 5e-3, &digits);
+        let adapters = model.adapters(&config).context("taking the adapters")?;
+        tasks.push(Task { name, digits, adapters });
+    }
+    println!("\n{}\n", tasks[0].adapters);
+
+    // 2. To files and back: nothing is lost.
+    let mut file_bytes = 0;
+    for task in &mut tasks {
+        let dir = args.out.join(task.name);
+        task.adapters.save(&dir).context("saving")?;
+        file_bytes = size_of_files(&dir)?;
+        let before = accuracy_on(&base, &task.adapters, task)?;
+        task.adapters = load(&dir)?;
+        let after = accuracy_on(&base, &task.adapters, task)?;
+        if before != after {
+            return Err(format!("{}: {before} % became {after} % in a file", dir.display()));
+        }
+        accuracies.insert(format!("base on {}", task.name), judge(&base, &task.digits));
+        accuracies.insert(format!("adapters on {}", task.name), after);
+    }
+
+    // 3. Many in memory: each costs its own numbers, and the base is there once.
+    let resident = |sets: usize| -> Result<usize> {
+        let start = allocated();
+        let dirs = tasks.iter().cycle().take(sets);
+        let sets: Result<Vec<_>> = dirs.map(|task| load(&args.out.join(task.name))).collect();
+        let sets = sets?;
+        let bytes = base_bytes + allocated() - start;
+        drop(sets);
+        Ok(bytes)
+    };
+    let resident_bytes_with_1 = resident(1)?;
+    let resident_bytes_with_64 = resident(64)?;
+    let adapter_bytes = tasks[0].adapters.num_bytes();
+
+    // 4. Switching: the price of a switch does not depend on the base.
+    let mut micros = Vec::new();
+    for round in 0..400 {
+        let adapters = &tasks[round % tasks.len()].adapters;
+        let start = Instant::now();
+        let model = base.switch(adapters).context("switching")?;
+        micros.push(start.elapsed().as_secs_f64() * 1e6);
+        drop(model);
+    }
+    micros.sort_by(f64::total_cmp);
+    let switch_micros = micros[micros.len() / 2];
+
+    // 5. Two tasks in one set, at several shares of each.
+    let [left, mirrored] = [&tasks[0], &tasks[3]];
+    let mut mixtures = [Vec::new(), Vec::new()];
+    for step in 0..=8 {
+        let share = f64::from(step) / 8.0;
+        let parts = [(&left.adapters, share), (&mirrored.adapters, 1.0 - share)];
+        let sum = LoraAdapters::combine(&parts, Combination::Concatenate).context("adding")?;
+        for (task, points) in [left, mirrored].into_iter().zip(&mut mixtures) {
+            points.push((share, accuracy_on(&base, &sum, task)?));
+        }
+    }
+    let ways = [
+        ("sum", Combination::Concatenate),
+        ("linear", Combination::Linear),
+        ("ties", Combination::Ties { density: 0.7 }),
+        ("dare", Combination::Dare { density: 0.7, seed: args.seed }),
+    ];
+    for (way, how) in ways {
+        let parts = [(&left.adapters, 0.6), (&mirrored.adapters, 0.6)];
+        let both = LoraAdapters::combine(&parts, how).context("combining")?;
+        for task in [left, mirrored] {
+            let name = format!("{way} of left and mirrored on {}", task.name);
+            accuracies.insert(name, accuracy_on(&base, &both, task)?);
+        }
+    }
+
+    // 6. Fewer ranks: cut off the adapters, or taken from a model that was trained in full.
+    let full = base.clone().train::<Train>().unfreeze();
+    let full = train(&args, "left, in full", full, 1e-3, &left.digits);
+    accuracies.insert("full fine-tuning on left".to_owned(), judge(&full, &left.digits));
+    let mut by_rank = [Vec::new(), Vec::new()];
+    for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= args.rank) {
+        let truncated = left.adapters.truncate(rank);
+        let config = LoraConfig::new(rank, 1.0);
+        let extracted = base.extract(&full, &config).context("extracting")?;
+        for ((what, approximation), points) in
+            [("truncated", truncated), ("extracted", extracted)].into_iter().zip(&mut by_rank)
+        {
+            let Approximation { adapters, kept, .. } = approximation;
+            let accuracy = accuracy_on(&base, &adapters, left)?;
+            println!(
+                "{what} to rank {rank}: {accuracy:.2} %, keeping {:.1} % of fc1's update",
+                100.0 * kept["fc1"]
+            );
+            accuracies.insert(format!("{what} to rank {rank} on left"), accuracy);
+            points.push((rank as f64, accuracy));
+        }
+    }
+
+    let rows: Vec<_> =
+        accuracies.iter().map(|(name, it)| [name.clone(), format!("{it:.2} %")]).collect();
+    println!("\n{}\n", table(["adapters", "accuracy"], &rows));
+    let more = resident_bytes_with_64 - resident_bytes_with_1;
+    let rows = [
+        ("base", grouped(base_bytes)),
+        ("one set of adapters", grouped(adapter_bytes)),
+        ("one set in its two files", grouped(file_bytes as usize)),
+        ("base and 1 set in memory", grouped(resident_bytes_with_1)),
+        ("base and 64 sets in memory", grouped(resident_bytes_with_64)),
+        ("each further set, by its own size", {
+            format!("{:.3}", more as f64 / (63 * adapter_bytes) as f64)
+        }),
+        ("switching, in microseconds", format!("{switch_micros:.0}")),
+    ];
+    let rows = rows.map(|(name, value)| [name.to_owned(), value]);
+    println!("{}\n", table(["", "bytes"], &rows));
+
+    let figure = args.out.join("adapters.svg");
+    let [on_left, on_mirrored] = mixtures;
+    let [truncated, extracted] = by_rank;
+    draw(
+        &figure,
+        &[
+            Panel {
+                title: "Two tasks in one set",
+                x: "share of `left`; the rest is `mirrored`",
+                y: "accuracy, %",
+                curves: vec![("on left", on_left), ("on mirrored", on_mirrored)],
+                marks: true,
+                legend: SeriesLabelPosition::MiddleLeft,
+            },
+            Panel {
+                title: "Adapters cut to a lower rank",
+                x: "rank",
+                y: "accuracy, %",
+                curves: vec![
+                    ("trained at a higher rank, cut", truncated),
+                    ("from full fine-tuning", extracted),
+                ],
+                marks: true,
+                legend: SeriesLabelPosition::LowerRight,
+            },
+        ],
+    )?;
+    let summary = Summary {
+        dataset: digits.name,
+        backend: backend::NAME,
+        rank: args.rank,
+        alpha: args.alpha,
+        seed: args.seed,
+        base_bytes,
+        adapter_bytes,
+        file_bytes,
+        switch_micros,
+        resident_bytes_with_1,
+        resident_bytes_with_64,
+        accuracies,
+    };
+    let path = args.out.join("summary.json");
+    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
+    fs::write(&path, json + "\n").context(path.display())?;
+    println!("Wrote {} and {}", figure.display(), path.display());
+    Ok(())
+}
+
+fn train(args: &Args, name: &str, model: Mlp<Train>, rate: f64, digits: &Digits) -> Mlp<Plain> {
+    let dir = args.out.join("logs").join(name.replace([' ', ','], "-"));
+    // burn-train adds to the logs that it finds.
+    let _ = fs::remove_dir_all(&dir);
+    let (epochs, seed) = (args.epochs, args.seed);
+    let recipe = Recipe { name, learning_rate: rate, epochs, seed, dir: &dir };
+    fit(&recipe, model, &digits.train, &digits.test).0
+}
+
+fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {
+    LoraAdapters::load(dir, &Default::default()).context("loading")
+}
+
+fn judge(model: &Mlp<Plain>, digits: &Digits) -> f64 {
+    accuracy(logits(model, &digits.test), &digits.test)
+}
+
+fn accuracy_on(base: &Mlp<Plain>, adapters: &LoraAdapters<Plain>, task: &Task) -> Result<f64> {
+    let model = base.switch(adapters).context("switching")?;
+    Ok(judge(&model, &task.digits))
+}
+
+fn size_of_files(dir: &Path) -> Result<u64> {
+    let files = fs::read_dir(dir).context(dir.display())?;
+    let sizes = files.map(|file| Ok(file?.metadata()?.len()));
+    sizes.sum::<std::io::Result<u64>>().context(dir.display())
+}
+
+fn allocated() -> usize {
+    let stats = MEMORY.stats();
+    stats.bytes_allocated - stats.bytes_deallocated
+}
