@@ -1,0 +1,26 @@
+"""Checks what the adapters example left behind: check_adapters.py DIR"""
+
+import json
+import sys
+import xml.dom.minidom
+from pathlib import Path
+
+out = Path(sys.argv[1])
+summary = json.loads((out / "summary.json").read_text())
+accuracies = summary["accuracies"]
+print(json.dumps(summary, indent=1))
+
+adapter = summary["adapter_bytes"]
+assert adapter == 4 * 8 * (784 + 512 + 512 + 256 + 256 + 10)
+assert adapter < summary["file_bytes"] < adapter + 4096
+assert summary["base_bytes"] == 4 * 535_818
+assert 0 < summary["switch_micros"] < 5_000
+more = summary["resident_bytes_with_64"] - summary["resident_bytes_with_1"]
+assert 63 * adapter <= more <= 1.1 * 63 * adapter, more / (63 * adapter)
+
+for task in ["left", "right", "upside-down", "mirrored"]:
+    assert accuracies[f"adapters on {task}"] > 90 > accuracies[f"base on {task}"]
+assert accuracies["truncated to rank 8 on left"] == accuracies["adapters on left"]
+ranks = [accuracies[f"extracted to rank {rank} on left"] for rank in (1, 2, 4, 8)]
+assert ranks[-1] > ranks[0]
+xml.dom.minidom.parse(str(out / "adapters.svg"))
