@@ -20,7 +20,7 @@ assert 63 * adapter <= more <= 1.1 * 63 * adapter, more / (63 * adapter)
 
 for task in ["left", "right", "upside-down", "mirrored"]:
     assert accuracies[f"adapters on {task}"] > 90 > accuracies[f"base on {task}"]
-assert accuracies["truncated to rank 8 on left"] == accuracies["adapters on left"]
+assert abs(accuracies["truncated to rank 8 on left"] - accuracies["adapters on left"]) < 0.3
 ranks = [accuracies[f"extracted to rank {rank} on left"] for rank in (1, 2, 4, 8)]
 assert ranks[-1] > ranks[0]
 xml.dom.minidom.parse(str(out / "adapters.svg"))

@@ -134,7 +134,7 @@ fn run(args: Args) -> Result<()> {
     for task in &mut tasks {
         let dir = args.out.join(task.name);
         task.adapters.save(&dir).context("saving")?;
-        file_bytes = size_of_files(&dir)?;
+        file_bytes = common::size_of_files(&dir)?;
         let before = accuracy_on(&base, &task.adapters, task)?;
         task.adapters = load(&dir)?;
         let after = accuracy_on(&base, &task.adapters, task)?;
@@ -287,11 +287,9 @@ fn run(args: Args) -> Result<()> {
 }
 
 fn train(args: &Args, name: &str, model: Mlp<Train>, rate: f64, digits: &Digits) -> Mlp<Plain> {
-    let dir = args.out.join("logs").join(name.replace([' ', ','], "-"));
-    // burn-train adds to the logs that it finds.
-    let _ = fs::remove_dir_all(&dir);
+    let logs = args.out.join("logs");
     let (epochs, seed) = (args.epochs, args.seed);
-    let recipe = Recipe { name, learning_rate: rate, epochs, seed, dir: &dir };
+    let recipe = Recipe { name, learning_rate: rate, epochs, seed, logs: &logs };
     fit(&recipe, model, &digits.train, &digits.test).0
 }
 
@@ -306,12 +304,6 @@ fn judge(model: &Mlp<Plain>, digits: &Digits) -> f64 {
 fn accuracy_on(base: &Mlp<Plain>, adapters: &LoraAdapters<Plain>, task: &Task) -> Result<f64> {
     let model = base.switch(adapters).context("switching")?;
     Ok(judge(&model, &task.digits))
-}
-
-fn size_of_files(dir: &Path) -> Result<u64> {
-    let files = fs::read_dir(dir).context(dir.display())?;
-    let sizes = files.map(|file| Ok(file?.metadata()?.len()));
-    sizes.sum::<std::io::Result<u64>>().context(dir.display())
 }
 
 fn allocated() -> usize {

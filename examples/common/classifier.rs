@@ -24,6 +24,7 @@ use burn::{
 use super::{
     backend::{Plain, Train},
     digits::{Digit, PIXELS},
+    file_name,
     progress::{History, Reporter, Timed},
 };
 
@@ -73,8 +74,8 @@ pub struct Recipe<'a> {
     pub learning_rate: f64,
     pub epochs: usize,
     pub seed: u64,
-    /// Where burn-train puts its logs.
-    pub dir: &'a Path,
+    /// The directory in which burn-train gets one for its logs.
+    pub logs: &'a Path,
 }
 
 /// Trains what is trainable in `model`, with Adam.
@@ -93,13 +94,15 @@ where
         InferenceStep<Input = Images<Plain>, Output = ClassificationOutput<Plain>> + 'static,
 {
     let history = Arc::new(Mutex::new(History::default()));
+    let dir = recipe.logs.join(file_name(recipe.name));
+    // burn-train adds to the logs that it finds.
+    let _ = std::fs::remove_dir_all(&dir);
     let batches = loader::<Train>(digits, Some(recipe.seed));
     let timed = Timed { loader: batches, history: history.clone() };
-    let training =
-        SupervisedTraining::new(recipe.dir, Arc::new(timed), loader::<Plain>(test, None))
-            .metrics((AccuracyMetric::new(), LossMetric::new()))
-            .with_application_logger(None)
-            .num_epochs(recipe.epochs);
+    let training = SupervisedTraining::new(&dir, Arc::new(timed), loader::<Plain>(test, None))
+        .metrics((AccuracyMetric::new(), LossMetric::new()))
+        .with_application_logger(None)
+        .num_epochs(recipe.epochs);
     let reporter = Reporter::new(recipe.name, training.interrupter(), history.clone());
     let steps = recipe.epochs * digits.len().div_ceil(BATCH);
     let schedule = CosineAnnealingLrSchedulerConfig::new(recipe.learning_rate, steps);

@@ -11,7 +11,7 @@ pub mod plot;
 pub mod progress;
 pub mod table;
 
-use std::process::ExitCode;
+use std::{fs, path::Path, process::ExitCode};
 
 use clap::Parser;
 
@@ -66,4 +66,16 @@ pub fn positive(text: &str) -> Result<usize> {
         Ok(value) if value > 0 => Ok(value),
         _ => Err("a whole number of at least 1 is needed".to_owned()),
     }
+}
+
+/// The name of something as that of a file or directory.
+pub fn file_name(name: &str) -> String {
+    name.replace([' ', ':', ','], "-")
+}
+
+/// The sum of the sizes of a directory's files.
+pub fn size_of_files(dir: &Path) -> Result<u64> {
+    let files = fs::read_dir(dir).context(dir.display())?;
+    let sizes = files.map(|file| Ok(file?.metadata()?.len()));
+    sizes.sum::<std::io::Result<u64>>().context(dir.display())
 }

@@ -216,11 +216,9 @@ impl Job<'_> {
         learning_rate: f64,
         digits: &Digits,
     ) -> (Mlp<Plain>, History) {
-        let dir = self.args.out.join("logs").join(name.replace([' ', ':', ','], "-"));
-        // burn-train adds to the logs that it finds.
-        let _ = fs::remove_dir_all(&dir);
+        let logs = self.args.out.join("logs");
         let (epochs, seed) = (self.args.epochs, self.args.seed);
-        let recipe = Recipe { name, learning_rate, epochs, seed, dir: &dir };
+        let recipe = Recipe { name, learning_rate, epochs, seed, logs: &logs };
         fit(&recipe, model, &digits.train, &digits.test)
     }
 
@@ -257,12 +255,10 @@ impl Job<'_> {
 
     /// Saves the model's adapters, and returns the size of the files.
     fn save_adapters(&self, name: &str, model: &Mlp<Plain>) -> Result<u64> {
-        let dir = self.args.out.join("adapters").join(name.replace([' ', ','], "-"));
+        let dir = self.args.out.join("adapters").join(common::file_name(name));
         let adapters = model.adapters(self.config).context("taking the adapters")?;
         adapters.save(&dir).context("saving the adapters")?;
-        let files = fs::read_dir(&dir).context(dir.display())?;
-        let sizes = files.map(|file| Ok(file?.metadata()?.len()));
-        sizes.sum::<std::io::Result<u64>>().context(dir.display())
+        common::size_of_files(&dir)
     }
 }
 

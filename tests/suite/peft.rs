@@ -638,12 +638,20 @@ fn a_failed_save_leaves_the_old_file() {
     assert_eq!(names(&dir.0), ["set"]);
 }
 
+/// The backend does not matter to files, and this one is quick to start.
+#[cfg(unix)]
+fn load_on_cpu(dir: &Path) -> LoraAdapters<burn::backend::Flex> {
+    LoraAdapters::load(dir, &Default::default()).unwrap()
+}
+
 /// Saves two sets in turn until it is killed, if it is told where.
+#[cfg(unix)]
 #[test]
 #[ignore = "run by a_killed_save_leaves_one_set_whole"]
 fn save_until_killed() {
     let path = PathBuf::from(std::env::var("SAVE_UNTIL_KILLED").unwrap());
-    let sets = [load("plain"), load("patterns")];
+    let sets = ["plain", "patterns"].map(|name| load_on_cpu(&fixture(name)));
+    println!("\nready");
     for turn in 0.. {
         sets[turn % 2].save(&path).unwrap();
     }
@@ -652,7 +660,11 @@ fn save_until_killed() {
 #[cfg(unix)]
 #[test]
 fn a_killed_save_leaves_one_set_whole() {
-    use std::{process::Command, time::Duration};
+    use std::{
+        io::{BufRead, BufReader},
+        process::{Command, Stdio},
+        time::Duration,
+    };
 
     let dir = TempDir::new("killed");
     let path = dir.0.join("set");
@@ -662,14 +674,16 @@ fn a_killed_save_leaves_one_set_whole() {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "peft::save_until_killed", "--ignored", "--nocapture"])
             .env("SAVE_UNTIL_KILLED", &path)
-            .stdout(std::process::Stdio::null())
+            .stdout(Stdio::piped())
             .spawn()
             .unwrap();
-        // Long enough to start, and then at any moment of a save.
-        std::thread::sleep(Duration::from_micros(15_000 + (turn * 7_919) % 10_000));
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap() == "ready"));
+        // At any moment of one of the first saves.
+        std::thread::sleep(Duration::from_micros((turn * 7_919) % 12_000));
         child.kill().unwrap();
         child.wait().unwrap();
-        let set = LoraAdapters::<Plain>::load(&path, &device::<Plain>()).unwrap();
+        let set = load_on_cpu(&path);
         match (set.len(), set.get("fc1").unwrap().rank()) {
             (2, 4) => seen[0] += 1,
             (3, 2) => seen[1] += 1,
