@@ -87,7 +87,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     }
 
     /// The model without its adapters: the base as it was before they were attached, and still
-    /// frozen.
+    /// frozen. What was trained in full beside them stays as it is; the originals are in the model
+    /// that the adapters were put on.
     fn detach(&self) -> Self {
         let mut model = initialized(self);
         for (_, layer) in listed(&mut model).0 {
@@ -101,15 +102,20 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// # Errors
     ///
-    /// If a pattern of `config.modules_to_save` is invalid or matches nothing.
+    /// If a pattern of `config.modules_to_save` is invalid or matches nothing, or covers running
+    /// statistics of a batch norm, which Burn shares between a model and its clones.
     fn adapters(&self, config: &LoraConfig) -> Result<LoraAdapters<B>, LoraError> {
         let mut model = initialized(self);
         let patterns = Pattern::all(&config.modules_to_save)?;
         let params = walk::visit(&model).params;
-        let paths: Vec<_> = params.into_iter().map(|param| param.path).collect();
+        let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
         require_matches("modules_to_save", &patterns, &paths, Pattern::covers)?;
 
         let wanted = |path: &str| patterns.iter().any(|pattern| pattern.covers(path));
+        let mut statistics = params.iter().filter(|param| param.is_statistic);
+        if let Some(statistic) = statistics.find(|param| wanted(&param.path)) {
+            return Err(running_statistic(&statistic.path));
+        }
         let extras = walk::read_extras(&model, &wanted);
         let modules = paths.iter().filter_map(|path| {
             let pattern = patterns.iter().find(|pattern| pattern.covers(path))?;
@@ -135,7 +141,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// [`LoraError::Mismatch`], listing every adapter and parameter that the model has no place for,
     /// or one of another shape, and every layer that the adapters' configuration means and that they
-    /// leave out.
+    /// leave out. [`LoraError::Unsupported`] if there are running statistics of a batch norm among
+    /// them.
     fn switch(&self, adapters: &LoraAdapters<B>) -> Result<Self, LoraError> {
         let mut model = initialized(self);
         let mut mismatch = Mismatch::default();
@@ -144,6 +151,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
             let mut params = params.iter().filter(|param| !param.in_adapter);
             match params.find(|param| param.torch_name == *name) {
                 None => mismatch.unexpected.push(name.clone()),
+                Some(param) if param.is_statistic => return Err(running_statistic(name)),
                 Some(param) if param.torch_shape != extra.shape => {
                     let (expected, found) = (&param.torch_shape, &extra.shape);
                     let text = format!("{name} (expected {expected:?}, found {found:?})");
@@ -347,6 +355,18 @@ impl<B: Backend, M: LoraModule<B>> LoraModule<B> for Option<M> {
 fn numbered<B: Backend, M: LoraModule<B>>(modules: &mut [M]) -> LoraLayers<'_, B> {
     let modules = modules.iter_mut().enumerate();
     modules.fold(LoraLayers::new(), |layers, (index, it)| layers.with(&index.to_string(), it))
+}
+
+/// Burn keeps running statistics in a cell that all clones share: to put them on one model would
+/// change all others.
+fn running_statistic(name: &str) -> LoraError {
+    LoraError::Unsupported {
+        file: "the set of adapters".to_owned(),
+        field: name.to_owned(),
+        reason: ": Burn shares running statistics between clones; name the parameters of the norm \
+                 (`gamma`, `beta`) instead of the norm"
+            .to_owned(),
+    }
 }
 
 /// A clone that shares every value with the model, also those that were not drawn yet.

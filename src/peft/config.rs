@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::backend::Backend;
-use regex::Regex;
+use regex::{Regex, RegexBuilder};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -46,6 +46,11 @@ pub(crate) struct PeftConfig {
     rank_pattern: Entries<usize>,
     #[serde(default)]
     alpha_pattern: Entries<f64>,
+    /// The two above, compiled.
+    #[serde(skip)]
+    ranks: Vec<(Regex, usize)>,
+    #[serde(skip)]
+    alphas: Vec<(Regex, f64)>,
     #[serde(default)]
     pub lora_bias: bool,
     #[serde(default)]
@@ -126,7 +131,7 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
         reason,
     };
     check_object(text).map_err(invalid)?;
-    let config: PeftConfig =
+    let mut config: PeftConfig =
         serde_json::from_slice(text).map_err(|error| invalid(error.to_string()))?;
 
     match config.peft_type.as_deref() {
@@ -159,13 +164,9 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
     if !(0.0..1.0).contains(&config.lora_dropout) {
         return Err(invalid(format!("`lora_dropout` is {}, not in [0, 1)", config.lora_dropout)));
     }
-    // Patterns that PEFT's regular expressions know and ours do not would set a wrong rank.
-    let ranks = config.rank_pattern.0.iter().map(|(pattern, _)| pattern);
-    let alphas = config.alpha_pattern.0.iter().map(|(pattern, _)| pattern);
-    for pattern in ranks.chain(alphas) {
-        suffix_pattern(pattern)
-            .map_err(|error| invalid(format!("pattern `{pattern}`: {error}")))?;
-    }
+    // A pattern that PEFT knows and we do not would set a wrong rank: that is an error.
+    config.ranks = compile_keys(&config.rank_pattern).map_err(invalid)?;
+    config.alphas = compile_keys(&config.alpha_pattern).map_err(invalid)?;
     Ok(config)
 }
 
@@ -178,24 +179,32 @@ fn is_on(value: &Value) -> bool {
     }
 }
 
-/// PEFT's rule for the keys of rank and alpha patterns.
-fn suffix_pattern(pattern: &str) -> Result<Regex, Box<regex::Error>> {
-    Regex::new(&format!(r"^(?:(?:.*\.)?(?:{pattern})$)")).map_err(Box::new)
+/// An expression from a file. One that would take long to compile is refused: no name needs it.
+fn compile(expression: &str) -> Result<Regex, regex::Error> {
+    const SIZE_LIMIT: usize = 1 << 18;
+    RegexBuilder::new(expression).size_limit(SIZE_LIMIT).build()
 }
 
-fn first_match<V: Copy>(patterns: &Entries<V>, path: &str) -> Option<V> {
-    let mut patterns = patterns.0.iter();
-    let first = patterns.find(|(key, _)| suffix_pattern(key).is_ok_and(|it| it.is_match(path)));
-    first.map(|(_, value)| *value)
+/// The keys of rank and alpha patterns: by PEFT's rule each matches the whole of a path, or its end.
+fn compile_keys<V: Copy>(patterns: &Entries<V>) -> Result<Vec<(Regex, V)>, String> {
+    let compiled = patterns.0.iter().map(|(key, value)| {
+        let regex = compile(&format!(r"^(?:(?:.*\.)?(?:{key})$)"));
+        Ok((regex.map_err(|error| format!("pattern `{key}`: {error}"))?, *value))
+    });
+    compiled.collect()
+}
+
+fn first_match<V: Copy>(patterns: &[(Regex, V)], path: &str) -> Option<V> {
+    patterns.iter().find(|(key, _)| key.is_match(path)).map(|(_, value)| *value)
 }
 
 impl PeftConfig {
     pub fn rank(&self, path: &str) -> usize {
-        first_match(&self.rank_pattern, path).unwrap_or(self.r)
+        first_match(&self.ranks, path).unwrap_or(self.r)
     }
 
     pub fn alpha(&self, path: &str) -> f64 {
-        first_match(&self.alpha_pattern, path).unwrap_or(self.lora_alpha)
+        first_match(&self.alphas, path).unwrap_or(self.lora_alpha)
     }
 
     pub fn scaling(&self) -> Scaling {
@@ -234,7 +243,7 @@ impl PeftConfig {
         };
         let patterns = if patterns.is_empty() { vec!["[^.]*".to_owned()] } else { patterns };
         let finders: Result<Vec<_>, _> =
-            patterns.iter().map(|it| Regex::new(&format!(r"^.*?\.{it}\.(\d+)\."))).collect();
+            patterns.iter().map(|it| compile(&format!(r"^.*?\.{it}\.(\d+)\."))).collect();
         let excludes = match &self.exclude_modules {
             Some(modules) => Some(Matcher::new(modules)?),
             None => None,
@@ -266,7 +275,7 @@ impl Matcher {
             Modules::Names(names) => Some(Self::Names(names.clone())),
             Modules::Expression(all) if all.eq_ignore_ascii_case("all-linear") => None,
             Modules::Expression(expression) => {
-                Regex::new(&format!("^(?:{expression})$")).ok().map(Self::Expression)
+                compile(&format!("^(?:{expression})$")).ok().map(Self::Expression)
             }
         }
     }
@@ -293,7 +302,7 @@ impl Targets {
                 if !names.iter().any(|name| name == path) =>
             {
                 let found = finders.iter().find_map(|finder| finder.captures(path));
-                let index = found.and_then(|found| found[1].parse().ok());
+                let index = found.and_then(|found| found.get(1)?.as_str().parse().ok());
                 index.is_some_and(|index| indices.contains(&index))
             }
             _ => true,

@@ -435,6 +435,62 @@ fn a_set_that_does_not_fit_a_model_leaves_it_untouched() {
 }
 
 #[test]
+fn layers_are_meant_by_their_indices() {
+    #[derive(Module, Debug)]
+    struct Stack<B: Backend> {
+        layers: Vec<Block<B>>,
+    }
+    #[derive(Module, Debug)]
+    struct Block<B: Backend> {
+        fc: LoraLinear<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Block<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("fc", &mut self.fc)
+        }
+    }
+    impl<B: Backend> LoraModule<B> for Stack<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("layers", &mut self.layers)
+        }
+    }
+    let block = || Block { fc: LinearConfig::new(2, 3).init(&device::<Plain>()).into() };
+    let mut inner = Model { stack: Stack { layers: vec![block(), block(), block()] } };
+    #[derive(Module, Debug)]
+    struct Model<B: Backend> {
+        stack: Stack<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Model<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("stack", &mut self.stack)
+        }
+    }
+    inner = inner.attach(&config().with_targets(["layers.1.fc"])).unwrap();
+    let weights = weights(&[
+        ("base_model.model.stack.layers.1.fc.lora_A.weight", Dtype::F32, &[4, 2]),
+        ("base_model.model.stack.layers.1.fc.lora_B.weight", Dtype::F32, &[3, 4]),
+    ]);
+    let result = |fields: Value| {
+        let mut text = json!({"peft_type": "LORA", "r": 4, "target_modules": ["fc"]});
+        text.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let set = parse(&serde_json::to_vec(&text).unwrap(), &weights).unwrap();
+        inner.switch(&set).map(drop).map_err(|error| error.to_string())
+    };
+    let missing = |layers: &str| {
+        let layers: Vec<_> = layers.split(' ').map(|it| format!("stack.layers.{it}.fc")).collect();
+        Err(format!("the set of adapters does not fit; missing: {}", layers.join(", ")))
+    };
+    assert_eq!(result(json!({})), missing("0 2"));
+    assert_eq!(result(json!({"layers_to_transform": 1})), Ok(()));
+    assert_eq!(result(json!({"layers_to_transform": [1, 2]})), missing("2"));
+    let by_name = json!({"layers_to_transform": [1], "layers_pattern": "layers"});
+    assert_eq!(result(by_name), Ok(()));
+    let no_group = json!({"layers_to_transform": [1], "layers_pattern": ["(x)?layers"]});
+    assert_eq!(result(no_group), Ok(()));
+    assert_eq!(result(json!({"exclude_modules": ["0.fc", "2.fc"]})), Ok(()));
+}
+
+#[test]
 fn fields_that_change_the_result_are_refused_by_name() {
     let (config, weights) = files("dora");
     assert_refused(&config, &weights, "`use_dora` is not supported");
@@ -470,6 +526,9 @@ fn fields_that_change_the_result_are_refused_by_name() {
     assert_refused(&with("r", json!(0)), &weights, "a rank is 0");
     assert_refused(&with("lora_dropout", json!(1.5)), &weights, "`lora_dropout` is 1.5");
     assert_refused(&with("rank_pattern", json!({"(": 2})), &weights, "pattern `(`");
+    // Found by fuzzing: an expression that took seconds to compile, over and over.
+    let endless = with("rank_pattern", json!({".".repeat(100_000): 2}));
+    assert_refused(&endless, &weights, "exceeds size limit");
     assert_refused(&with("bias", json!("some")), &weights, "some");
 }
 

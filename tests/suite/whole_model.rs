@@ -204,6 +204,10 @@ fn a_batch_norms_statistics_are_neither_counted_nor_tracked() {
     };
     let config = LoraConfig::new(2, 4.0).with_modules_to_save(["norm"]);
     let model = model.attach(&config).unwrap().unfreeze().unfreeze();
+    let error = model.adapters(&config).unwrap_err().to_string();
+    assert!(error.contains("`norm.running_mean` is not supported: Burn shares"), "{error}");
+    let parameters = config.with_modules_to_save(["norm.gamma", "norm.beta"]);
+    assert!(model.switch(&model.adapters(&parameters).unwrap()).is_ok());
     let report = model.parameters();
     assert_eq!((report.trainable, report.total), (2 * (3 + 4) + 8, 3 * 4 + 4 + 8));
     let x = Matrix::random(5, 3, 1).tensor::<Train, 2>([5, 3], &device);
