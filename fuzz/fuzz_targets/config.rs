@@ -6,11 +6,40 @@
 
 #![no_main]
 
-use burn::backend::Flex;
-use burn_lora::LoraAdapters;
+use burn::{backend::Flex, module::Module, nn::LinearConfig, tensor::backend::Backend};
+use burn_lora::{LoraAdapters, LoraLayers, LoraLinear, LoraModule};
 use libfuzzer_sys::fuzz_target;
 
-/// Two linear layers with adapters of rank 1, a trained bias and a head.
+#[derive(Module, Debug)]
+struct Model<B: Backend> {
+    layers: Vec<Block<B>>,
+}
+
+#[derive(Module, Debug)]
+struct Block<B: Backend> {
+    fc: LoraLinear<B>,
+}
+
+impl<B: Backend> LoraModule<B> for Model<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("layers", &mut self.layers)
+    }
+}
+
+impl<B: Backend> LoraModule<B> for Block<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("fc", &mut self.fc)
+    }
+}
+
+/// Three blocks, for two of which there are adapters: whether the third is missing is up to the
+/// configuration.
+fn model() -> Model<Flex> {
+    let block = || Block { fc: LinearConfig::new(2, 3).init(&Default::default()).into() };
+    Model { layers: vec![block(), block(), block()] }
+}
+
+/// Adapters of rank 1 for two linear layers.
 fn weights() -> Vec<u8> {
     let mut header = String::from("{");
     let mut end = 0;
@@ -39,5 +68,8 @@ fuzz_target!(|bytes: &[u8]| {
     if let Ok(set) = LoraAdapters::<Flex>::from_bytes(bytes, &weights(), &Default::default()) {
         assert_eq!(set.len(), 2);
         assert!(set.iter().all(|(_, adapter)| adapter.alpha.is_finite()));
+        if let Ok(adapted) = model().switch(&set) {
+            assert!(adapted.parameters().trainable > 0);
+        }
     }
 });
