@@ -265,8 +265,7 @@ fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T
     Ok(None)
 }
 
-/// The 64-bit FNV-1a hash: unlike the standard library's hasher it never changes, and neither may
-/// the weights that a seed stands for. The empty path hashes to zero, so that a single layer draws
+/// The 64-bit FNV-1a hash, which unlike the standard library's hasher never changes. The empty path hashes to zero, so that a single layer draws
 /// from the seed itself.
 pub(crate) fn fnv1a(text: &str) -> u64 {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;

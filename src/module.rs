@@ -7,6 +7,7 @@ use burn::{module::Module, tensor::backend::Backend};
 use crate::{
     Approximation, LayerReport, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLayer,
     LoraLinear, Merged, ParameterReport,
+    adapter::at_least_f32,
     adapters::low_rank,
     error::Mismatch,
     pattern::{Pattern, require_matches},
@@ -69,8 +70,20 @@ pub trait LoraModule<B: Backend>: Module<B> {
     fn attach(&self, config: &LoraConfig) -> Result<Self, LoraError> {
         config.validate()?;
         let mut model = freeze(self, &config.modules_to_save, "modules_to_save")?;
+        let params = walk::visit(&model).params;
         let mut layers = listed(&mut model);
         let chosen = choose(config, &layers.paths())?;
+        let extras = Pattern::all(&config.modules_to_save)?;
+        let frozen = params.iter().find(|param| {
+            !param.in_adapter
+                && chosen.iter().any(|layer| within(layer, &param.path))
+                && extras.iter().any(|extra| extra.covers(&param.path))
+        });
+        if let Some(param) = frozen {
+            let field = "modules_to_save";
+            let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
+            return Err(LoraError::InvalidConfig { field, problem });
+        }
         layers.0.retain(|(path, _)| chosen.contains(path));
 
         let adapted = layers.0.iter().filter(|(_, layer)| layer.adapter().is_some());
@@ -117,11 +130,13 @@ pub trait LoraModule<B: Backend>: Module<B> {
             return Err(running_statistic(&statistic.path));
         }
         let extras = walk::read_extras(&model, &wanted);
-        let modules = paths.iter().filter_map(|path| {
-            let pattern = patterns.iter().find(|pattern| pattern.covers(path))?;
-            pattern.covering(path)
+        let own = params.iter().filter(|param| !param.in_adapter);
+        let modules = own.filter_map(|param| {
+            let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
+            // Parameters by themselves go by their names in the file.
+            Some(if module == param.path { param.torch_name.clone() } else { module.to_owned() })
         });
-        let modules: BTreeSet<_> = modules.map(str::to_owned).collect();
+        let modules: BTreeSet<_> = modules.collect();
         let adapters = listed(&mut model).0.into_iter();
         let adapters = adapters.filter_map(|(path, layer)| Some((path, layer.adapter()?.clone())));
         let mut set = LoraAdapters::new(adapters);
@@ -133,6 +148,9 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// The model with exactly these adapters, and with the parameters that were trained in full
     /// along with them; adapters that it had are taken off. No weight of the base is touched or
     /// copied. As after [`attach`](Self::attach), only what was put on trains.
+    ///
+    /// Biases of adapted layers that a file brings along (PEFT's `bias`) are put on, but do not train
+    /// any further.
     ///
     /// To switch between sets that hold different modules trained in full, switch each on the base,
     /// which has the originals.
@@ -203,7 +221,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// # Panics
     ///
-    /// If the two models' layers differ.
+    /// If the two models' layers differ, or a difference is not finite.
     fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
         config.validate()?;
         let (mut base, mut tuned) = (initialized(self), initialized(tuned));
@@ -213,11 +231,19 @@ pub trait LoraModule<B: Backend>: Module<B> {
         let chosen = choose(config, &layers.paths())?;
         let tuned_layers = listed(&mut tuned);
         assert_eq!(layers.paths(), tuned_layers.paths(), "the two models' layers must be the same");
+        let adapted = layers.0.iter().chain(&tuned_layers.0);
+        let adapted = adapted.filter(|(path, it)| chosen.contains(path) && it.adapter().is_some());
+        let paths: Vec<_> = adapted.map(|(path, _)| path.clone()).collect();
+        if !paths.is_empty() {
+            return Err(LoraError::AlreadyAttached { paths });
+        }
         let mut kept = BTreeMap::new();
         for ((path, layer), (_, tuned)) in layers.0.into_iter().zip(tuned_layers.0) {
             if chosen.contains(&path) {
                 let rank = config.for_layer(&path)?.rank;
-                let delta = tuned.weight_matrix() - layer.weight_matrix();
+                let [tuned, base] =
+                    [tuned.weight_matrix(), layer.weight_matrix()].map(at_least_f32);
+                let delta = tuned - base;
                 let (adapter, share) = low_rank::extract(delta, rank);
                 set.adapters.insert(path.clone(), Box::new(adapter));
                 kept.insert(path, share);
@@ -268,12 +294,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
         let params: Vec<_> =
             walk::visit(&model).params.into_iter().filter(|it| !it.is_statistic).collect();
         let count = |prefix: &str| {
-            let within = |path: &str| {
-                prefix.is_empty()
-                    || path.strip_prefix(prefix).is_some_and(|rest| rest.starts_with('.'))
-            };
             let mut counts = (0, 0);
-            for param in params.iter().filter(|param| within(&param.path)) {
+            for param in params.iter().filter(|param| within(prefix, &param.path)) {
                 if param.in_adapter || param.requires_grad {
                     counts.0 += param.num_elements;
                 }
@@ -367,6 +389,11 @@ fn running_statistic(name: &str) -> LoraError {
                  (`gamma`, `beta`) instead of the norm"
             .to_owned(),
     }
+}
+
+/// Whether the parameter at `path` belongs to `module`; everything belongs to the model itself.
+fn within(module: &str, path: &str) -> bool {
+    module.is_empty() || path.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'))
 }
 
 /// A clone that shares every value with the model, also those that were not drawn yet.

@@ -65,11 +65,14 @@ impl<B: Backend> LoraAdapters<B> {
     /// Writes the adapters as a directory that [`load`](Self::load) and Python's PEFT library read.
     ///
     /// The directory appears, or replaces the one that is there, as a whole: whenever the process
-    /// is interrupted, the old adapters or the new ones are there. Other files in it are kept. An
-    /// interrupted save may leave a hidden directory with a name that ends in `.tmp` beside it.
+    /// is interrupted, the old adapters or the new ones are there. (Where the operating system cannot
+    /// exchange two directories, on Windows for one, there is a moment with neither in its place, and
+    /// the old ones beside it.) Other files in it are kept; a directory that holds directories or
+    /// links is refused. An interrupted save may leave a hidden directory beside it.
     ///
     /// PEFT knows the scaling rules `alpha/rank` and `alpha/√rank`, one for all adapters; other sets
-    /// are written with the alphas that give the same scales by `alpha/rank`.
+    /// are written with the alphas that give the same scales by `alpha/rank`. Of dropout it knows one
+    /// probability: the largest is written.
     ///
     /// # Errors
     ///

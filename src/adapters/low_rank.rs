@@ -2,7 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn::{
+    module::Param,
+    tensor::{Tensor, TensorData, backend::Backend},
+};
 use nalgebra::DMatrix;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
@@ -28,7 +31,7 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// # Panics
     ///
-    /// If the rank is 0.
+    /// If the rank is 0, or an adapter holds NaN or infinite values.
     pub fn truncate(&self, rank: usize) -> Approximation<B> {
         assert!(rank > 0, "the rank must be at least 1, got 0");
         let mut adapters = self.clone();
@@ -42,7 +45,7 @@ impl<B: Backend> LoraAdapters<B> {
             let device = adapter.a.device();
             let truncated = small.adapter(&a.q(), &b.q(), rank, &device);
             **adapter = LoraAdapter {
-                bias: adapter.bias.clone().map(|it| it.map(|bias| bias * adapter.scale())),
+                bias: adapter.bias_delta().map(|bias| Param::from_tensor(bias.detach())),
                 dropout: adapter.dropout.clone(),
                 ..truncated
             };
@@ -67,7 +70,7 @@ pub(crate) fn extract<B: Backend>(delta: Tensor<B, 2>, rank: usize) -> (LoraAdap
     let mut rng = StdRng::seed_from_u64(0);
     let random = DMatrix::from_fn(d_output, width, |_, _| rng.sample(StandardNormal));
     let product = |left: &Tensor<B, 2>, right: &DMatrix<f64>| {
-        matrix(left.clone().matmul(tensor(right, &device)))
+        matrix(left.clone().matmul(tensor(right, &device).cast(left.dtype())))
     };
     let transposed = delta.clone().transpose();
     let mut basis = product(&delta, &random).qr().q();
@@ -91,6 +94,11 @@ struct Svd {
 
 impl Svd {
     fn new(matrix: DMatrix<f64>) -> Self {
+        // Of others the iteration would find no end.
+        assert!(
+            matrix.iter().all(|it| it.is_finite()),
+            "there is no decomposition of NaN or infinite values"
+        );
         let svd = matrix.svd(true, true);
         let (left, right) = (svd.u.expect("asked for"), svd.v_t.expect("asked for"));
         Self { left, values: svd.singular_values.iter().copied().collect(), right }

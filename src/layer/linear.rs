@@ -108,7 +108,8 @@ impl<B: Backend> LoraLayer<B> for LoraLinear<B> {
     }
 
     fn weight_shape(&self) -> [usize; 2] {
-        self.base.weight.lazy_shape().dims()
+        // Not the lazy shape: of a column layout it is the transpose until the value is drawn.
+        self.base.weight.shape().dims()
     }
 
     fn weight_matrix(&self) -> Tensor<B, 2> {

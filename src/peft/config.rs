@@ -145,7 +145,7 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
         }
     }
     if let Some(Value::String(init)) = &config.init_lora_weights
-        && BASE_CHANGING.iter().any(|it| init.starts_with(it))
+        && BASE_CHANGING.iter().any(|it| init.to_lowercase().starts_with(it))
     {
         let reason = format!(
             ": {init} changes the base's weights; convert the adapter in PEFT with \
@@ -181,7 +181,7 @@ fn is_on(value: &Value) -> bool {
 
 /// An expression from a file. One that would take long to compile is refused: no name needs it.
 fn compile(expression: &str) -> Result<Regex, regex::Error> {
-    const SIZE_LIMIT: usize = 1 << 18;
+    const SIZE_LIMIT: usize = 1 << 20;
     RegexBuilder::new(expression).size_limit(SIZE_LIMIT).build()
 }
 
@@ -238,12 +238,17 @@ impl PeftConfig {
         };
         let patterns = match &self.layers_pattern {
             None => vec![],
+            Some(Names::One(pattern)) if pattern.is_empty() => vec![],
             Some(Names::One(pattern)) => vec![pattern.clone()],
             Some(Names::Many(patterns)) => patterns.clone(),
         };
-        let patterns = if patterns.is_empty() { vec!["[^.]*".to_owned()] } else { patterns };
-        let finders: Result<Vec<_>, _> =
-            patterns.iter().map(|it| compile(&format!(r"^.*?\.{it}\.(\d+)\."))).collect();
+        // The first number after the pattern, or after any segment but the first.
+        let finders: Result<Vec<_>, _> = if patterns.is_empty() {
+            compile(r"^.*?\.[^.]*\.(?P<index>\d+)\.").map(|finder| vec![finder])
+        } else {
+            let finder = |it| compile(&format!(r"^(?:.*?\.)??(?:{it})\.(?P<index>\d+)\."));
+            patterns.iter().map(finder).collect()
+        };
         let excludes = match &self.exclude_modules {
             Some(modules) => Some(Matcher::new(modules)?),
             None => None,
@@ -302,7 +307,7 @@ impl Targets {
                 if !names.iter().any(|name| name == path) =>
             {
                 let found = finders.iter().find_map(|finder| finder.captures(path));
-                let index = found.and_then(|found| found.get(1)?.as_str().parse().ok());
+                let index = found.and_then(|found| found.name("index")?.as_str().parse().ok());
                 index.is_some_and(|index| indices.contains(&index))
             }
             _ => true,
@@ -358,7 +363,13 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         ranks.map(|path| (exactly(path), set.adapters[path].rank())).collect();
     let alphas = paths().filter(|path| alpha(path) != common_alpha);
     let alphas: BTreeMap<_, _> = alphas.map(|path| (exactly(path), number(alpha(path)))).collect();
+    if let Some(path) = paths().find(|path| !alpha(path).is_finite()) {
+        return Err(unsupported("lora_alpha", &format!(": that of `{path}` is not finite")));
+    }
     let dropout = set.adapters.values().map(|it| it.dropout.prob).fold(0.0, f64::max);
+    if dropout >= 1.0 {
+        return Err(unsupported("lora_dropout", ": it drops everything"));
+    }
 
     let biases: BTreeSet<_> = set
         .extras
@@ -387,7 +398,11 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         ("peft_type", json!("LORA")),
         ("r", json!(rank)),
         ("rank_pattern", json!(ranks)),
-        ("target_modules", json!(paths().collect::<Vec<_>>())),
+        // An expression, since a name in a list also means every path that ends with it.
+        (
+            "target_modules",
+            json!(paths().map(|it| regex::escape(it)).collect::<Vec<_>>().join("|")),
+        ),
         ("use_rslora", json!(rslora)),
     ] {
         fields.insert(name.to_owned(), value);

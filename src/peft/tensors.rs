@@ -6,7 +6,7 @@
 use std::{
     borrow::Cow,
     cell::Cell,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     io::Read,
     path::Path,
 };
@@ -95,6 +95,7 @@ pub(super) fn read<Bk: Backend>(
         };
         roles.push((key, info, role));
     }
+    let mut names = BTreeSet::new();
     for (key, _, role) in &mut roles {
         let Role::Extra(name) = role else { continue };
         // The base's parameters, seen from an adapted layer, are one level further down.
@@ -103,14 +104,18 @@ pub(super) fn read<Bk: Backend>(
         if let Some(path) = target {
             *name = format!("{path}.bias");
         }
-        if !config.saves(name, of_target) {
+        if !config.saves(name, of_target) || !names.insert(name.clone()) {
             mismatch.unexpected.push((*key).to_owned());
         }
     }
+    let targets = config.targets();
     for (path, parts) in &layers {
         check(path, parts, &config, &mut mismatch);
+        // PEFT would not put an adapter there.
+        if targets.as_ref().is_some_and(|targets| !targets.matches(path)) {
+            mismatch.unexpected.push(format!("{PREFIX}{path} (not a target)"));
+        }
     }
-    let targets = config.targets();
     mismatch.unmatched_targets =
         targets.as_ref().map_or(vec![], |it| it.unmatched(layers.keys().copied()));
     mismatch.into_result(file)?;

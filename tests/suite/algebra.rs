@@ -251,6 +251,12 @@ fn truncation_is_the_best_of_its_rank_and_reports_what_it_keeps() {
 }
 
 #[test]
+#[should_panic = "there is no decomposition of NaN"]
+fn a_diverged_adapter_is_not_truncated() {
+    set(2, 1.0, 1).scaled(f64::NAN).truncate(1);
+}
+
+#[test]
 #[should_panic = "the rank must be at least 1, got 0"]
 fn truncation_to_nothing_is_refused() {
     set(2, 1.0, 1).truncate(0);
@@ -285,6 +291,11 @@ fn extraction_finds_the_best_adapters_for_a_tuned_model() {
     }
     assert!(extracted.kept["blocks.0"] > 1.0 - 1e-6);
     assert!(base.switch(&extracted.adapters).is_ok());
+
+    // Adapters are no part of a weight, and must be merged first.
+    let adapted = base.attach(&config).unwrap();
+    let error = base.extract(&adapted, &config).unwrap_err();
+    assert!(matches!(error, LoraError::AlreadyAttached { .. }));
 
     // A model that was not tuned: everything of nothing is kept.
     let same = base.extract(&base, &config).unwrap();

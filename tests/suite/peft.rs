@@ -367,6 +367,8 @@ fn all_that_does_not_fit_is_listed_in_one_error() {
         ("base_model.model.fc2.lora_A.weight", Dtype::F32, &[3, 8]),
         ("base_model.model.fc2.lora_B.weight", Dtype::F32, &[8, 4, 1]),
         ("base_model.model.norm.weight", Dtype::F32, &[8]),
+        ("base_model.model.other.lora_A.weight", Dtype::F32, &[4, 8]),
+        ("base_model.model.other.lora_B.weight", Dtype::F32, &[8, 4]),
         ("fc2.lora_A.weight", Dtype::F32, &[4, 8]),
     ]);
     let LoraError::Mismatch { mismatch, .. } = parse(config, &weights).unwrap_err() else {
@@ -376,7 +378,12 @@ fn all_that_does_not_fit_is_listed_in_one_error() {
     assert_eq!(missing, ["base_model.model.fc1.lora_B.weight"]);
     assert_eq!(
         unexpected,
-        ["base_model.model.fc1.lora_B.bias", "base_model.model.norm.weight", "fc2.lora_A.weight"]
+        [
+            "base_model.model.fc1.lora_B.bias",
+            "base_model.model.norm.weight",
+            "base_model.model.other (not a target)",
+            "fc2.lora_A.weight"
+        ]
     );
     assert_eq!(
         misshapen,
@@ -432,6 +439,51 @@ fn a_set_that_does_not_fit_a_model_leaves_it_untouched() {
 
     assert_eq!(bits(model.fc1.adapter().unwrap().a.val()), before);
     assert!(model.fc3.adapter().is_some());
+}
+
+#[test]
+fn a_saved_set_means_its_own_layers_alone() {
+    #[derive(Module, Debug)]
+    struct Outer<B: Backend> {
+        fc: LoraLinear<B>,
+        encoder: Inner<B>,
+    }
+    #[derive(Module, Debug)]
+    struct Inner<B: Backend> {
+        fc: LoraLinear<B>,
+        norm: LayerNorm<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Outer<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("fc", &mut self.fc).with("encoder", &mut self.encoder)
+        }
+    }
+    impl<B: Backend> LoraModule<B> for Inner<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("fc", &mut self.fc)
+        }
+    }
+    let device = device::<Plain>();
+    let fc = || LinearConfig::new(2, 3).init(&device).into();
+    let encoder = Inner { fc: fc(), norm: LayerNormConfig::new(3).init(&device) };
+    let base = Outer::<Plain> { fc: fc(), encoder };
+    // `encoder.fc` ends with `fc`, and `gamma` goes by another name in the file.
+    let config = config().with_excludes(["encoder.fc"]).with_modules_to_save(["gamma"]);
+    let set = base.attach(&config).unwrap().adapters(&config).unwrap();
+    let dir = TempDir::new("own-layers");
+    set.save(&dir.0).unwrap();
+    let again = LoraAdapters::<Plain>::load(&dir.0, &device).unwrap();
+    assert_eq!((again.len(), again.num_params()), (1, 3 * (2 + 3) + 3));
+    let restored = base.switch(&again).unwrap();
+    assert!(restored.fc.adapter().is_some() && restored.encoder.fc.adapter().is_none());
+}
+
+#[test]
+fn what_a_file_cannot_say_is_not_saved() {
+    let dir = TempDir::new("not-said");
+    let error = load("plain").scaled(f64::INFINITY).save(dir.0.join("set")).unwrap_err();
+    assert!(error.to_string().contains("`lora_alpha` is not supported: that of `fc1`"), "{error}");
+    assert_eq!(names(&dir.0), [""; 0]);
 }
 
 #[test]
@@ -518,7 +570,7 @@ fn fields_that_change_the_result_are_refused_by_name() {
             parse(&with(field, off), &weights).unwrap();
         }
     }
-    for init in ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"] {
+    for init in ["OLoRA", "pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"] {
         assert_refused(&with("init_lora_weights", json!(init)), &weights, "init_lora_weights");
     }
     parse(&with("init_lora_weights", json!("gaussian")), &weights).unwrap();

@@ -70,6 +70,10 @@ fn a_pattern_without_a_match_is_an_error_that_lists_the_paths() {
             "targets, less excludes and modules_to_save, matched nothing: `head`",
         ),
         (LoraConfig::new(0, 1.0), "`rank` is 0"),
+        (
+            config.clone().with_modules_to_save(["blocks.0.bias"]),
+            "`modules_to_save` names `blocks.0.bias` of an adapted layer",
+        ),
     ];
     for (config, message) in refused {
         let error = model().attach(&config).unwrap_err().to_string();
@@ -127,6 +131,17 @@ fn freezing_and_unfreezing() {
     let everything = adapted.unfreeze().parameters();
     let under_the_adapter = 7 * 3;
     assert_eq!(everything.trainable, everything.total - under_the_adapter + 2 * (7 + 3));
+}
+
+#[test]
+fn a_layer_in_columns_that_was_never_used() {
+    let config = LinearConfig::new(4, 8).with_layout(burn::nn::LinearLayout::Col);
+    let layer = || config.init::<Plain>(&device::<Plain>());
+    let adapted = LoraConfig::new(2, 4.0).init(layer());
+    assert_eq!(adapted.adapter().unwrap().shape(), [4, 8]);
+    let x = || Matrix::random(3, 4, 1).tensor::<Plain, 2>([3, 4], &device::<Plain>());
+    assert_eq!(adapted.forward(x()).dims(), [3, 8]);
+    assert_eq!(LoraLinear::from(layer()).forward(x()).dims(), [3, 8]);
 }
 
 #[test]
