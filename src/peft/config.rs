@@ -120,6 +120,8 @@ pub(crate) struct Targets {
 #[derive(Clone, Debug)]
 enum Matcher {
     Expression(Regex),
+    /// Paths in full: what most expressions come to, without the memory of a compiled one.
+    Paths(Vec<String>),
     Names(Vec<String>),
 }
 
@@ -274,12 +276,30 @@ fn is_or_ends_with(names: &[String], path: &str) -> bool {
     })
 }
 
+/// The text that an expression stands for, if it stands for one alone.
+fn unescape(expression: &str) -> Option<String> {
+    let mut text = String::new();
+    let mut characters = expression.chars();
+    while let Some(character) = characters.next() {
+        text.push(match character {
+            '\\' => characters.next().filter(|it| !it.is_alphanumeric())?,
+            it if ".+*?()[]{}^$#&-~".contains(it) => return None,
+            it => it,
+        });
+    }
+    Some(text)
+}
+
 impl Matcher {
     fn new(modules: &Modules) -> Option<Self> {
         match modules {
             Modules::Names(names) => Some(Self::Names(names.clone())),
             Modules::Expression(all) if all.eq_ignore_ascii_case("all-linear") => None,
             Modules::Expression(expression) => {
+                let paths = expression.split('|').map(unescape).collect();
+                if let Some(paths) = paths {
+                    return Some(Self::Paths(paths));
+                }
                 compile(&format!("^(?:{expression})$")).ok().map(Self::Expression)
             }
         }
@@ -288,6 +308,7 @@ impl Matcher {
     fn matches(&self, path: &str) -> bool {
         match self {
             Self::Expression(regex) => regex.is_match(path),
+            Self::Paths(paths) => paths.iter().any(|it| it == path),
             Self::Names(names) => is_or_ends_with(names, path),
         }
     }
@@ -321,6 +342,10 @@ impl Targets {
                 vec![regex.as_str().to_owned()]
             }
             Matcher::Expression(_) => vec![],
+            Matcher::Paths(names) => {
+                let matches = |name: &String| paths.clone().any(|path| path == name);
+                names.iter().filter(|name| !matches(name)).cloned().collect()
+            }
             Matcher::Names(names) => {
                 let matches = |name: &String| {
                     paths.clone().any(|path| is_or_ends_with(std::slice::from_ref(name), path))
