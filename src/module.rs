@@ -65,8 +65,9 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// # Errors
     ///
-    /// If `config` is [invalid](LoraConfig::validate), if one of its patterns matches nothing, or if
-    /// a chosen layer has an adapter already.
+    /// If `config` is [invalid](LoraConfig::validate), if one of its patterns matches nothing, if a
+    /// chosen layer has an adapter already, or if `config.modules_to_save` names a parameter of a
+    /// chosen layer, which is frozen.
     fn attach(&self, config: &LoraConfig) -> Result<Self, LoraError> {
         config.validate()?;
         let mut model = freeze(self, &config.modules_to_save, "modules_to_save")?;

@@ -4,6 +4,7 @@
 mod config;
 mod directory;
 mod json;
+mod targets;
 mod tensors;
 
 use std::{
@@ -16,7 +17,7 @@ use burn::tensor::backend::Backend;
 
 use crate::{LoraAdapters, LoraError};
 
-pub(crate) use config::Targets;
+pub(crate) use targets::Targets;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";

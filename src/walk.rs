@@ -113,7 +113,9 @@ impl<B: Backend> ModuleVisitor<B> for Visitor {
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         let layout = self.place.torch_layout();
-        let mut shape = param.lazy_shape().to_vec();
+        // This draws the value of a parameter that was never used. The lazy shape would not do: that
+        // of a column layout is the transpose until then.
+        let mut shape = param.shape().to_vec();
         if layout.transposed {
             shape.swap(0, 1);
         }
@@ -122,7 +124,6 @@ impl<B: Backend> ModuleVisitor<B> for Visitor {
             num_elements: shape.iter().product(),
             torch_name: layout.name,
             torch_shape: shape,
-            // This draws the value of a parameter that was never used.
             requires_grad: param.is_require_grad(),
             in_adapter: self.place.adapted_layer().is_some(),
             is_statistic: self.place.is_statistic(),
