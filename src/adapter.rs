@@ -5,12 +5,16 @@ mod module;
 use burn::{
     module::{Module, Param},
     nn::{Dropout, DropoutConfig},
-    tensor::{DType, FloatDType, Tensor, TensorData, backend::Backend, module::linear},
+    tensor::{
+        DType, FloatDType, Int, Tensor, TensorData,
+        backend::Backend,
+        module::{embedding, linear},
+    },
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
-use rand_distr::{Normal, Uniform};
+use rand_distr::{Normal, StandardNormal, Uniform};
 
-use crate::{Init, LoraConfig, Scaling};
+use crate::{Init, LoraConfig, Scaling, WeightLayout};
 
 pub use module::LoraAdapterRecord;
 
@@ -61,6 +65,8 @@ pub struct LoraAdapter<B: Backend> {
     pub scaling: Scaling,
     /// The dropout on the adapter's input; active on autodiff backends only.
     pub dropout: Dropout,
+    /// How the layer that it was made for keeps the weight.
+    pub(crate) layout: WeightLayout,
 }
 
 impl<B: Backend> LoraAdapter<B> {
@@ -80,7 +86,8 @@ impl<B: Backend> LoraAdapter<B> {
         );
         assert!(rank > 0, "the rank must be at least 1, got 0");
         let dropout = DropoutConfig::new(0.0).init();
-        Self { a: trainable(a), b: trainable(b), bias: None, alpha, scaling, dropout }
+        let (a, b, layout) = (trainable(a), trainable(b), WeightLayout::Matrix);
+        Self { a, b, bias: None, alpha, scaling, dropout, layout }
     }
 
     /// A fresh adapter for a weight of `[d_input, d_output]`, drawn as `config` says. Everything in
@@ -91,8 +98,14 @@ impl<B: Backend> LoraAdapter<B> {
     /// # Panics
     ///
     /// If the rank is 0 or the dropout is not a probability.
-    pub fn init(
+    pub fn init(config: &LoraConfig, shape: [usize; 2], device: &B::Device) -> LoraAdapter<B> {
+        Self::init_for(config, WeightLayout::Matrix, shape, device)
+    }
+
+    /// A fresh adapter for a weight of the given layout.
+    pub(crate) fn init_for(
         config: &LoraConfig,
+        layout: WeightLayout,
         [d_input, d_output]: [usize; 2],
         device: &B::Device,
     ) -> LoraAdapter<B> {
@@ -103,20 +116,30 @@ impl<B: Backend> LoraAdapter<B> {
             let range = Uniform::new_inclusive(-bound, bound).expect("the bound is finite");
             random(shape, || rng.sample(range), device)
         };
-        let (a, b) = match config.init {
-            Init::KaimingUniform => {
+        let (a, b) = match (&layout, config.init) {
+            (WeightLayout::Embedding, init) => {
+                let mut normal = |shape| random(shape, || rng.sample(StandardNormal), device);
+                let b = normal([rank, d_output]);
+                let a = match init {
+                    Init::RandomBoth => normal([d_input, rank]),
+                    _ => Tensor::zeros([d_input, rank], device),
+                };
+                (a, b)
+            }
+            (_, Init::KaimingUniform) => {
                 (uniform([d_input, rank], d_input), Tensor::zeros([rank, d_output], device))
             }
-            Init::Gaussian => {
+            (_, Init::Gaussian) => {
                 let normal = Normal::new(0.0, 1.0 / rank as f32).expect("the deviation is finite");
                 let a = random([d_input, rank], || rng.sample(normal), device);
                 (a, Tensor::zeros([rank, d_output], device))
             }
-            Init::RandomBoth => {
+            (_, Init::RandomBoth) => {
                 (uniform([d_input, rank], d_input), uniform([rank, d_output], rank))
             }
         };
         Self {
+            layout,
             bias: config.bias.then(|| trainable(Tensor::zeros([d_output], device))),
             dropout: DropoutConfig::new(config.dropout).init(),
             ..Self::new(a, b, config.alpha, config.scaling)
@@ -127,6 +150,51 @@ impl<B: Backend> LoraAdapter<B> {
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden = self.dropout.forward(x).matmul(self.a.val()).mul_scalar(self.scale());
         linear(hidden, self.b.val(), self.bias_delta())
+    }
+
+    /// The update of the output where a row of x selects one row of the weight:
+    /// indices `[batch, length]` to `[batch · length, d_output]`.
+    pub(crate) fn forward_lookup(&self, indices: Tensor<B, 2, Int>) -> Tensor<B, 2> {
+        let hidden = embedding(self.a.val(), indices).flatten::<2>(0, 1).mul_scalar(self.scale());
+        hidden.matmul(self.b.val())
+    }
+
+    /// The update of the output where the weight is used transposed, `s·(x·Bᵀ)·Aᵀ`:
+    /// `[batch, d_output]` to `[batch, d_input]`.
+    pub(crate) fn forward_transposed(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let hidden = x.matmul(self.b.val().transpose()).mul_scalar(self.scale());
+        hidden.matmul(self.a.val().transpose())
+    }
+
+    /// The update of the output of a convolution: `[batch, channels_in, ..]` to
+    /// `[batch, channels_out, ..]`. `times_a` multiplies each patch of x with A, which gives
+    /// `[batch, groups · rank, ..]`; B then acts at each place.
+    pub(crate) fn forward_conv<const D: usize>(
+        &self,
+        x: Tensor<B, D>,
+        groups: usize,
+        times_a: impl FnOnce(Tensor<B, D>, Tensor<B, 2>) -> Tensor<B, D>,
+    ) -> Tensor<B, D> {
+        let hidden = times_a(self.dropout.forward(x), self.a.val()).mul_scalar(self.scale());
+        let mut shape = hidden.dims();
+        let (rank, columns) = (self.rank(), self.b.dims()[1]);
+        let places: usize = shape[2..].iter().product();
+        // The columns of B are the channels of all groups, but those of one that all share in a
+        // transposed convolution.
+        let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
+        let b_groups = if transposed { 1 } else { groups };
+        let b = self.b.val().transpose().reshape([1, b_groups, columns / b_groups, rank]);
+        let mut y = b.matmul(hidden.reshape([shape[0], groups, rank, places]));
+        if let Some(bias) = self.bias_delta() {
+            y = y + bias.reshape([1, b_groups, columns / b_groups, 1]);
+        }
+        shape[1] = groups * columns / b_groups;
+        y.reshape(shape)
+    }
+
+    /// The update of the weight, `ΔW = s·A·B`: `[d_input, d_output]`, as part of the autodiff graph.
+    pub(crate) fn product(&self) -> Tensor<B, 2> {
+        self.a.val().mul_scalar(self.scale()).matmul(self.b.val())
     }
 
     /// The update of the weight, `ΔW = s·A·B`: `[d_input, d_output]`, detached from the autodiff

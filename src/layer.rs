@@ -1,19 +1,39 @@
 //! Layers that can carry an adapter: each shows its weight to the same
 //! [`LoraAdapter`] as a matrix.
 
+mod attention;
+mod conv;
+mod embedding;
+mod layout;
 mod linear;
+mod module;
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::{
+    module::{Param, ParamId},
+    tensor::{ElementConversion, Tensor, backend::Backend},
+};
 
-use crate::LoraAdapter;
+use crate::{
+    LoraAdapter, LoraConfig,
+    adapter::{at_least_f32, frozen},
+};
+
+pub use attention::{
+    LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, LoraMultiHeadAttentionRecord,
+};
+pub use conv::{
+    LoraConv1d, LoraConv1dRecord, LoraConv2d, LoraConv2dRecord, LoraConvTranspose2d,
+    LoraConvTranspose2dRecord,
+};
+pub use embedding::{LoraEmbedding, LoraEmbeddingRecord};
+pub use layout::WeightLayout;
+pub use linear::{LoraLinear, LoraLinearRecord};
 
 /// The name under which a layer shows its adapter, there or not, to visitors and mappers.
 pub(crate) const ADAPTER: &str = "adapter";
 
 /// The container that goes with [`ADAPTER`]: by it a walk through any model finds its LoRA layers.
 pub(crate) const CONTAINER: &str = "Struct:LoraLayer";
-
-pub use linear::{LoraLinear, LoraLinearRecord};
 
 /// A frozen base layer with at most one adapter.
 ///
@@ -28,17 +48,27 @@ pub trait LoraLayer<B: Backend> {
     ///
     /// # Panics
     ///
-    /// If the adapter's shape is not [`weight_shape`](Self::weight_shape).
+    /// If the adapter's shape is not [`weight_shape`](Self::weight_shape), or if it has a bias that
+    /// the layer [cannot take](Self::takes_bias).
     fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
     fn weight_shape(&self) -> [usize; 2];
 
+    /// How the base keeps the weight.
+    fn weight_layout(&self) -> WeightLayout;
+
     /// The base's weight seen as a matrix, as a constant: `[d_input, d_output]`.
     fn weight_matrix(&self) -> Tensor<B, 2>;
 
-    /// How many parameters the base has, its bias included.
-    fn num_base_params(&self) -> usize;
+    /// Whether the adapter can have a bias.
+    fn takes_bias(&self) -> bool;
+
+    /// Whether the adapter sees the layer's input, on which its dropout acts. True unless said
+    /// otherwise.
+    fn takes_dropout(&self) -> bool {
+        true
+    }
 
     /// The device of the base.
     fn device(&self) -> B::Device;
@@ -46,4 +76,134 @@ pub trait LoraLayer<B: Backend> {
     /// Adds the adapter's update to a copy of the base, which replaces it, and drops the adapter.
     /// Returns whether every weight is finite; if not, the layer is as it was.
     fn merge_adapter(&mut self) -> bool;
+}
+
+impl<B: Backend, L: LoraLayer<B> + ?Sized> LoraLayer<B> for &mut L {
+    fn adapter(&self) -> Option<&LoraAdapter<B>> {
+        (**self).adapter()
+    }
+
+    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
+        (**self).set_adapter(adapter);
+    }
+
+    fn weight_shape(&self) -> [usize; 2] {
+        (**self).weight_shape()
+    }
+
+    fn weight_layout(&self) -> WeightLayout {
+        (**self).weight_layout()
+    }
+
+    fn weight_matrix(&self) -> Tensor<B, 2> {
+        (**self).weight_matrix()
+    }
+
+    fn takes_bias(&self) -> bool {
+        (**self).takes_bias()
+    }
+
+    fn takes_dropout(&self) -> bool {
+        (**self).takes_dropout()
+    }
+
+    fn device(&self) -> B::Device {
+        (**self).device()
+    }
+
+    fn merge_adapter(&mut self) -> bool {
+        (**self).merge_adapter()
+    }
+}
+
+/// A layer of Burn's that has a drop-in here: what [`LoraConfig::init`] takes.
+pub trait Adaptable<B: Backend>: Sized {
+    /// The drop-in.
+    type Lora: LoraLayer<B> + From<Self>;
+}
+
+impl LoraConfig {
+    /// Puts a fresh adapter on a trained layer. Everything that concerns a whole model, such as the
+    /// targets, is ignored.
+    ///
+    /// # Panics
+    ///
+    /// If a value of the configuration is invalid, or asks for a bias that the layer
+    /// [cannot take](LoraLayer::takes_bias).
+    pub fn init<B: Backend, L: Adaptable<B>>(&self, base: L) -> L::Lora {
+        if let Err(error) = self.validate() {
+            panic!("{error}");
+        }
+        let mut layer = L::Lora::from(base);
+        let adapter = fresh(self, &layer);
+        layer.set_adapter(Some(adapter));
+        layer
+    }
+}
+
+/// A fresh adapter for the layer.
+pub(crate) fn fresh<B: Backend>(config: &LoraConfig, layer: &dyn LoraLayer<B>) -> LoraAdapter<B> {
+    let (layout, shape) = (layer.weight_layout(), layer.weight_shape());
+    LoraAdapter::init_for(config, layout, shape, &layer.device())
+}
+
+/// Fails unless the adapter can be put on the layer.
+#[track_caller]
+pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdapter<B>) {
+    let shape = layer.weight_shape();
+    assert!(
+        adapter.shape() == shape,
+        "the adapter must fit the weight: expected {shape:?} = [d_input, d_output], got {:?}",
+        adapter.shape(),
+    );
+    let layout = layer.weight_layout();
+    assert!(
+        adapter.layout.fits(&layout),
+        "the adapter must fit the weight: it was made for {:?}, and the layer has {layout:?}",
+        adapter.layout,
+    );
+    assert!(
+        adapter.bias.is_none() || layer.takes_bias(),
+        "the adapter has a bias, and a layer with {layout:?} cannot take one"
+    );
+}
+
+/// The parameter plus `delta`, formed in `f32` or better, in the parameter's own precision, and
+/// frozen.
+pub(crate) fn plus<B: Backend, const D: usize>(
+    param: &Param<Tensor<B, D>>,
+    delta: Tensor<B, D>,
+) -> Param<Tensor<B, D>> {
+    let delta = delta.detach().set_require_grad(false);
+    param.clone().map(|value| {
+        let dtype = value.dtype();
+        let value = at_least_f32(value.detach().set_require_grad(false));
+        (value.clone() + delta.cast(value.dtype())).cast(dtype)
+    })
+}
+
+/// The base's bias plus the adapter's, where there is one, or the other.
+fn plus_bias<B: Backend>(
+    bias: &Option<Param<Tensor<B, 1>>>,
+    delta: Option<Tensor<B, 1>>,
+) -> Option<Param<Tensor<B, 1>>> {
+    match (bias, delta) {
+        (Some(bias), Some(delta)) => Some(plus(bias, delta)),
+        (None, Some(delta)) => Some(constant(delta.detach())),
+        (bias, None) => bias.clone(),
+    }
+}
+
+/// The tensor as a parameter that does not train.
+fn constant<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
+    Param::initialized(ParamId::new(), tensor)
+}
+
+/// The parameter as one that does not train, whatever its flag says.
+fn fixed<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+    constant(frozen(param))
+}
+
+pub(crate) fn is_finite<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> bool {
+    param.val().is_finite().all().into_scalar().elem()
 }

@@ -7,16 +7,17 @@ use std::collections::{BTreeMap, BTreeSet};
 use burn::{module::Module, tensor::backend::Backend};
 
 use crate::{
-    Approximation, LayerReport, LoraAdapter, LoraAdapters, LoraConfig, LoraError, Merged,
-    ParameterReport,
+    Approximation, LayerReport, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLayer,
+    Merged, ParameterReport,
     adapter::at_least_f32,
     adapters::low_rank,
     error::Mismatch,
+    layer::fresh,
     pattern::{Pattern, require_matches},
     walk,
 };
 
-use layers::listed;
+use layers::{listed, paths};
 
 pub use layers::LoraLayers;
 
@@ -72,14 +73,14 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// # Errors
     ///
     /// If `config` is [invalid](LoraConfig::validate), if one of its patterns matches nothing, if a
-    /// chosen layer has an adapter already, or if `config.modules_to_save` names a parameter of a
-    /// chosen layer, which is frozen.
+    /// chosen layer has an adapter already or cannot take a bias or a dropout that `config` asks for, or if
+    /// `config.modules_to_save` names a parameter of a chosen layer, which is frozen.
     fn attach(&self, config: &LoraConfig) -> Result<Self, LoraError> {
         config.validate()?;
         let mut model = freeze(self, &config.modules_to_save, "modules_to_save")?;
         let params = walk::visit(&model).params;
         let mut layers = listed(&mut model);
-        let chosen = choose(config, &layers.paths())?;
+        let chosen = choose(config, &paths(&layers))?;
         let extras = Pattern::all(&config.modules_to_save)?;
         let frozen = params.iter().find(|param| {
             !param.in_adapter
@@ -91,16 +92,24 @@ pub trait LoraModule<B: Backend>: Module<B> {
             let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
             return Err(LoraError::InvalidConfig { field, problem });
         }
-        layers.0.retain(|(path, _)| chosen.contains(path));
+        layers.retain(|(path, _)| chosen.contains(path));
 
-        let adapted = layers.0.iter().filter(|(_, layer)| layer.adapter().is_some());
+        let adapted = layers.iter().filter(|(_, layer)| layer.adapter().is_some());
         let paths: Vec<_> = adapted.map(|(path, _)| path.clone()).collect();
         if !paths.is_empty() {
             return Err(LoraError::AlreadyAttached { paths });
         }
-        for (path, layer) in layers.0 {
-            let config = config.for_layer(&path)?;
-            let adapter = LoraAdapter::init(&config, layer.weight_shape(), &layer.device());
+        for (field, wanted, takes) in [
+            ("bias", config.bias, (|it| it.takes_bias()) as fn(&dyn LoraLayer<B>) -> bool),
+            ("dropout", config.dropout > 0.0, |it| it.takes_dropout()),
+        ] {
+            if let Some((path, _)) = layers.iter().find(|(_, layer)| wanted && !takes(&**layer)) {
+                let problem = format!("is set, and the adapter of `{path}` cannot have one");
+                return Err(LoraError::InvalidConfig { field, problem });
+            }
+        }
+        for (path, mut layer) in layers {
+            let adapter = fresh(&config.for_layer(&path)?, &*layer);
             layer.set_adapter(Some(adapter));
         }
         Ok(model)
@@ -111,7 +120,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// that the adapters were put on.
     fn detach(&self) -> Self {
         let mut model = initialized(self);
-        for (_, layer) in listed(&mut model).0 {
+        for (_, mut layer) in listed(&mut model) {
             layer.set_adapter(None);
         }
         model
@@ -144,7 +153,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
             Some(if module == param.path { param.torch_name.clone() } else { module.to_owned() })
         });
         let modules: BTreeSet<_> = modules.collect();
-        let adapters = listed(&mut model).0.into_iter();
+        let adapters = listed(&mut model).into_iter();
         let adapters = adapters.filter_map(|(path, layer)| Some((path, layer.adapter()?.clone())));
         let mut set = LoraAdapters::new(adapters);
         set.extras = extras;
@@ -185,7 +194,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
                 Some(_) => {}
             }
         }
-        let layers = listed(&mut model).0;
+        let layers = listed(&mut model);
         let known = |path: &str| layers.iter().any(|(it, _)| it == path);
         for path in adapters.adapters.keys().filter(|path| !known(path)) {
             mismatch.unexpected.push(path.clone());
@@ -196,6 +205,14 @@ pub trait LoraModule<B: Backend>: Module<B> {
                     let (expected, found) = (layer.weight_shape(), adapter.shape());
                     let text = format!("{path} (expected {expected:?}, found {found:?})");
                     mismatch.misshapen.push(text);
+                }
+                Some(adapter) if !adapter.layout.fits(&layer.weight_layout()) => {
+                    let (expected, found) = (layer.weight_layout(), &adapter.layout);
+                    let text = format!("{path} (expected {expected:?}, found {found:?})");
+                    mismatch.misshapen.push(text);
+                }
+                Some(adapter) if adapter.bias.is_some() && !layer.takes_bias() => {
+                    mismatch.unexpected.push(format!("{path} (a bias)"));
                 }
                 None if adapters.targets.as_ref().is_some_and(|it| it.matches(path)) => {
                     mismatch.missing.push(path.clone());
@@ -209,7 +226,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
         }
         mismatch.into_result("the set of adapters")?;
 
-        for (path, layer) in layers {
+        for (path, mut layer) in layers {
             let adapter = adapters.get(&path).cloned();
             let device = layer.device();
             layer.set_adapter(adapter.map(|adapter| adapter.fork(&device)));
@@ -235,23 +252,24 @@ pub trait LoraModule<B: Backend>: Module<B> {
         let mut set = tuned.adapters(config)?;
         set.adapters.clear();
         let layers = listed(&mut base);
-        let chosen = choose(config, &layers.paths())?;
+        let chosen = choose(config, &paths(&layers))?;
         let tuned_layers = listed(&mut tuned);
-        assert_eq!(layers.paths(), tuned_layers.paths(), "the two models' layers must be the same");
-        let adapted = layers.0.iter().chain(&tuned_layers.0);
+        assert_eq!(paths(&layers), paths(&tuned_layers), "the two models' layers must be the same");
+        let adapted = layers.iter().chain(&tuned_layers);
         let adapted = adapted.filter(|(path, it)| chosen.contains(path) && it.adapter().is_some());
         let paths: Vec<_> = adapted.map(|(path, _)| path.clone()).collect();
         if !paths.is_empty() {
             return Err(LoraError::AlreadyAttached { paths });
         }
         let mut kept = BTreeMap::new();
-        for ((path, layer), (_, tuned)) in layers.0.into_iter().zip(tuned_layers.0) {
+        for ((path, layer), (_, tuned)) in layers.into_iter().zip(tuned_layers) {
             if chosen.contains(&path) {
                 let rank = config.for_layer(&path)?.rank;
                 let [tuned, base] =
                     [tuned.weight_matrix(), layer.weight_matrix()].map(at_least_f32);
                 let delta = tuned - base;
                 let (adapter, share) = low_rank::extract(delta, rank);
+                let adapter = LoraAdapter { layout: layer.weight_layout(), ..adapter };
                 set.adapters.insert(path.clone(), Box::new(adapter));
                 kept.insert(path, share);
             }
@@ -268,7 +286,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     fn merge(&self) -> Result<Merged<Self>, LoraError> {
         let original = initialized(self);
         let mut plain = original.clone();
-        for (path, layer) in listed(&mut plain).0 {
+        for (path, mut layer) in listed(&mut plain) {
             if !layer.merge_adapter() {
                 return Err(LoraError::NotFinite { path });
             }
@@ -313,7 +331,6 @@ pub trait LoraModule<B: Backend>: Module<B> {
             counts
         };
         let layers = listed(&mut model)
-            .0
             .into_iter()
             .map(|(path, layer)| {
                 let (trainable, total) = count(&path);
@@ -338,9 +355,11 @@ fn running_statistic(name: &str) -> LoraError {
     }
 }
 
-/// Whether the parameter at `path` belongs to `module`; everything belongs to the model itself.
+/// Whether the parameter at `path` is `module` or belongs to it; everything belongs to the model
+/// itself.
 fn within(module: &str, path: &str) -> bool {
-    module.is_empty() || path.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'))
+    let rest = path.strip_prefix(module);
+    module.is_empty() || rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 /// A clone that shares every value with the model, also those that were not drawn yet.

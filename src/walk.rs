@@ -15,24 +15,24 @@ use crate::{
 
 /// The place of a walk in the tree of modules.
 #[derive(Default)]
-struct Place {
+pub(crate) struct Place {
     names: Vec<String>,
     /// The container of each name.
     containers: Vec<String>,
 }
 
 impl Place {
-    fn enter(&mut self, name: &str, container: &str) {
+    pub fn enter(&mut self, name: &str, container: &str) {
         self.names.push(name.to_owned());
         self.containers.push(container.to_owned());
     }
 
-    fn exit(&mut self) {
+    pub fn exit(&mut self) {
         self.names.pop();
         self.containers.pop();
     }
 
-    fn path(&self) -> String {
+    pub fn path(&self) -> String {
         self.names.join(".")
     }
 
@@ -42,10 +42,15 @@ impl Place {
         (0..self.names.len()).find(slot).map(|at| self.names[..at].join("."))
     }
 
+    /// The container of the parameter that the walk is at.
+    pub fn container(&self) -> &str {
+        self.containers.last().map_or("", String::as_str)
+    }
+
     /// Running statistics look like parameters to a walk, and no gradient may ever reach them.
-    fn is_statistic(&self) -> bool {
-        let in_batch_norm = self.containers.last().is_some_and(|it| it == "Struct:BatchNorm");
-        in_batch_norm && self.names.last().is_some_and(|name| name.starts_with("running_"))
+    pub fn is_statistic(&self) -> bool {
+        self.container() == "Struct:BatchNorm"
+            && self.names.last().is_some_and(|name| name.starts_with("running_"))
     }
 }
 
@@ -58,11 +63,10 @@ struct TorchLayout {
 
 impl Place {
     fn torch_layout(&self) -> TorchLayout {
-        let container = self.containers.last().map_or("", String::as_str);
         let mut names = self.names.clone();
         let mut transposed = false;
         if let Some(name) = names.last_mut() {
-            match (container, name.as_str()) {
+            match (self.container(), name.as_str()) {
                 ("Struct:Linear", "weight") => transposed = true,
                 (container, "gamma") if container.ends_with("Norm") => *name = "weight".to_owned(),
                 (container, "beta") if container.ends_with("Norm") => *name = "bias".to_owned(),
@@ -255,4 +259,65 @@ pub(crate) fn write_extras<B: Backend, M: Module<B>>(
     extras: &BTreeMap<String, Extra<B>>,
 ) -> M {
     model.map(&mut Writer { place: Place::default(), extras })
+}
+
+/// The running statistics of a module, by path.
+pub(crate) type Statistics<B> = BTreeMap<String, Tensor<B, 1>>;
+
+struct StatisticsReader<B: Backend> {
+    place: Place,
+    found: Statistics<B>,
+}
+
+impl<B: Backend> ModuleVisitor<B> for StatisticsReader<B> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.place.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.place.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if self.place.is_statistic() {
+            // They are vectors, of which nobody told the compiler.
+            let values = Tensor::from_primitive(param.val().into_primitive());
+            self.found.insert(self.place.path(), values);
+        }
+    }
+}
+
+/// The running statistics as they are now.
+pub(crate) fn statistics<B: Backend, M: Module<B>>(model: &M) -> Statistics<B> {
+    let mut reader = StatisticsReader { place: Place::default(), found: BTreeMap::new() };
+    model.visit(&mut reader);
+    reader.found
+}
+
+struct StatisticsWriter<B: Backend> {
+    place: Place,
+    values: Statistics<B>,
+}
+
+impl<B: Backend> ModuleMapper<B> for StatisticsWriter<B> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.place.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.place.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        let values = self.values.remove(&self.place.path());
+        match values.filter(|_| self.place.is_statistic()) {
+            Some(values) => param.map(|_| Tensor::from_primitive(values.into_primitive())),
+            None => param,
+        }
+    }
+}
+
+/// Sets the running statistics, in the model and in all of its clones.
+pub(crate) fn restore_statistics<B: Backend, M: Module<B>>(model: M, values: Statistics<B>) {
+    drop(model.map(&mut StatisticsWriter { place: Place::default(), values }));
 }

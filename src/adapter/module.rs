@@ -17,7 +17,7 @@ use burn::{
 };
 
 use super::LoraAdapter;
-use crate::Scaling;
+use crate::{Scaling, WeightLayout};
 
 /// What a record keeps of a [`LoraAdapter`]: everything, so that it acts the same once restored.
 #[derive(Debug, Clone, Record)]
@@ -102,7 +102,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
     /// Takes over the record as a whole, rank and scaling included.
     fn load_record(self, record: Self::Record) -> Self {
         let device = self.a.device();
-        Self::from_record(record, &device)
+        Self { layout: self.layout, ..Self::from_record(record, &device) }
     }
 
     fn into_record(self) -> Self::Record {
@@ -118,7 +118,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
 }
 
 impl<B: Backend> LoraAdapter<B> {
-    /// The adapter that `record` describes, on `device`.
+    /// The adapter that `record` describes, on `device`. What layer it is for, the layer knows.
     pub(crate) fn from_record(record: LoraAdapterRecord<B>, device: &B::Device) -> Self {
         Self {
             a: trainable_param(record.a, device),
@@ -127,6 +127,7 @@ impl<B: Backend> LoraAdapter<B> {
             alpha: record.alpha,
             scaling: record.scaling,
             dropout: Dropout { prob: record.dropout },
+            layout: WeightLayout::Matrix,
         }
     }
 }
@@ -151,6 +152,7 @@ impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
             alpha: self.alpha,
             scaling: self.scaling,
             dropout: self.dropout.clone(),
+            layout: self.layout.clone(),
         }
     }
 
@@ -163,6 +165,7 @@ impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
             alpha: module.alpha,
             scaling: module.scaling,
             dropout: module.dropout,
+            layout: module.layout,
         }
     }
 }
@@ -180,6 +183,7 @@ impl<B: Backend> Clone for LoraAdapter<B> {
             alpha: self.alpha,
             scaling: self.scaling,
             dropout: self.dropout.clone(),
+            layout: self.layout.clone(),
         }
     }
 }

@@ -117,6 +117,10 @@ impl<B: Backend> LoraAdapters<B> {
                     let shapes = (first.shape(), adapter.shape());
                     return incompatible(path, format!("shapes differ: {shapes:?}"));
                 }
+                if !adapter.layout.fits(&first.layout) && !first.layout.fits(&adapter.layout) {
+                    let layouts = (&first.layout, &adapter.layout);
+                    return incompatible(path, format!("layouts differ: {layouts:?}"));
+                }
                 if how != Combination::Concatenate && adapter.rank() != first.rank() {
                     let ranks = (first.rank(), adapter.rank());
                     let problem = format!("ranks differ: {ranks:?}; truncate or concatenate");
@@ -129,6 +133,7 @@ impl<B: Backend> LoraAdapters<B> {
             };
             let dropout = parts.iter().map(|(it, _)| it.dropout.prob).fold(0.0, f64::max);
             adapter.dropout = Dropout { prob: dropout };
+            adapter.layout = first.layout.clone();
             combined.push((path.clone(), adapter));
         }
         Ok(Self::new(combined))

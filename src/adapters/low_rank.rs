@@ -47,6 +47,7 @@ impl<B: Backend> LoraAdapters<B> {
             **adapter = LoraAdapter {
                 bias: adapter.bias_delta().map(|bias| Param::from_tensor(bias.detach())),
                 dropout: adapter.dropout.clone(),
+                layout: adapter.layout.clone(),
                 ..truncated
             };
             kept.insert(path.clone(), share);

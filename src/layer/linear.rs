@@ -1,18 +1,15 @@
-mod module;
-
 use burn::{
-    module::{Module, Param, ParamId},
+    module::Param,
     nn::Linear,
-    tensor::{ElementConversion, Tensor, backend::Backend, module::linear},
+    record::Record,
+    tensor::{Tensor, backend::Backend, module::linear},
 };
 
-use super::LoraLayer;
+use super::{WeightLayout, module::lora_layer};
 use crate::{
-    LoraAdapter, LoraConfig,
-    adapter::{at_least_f32, frozen},
+    LoraAdapter, LoraLayer,
+    adapter::{LoraAdapterRecord, frozen},
 };
-
-pub use module::LoraLinearRecord;
 
 /// A drop-in for Burn's [`Linear`] that can carry an adapter: `y = x·W + b + s·(x·A)·B`, with W and
 /// b frozen.
@@ -49,6 +46,17 @@ pub struct LoraLinear<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
 }
 
+/// What a record keeps of a [`LoraLinear`]: the fields of a [`LinearRecord`](burn::nn::LinearRecord), and the adapter.
+#[derive(Debug, Clone, Record)]
+pub struct LoraLinearRecord<B: Backend> {
+    /// The base's weight: `[d_input, d_output]`.
+    pub weight: Param<Tensor<B, 2>>,
+    /// The base's bias, if it has one: `[d_output]`.
+    pub bias: Option<Param<Tensor<B, 1>>>,
+    /// The adapter, if there is one.
+    pub adapter: Option<LoraAdapterRecord<B>>,
+}
+
 impl<B: Backend> LoraLinear<B> {
     /// Applies the layer: `[..., d_input]` to `[..., d_output]`, for inputs of any rank.
     ///
@@ -78,106 +86,14 @@ impl<B: Backend> LoraLinear<B> {
         let bias = self.base.bias.as_ref().map(frozen);
         linear(x.clone(), frozen(&self.base.weight), bias) + adapter.forward(x)
     }
-}
 
-impl<B: Backend> From<Linear<B>> for LoraLinear<B> {
-    /// The layer without an adapter; nothing is copied or frozen.
-    fn from(base: Linear<B>) -> Self {
-        Self { base, adapter: None }
+    fn layout(&self) -> WeightLayout {
+        WeightLayout::Matrix
+    }
+
+    fn can_take_bias(&self) -> bool {
+        true
     }
 }
 
-impl<B: Backend> LoraLayer<B> for LoraLinear<B> {
-    fn adapter(&self) -> Option<&LoraAdapter<B>> {
-        self.adapter.as_ref()
-    }
-
-    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
-        if let Some(adapter) = &adapter {
-            let shape = self.weight_shape();
-            assert!(
-                adapter.shape() == shape,
-                "the adapter must fit the weight: expected {shape:?} = [d_input, d_output], got {:?}",
-                adapter.shape(),
-            );
-            // This also draws the values of a base that was never used: it must have the same ones
-            // in every clone from here on.
-            self.base = self.base.clone().no_grad();
-        }
-        self.adapter = adapter;
-    }
-
-    fn weight_shape(&self) -> [usize; 2] {
-        // Not the lazy shape: of a column layout it is the transpose until the value is drawn.
-        self.base.weight.shape().dims()
-    }
-
-    fn weight_matrix(&self) -> Tensor<B, 2> {
-        frozen(&self.base.weight)
-    }
-
-    fn num_base_params(&self) -> usize {
-        let [d_input, d_output] = self.weight_shape();
-        d_input * d_output + if self.base.bias.is_some() { d_output } else { 0 }
-    }
-
-    fn device(&self) -> B::Device {
-        self.base.weight.lazy_device()
-    }
-
-    fn merge_adapter(&mut self) -> bool {
-        let Some(adapter) = &self.adapter else { return true };
-        let weight = plus(&self.base.weight, adapter.delta());
-        let bias = match (&self.base.bias, adapter.bias_delta()) {
-            (Some(bias), Some(delta)) => Some(plus(bias, delta)),
-            (None, Some(delta)) => Some(constant(delta)),
-            (bias, None) => bias.clone(),
-        };
-        let finite = is_finite(&weight) && bias.as_ref().is_none_or(is_finite);
-        if finite {
-            self.base = Linear { weight, bias };
-            self.adapter = None;
-        }
-        finite
-    }
-}
-
-impl LoraConfig {
-    /// Puts a fresh adapter on a trained layer. Everything that concerns a whole model, such as the
-    /// targets, is ignored.
-    ///
-    /// # Panics
-    ///
-    /// If a value of the configuration is invalid.
-    pub fn init<B: Backend>(&self, base: Linear<B>) -> LoraLinear<B> {
-        if let Err(error) = self.validate() {
-            panic!("{error}");
-        }
-        let mut layer = LoraLinear::from(base);
-        let adapter = LoraAdapter::init(self, layer.weight_shape(), &layer.device());
-        layer.set_adapter(Some(adapter));
-        layer
-    }
-}
-
-/// The parameter plus `delta`, formed in `f32` or better, in the parameter's own precision, and
-/// frozen.
-fn plus<B: Backend, const D: usize>(
-    param: &Param<Tensor<B, D>>,
-    delta: Tensor<B, D>,
-) -> Param<Tensor<B, D>> {
-    let delta = delta.detach().set_require_grad(false);
-    param.clone().map(|value| {
-        let dtype = value.dtype();
-        let value = at_least_f32(value.detach().set_require_grad(false));
-        (value.clone() + delta.cast(value.dtype())).cast(dtype)
-    })
-}
-
-fn constant<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
-    Param::initialized(ParamId::new(), tensor.detach().set_require_grad(false))
-}
-
-fn is_finite<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> bool {
-    param.val().is_finite().all().into_scalar().elem()
-}
+lora_layer!(LoraLinear, Linear, LoraLinearRecord, weight, bias);

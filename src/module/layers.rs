@@ -3,11 +3,14 @@
 use burn::tensor::backend::Backend;
 
 use super::LoraModule;
-use crate::{LoraLayer, LoraLinear, walk};
+use crate::{LoraLayer, walk};
 
 /// The layers of a model that can carry adapters, by path; see [`LoraModule::lora_layers`].
 #[derive(Default)]
-pub struct LoraLayers<'a, B: Backend>(pub(super) Vec<(String, &'a mut dyn LoraLayer<B>)>);
+pub struct LoraLayers<'a, B: Backend>(pub(crate) Listed<'a, B>);
+
+/// Paths and layers.
+pub(crate) type Listed<'a, B> = Vec<(String, Box<dyn LoraLayer<B> + 'a>)>;
 
 impl<'a, B: Backend> LoraLayers<'a, B> {
     /// No layers yet.
@@ -27,18 +30,8 @@ impl<'a, B: Backend> LoraLayers<'a, B> {
     }
 
     /// The layer itself: how a layer implements [`LoraModule`].
-    pub fn of(layer: &'a mut dyn LoraLayer<B>) -> Self {
-        Self(vec![(String::new(), layer)])
-    }
-
-    pub(super) fn paths(&self) -> Vec<String> {
-        self.0.iter().map(|(path, _)| path.clone()).collect()
-    }
-}
-
-impl<B: Backend> LoraModule<B> for LoraLinear<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::of(self)
+    pub fn of(layer: &'a mut impl LoraLayer<B>) -> Self {
+        Self(vec![(String::new(), Box::new(layer))])
     }
 }
 
@@ -66,10 +59,10 @@ fn numbered<B: Backend, M: LoraModule<B>>(modules: &mut [M]) -> LoraLayers<'_, B
 }
 
 /// The layers that the model lists, once it is certain that it lists all of them.
-pub(super) fn listed<B: Backend, M: LoraModule<B>>(model: &mut M) -> LoraLayers<'_, B> {
+pub(super) fn listed<B: Backend, M: LoraModule<B>>(model: &mut M) -> Listed<'_, B> {
     let found = walk::visit(model).lora_layers;
-    let layers = model.lora_layers();
-    let listed = layers.paths();
+    let layers = model.lora_layers().0;
+    let listed = paths(&layers);
     let missing: Vec<_> = found.iter().filter(|path| !listed.contains(path)).collect();
     let unknown: Vec<_> = listed.iter().filter(|path| !found.contains(path)).collect();
     assert!(
@@ -78,4 +71,8 @@ pub(super) fn listed<B: Backend, M: LoraModule<B>>(model: &mut M) -> LoraLayers<
          missing {missing:?}, unknown {unknown:?}"
     );
     layers
+}
+
+pub(super) fn paths<B: Backend>(layers: &Listed<B>) -> Vec<String> {
+    layers.iter().map(|(path, _)| path.clone()).collect()
 }

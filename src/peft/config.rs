@@ -11,7 +11,7 @@ use super::{
     json::{Entries, check_object},
     targets::{Indices, Modules, Names, compile, within_any},
 };
-use crate::{LoraAdapters, LoraError, Scaling};
+use crate::{LoraAdapters, LoraError, Scaling, WeightLayout};
 
 /// Fields that change what an adapter computes, in ways that are not supported. Off, they are null,
 /// false or empty.
@@ -200,6 +200,22 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         return Err(unsupported("a layer without a name", ": make it the field of a model"));
     }
 
+    for (path, adapter) in set.iter() {
+        let reason = match &adapter.layout {
+            WeightLayout::Conv { groups, .. } if *groups > 1 => {
+                ": its convolution has groups, for which PEFT has another update than this crate's"
+            }
+            WeightLayout::ConvTranspose { .. } => {
+                ": PEFT has no adapters of transposed convolutions"
+            }
+            WeightLayout::Embedding if set.adapters.values().any(|it| it.bias.is_some()) => {
+                ": PEFT has no embeddings among adapters with biases"
+            }
+            _ => continue,
+        };
+        return Err(unsupported(path, reason));
+    }
+
     // One rule for all: rsLoRA's if it is everybody's, and otherwise alpha/rank.
     let rslora = set.adapters.values().all(|it| it.scaling == Scaling::AlphaOverSqrtRank);
     let alpha = |path: &str| {
@@ -230,6 +246,8 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         .extras
         .keys()
         .filter(|name| !within_any(&set.modules_to_save, name))
+        // What else is there is the table of an adapted embedding, which PEFT expects.
+        .filter(|name| *name == "bias" || name.ends_with(".bias"))
         .map(String::as_str)
         .collect();
     let of_target = |name: &&str| {

@@ -1,7 +1,9 @@
 //! `adapter_model.safetensors`: the names and the layout of the tensors.
 //!
 //! PyTorch keeps a linear weight as `[d_output, d_input]`, and PEFT its factors accordingly:
-//! A is `[rank, d_input]` and B is `[d_output, rank]`, the transposes of this crate's.
+//! A is `[rank, d_input]` and B is `[d_output, rank]`, the transposes of this crate's. Of a
+//! convolution A is a kernel, `[rank, channels_in, ..kernel]`, and B one of size 1,
+//! `[channels_out, rank, 1, ..]`: the same numbers in the same order. Embeddings have other names.
 
 use std::{
     borrow::Cow,
@@ -23,16 +25,17 @@ use safetensors::{
 };
 
 use super::{config::PeftConfig, json::check_object};
-use crate::{LoraAdapter, LoraAdapters, LoraError, adapters::Extra, error::Mismatch};
+use crate::{LoraAdapter, LoraAdapters, LoraError, WeightLayout, adapters::Extra, error::Mismatch};
 
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
 const B_BIAS: &str = ".lora_B.bias";
+const EMBEDDING_A: &str = ".lora_embedding_A";
+const EMBEDDING_B: &str = ".lora_embedding_B";
 
 /// Parts of names by which adapters are known that are not supported.
-const UNSUPPORTED: [(&str, &str); 4] = [
-    (".lora_embedding_", ": adapters of embeddings cannot be read yet"),
+const UNSUPPORTED: [(&str, &str); 3] = [
     (".lora_magnitude_vector", ": DoRA cannot be read"),
     (".token_adapter.", ": trainable tokens cannot be read"),
     (".lora_ga_", ": LoRA-GA cannot be read"),
@@ -44,6 +47,25 @@ struct Parts<'a> {
     a: Option<&'a TensorInfo>,
     b: Option<&'a TensorInfo>,
     bias: Option<&'a TensorInfo>,
+    embedding_a: Option<&'a TensorInfo>,
+    embedding_b: Option<&'a TensorInfo>,
+}
+
+impl Parts<'_> {
+    fn is_embedding(&self) -> bool {
+        self.embedding_a.is_some() || self.embedding_b.is_some()
+    }
+
+    /// How the layer keeps its weight, if A has a shape that makes sense.
+    fn layout(&self) -> WeightLayout {
+        match self.a {
+            Some(a) if a.shape.len() > 2 => {
+                WeightLayout::Conv { kernel: a.shape[2..].to_vec(), groups: 1 }
+            }
+            None if self.is_embedding() => WeightLayout::Embedding,
+            _ => WeightLayout::Matrix,
+        }
+    }
 }
 
 /// What a tensor is, by its key.
@@ -90,6 +112,12 @@ pub(super) fn read<Bk: Backend>(
         } else if let Some(path) = name.strip_suffix(B_BIAS) {
             layers.entry(path).or_default().bias = Some(info);
             Role::Bias(path)
+        } else if let Some(path) = name.strip_suffix(EMBEDDING_A) {
+            layers.entry(path).or_default().embedding_a = Some(info);
+            Role::A(path)
+        } else if let Some(path) = name.strip_suffix(EMBEDDING_B) {
+            layers.entry(path).or_default().embedding_b = Some(info);
+            Role::B(path)
         } else {
             Role::Extra(name.to_owned())
         };
@@ -100,16 +128,28 @@ pub(super) fn read<Bk: Backend>(
         let Role::Extra(name) = role else { continue };
         // The base's parameters, seen from an adapted layer, are one level further down.
         let target = name.strip_suffix(".base_layer.bias").filter(|path| layers.contains_key(path));
-        let of_target = target.is_some();
+        // PEFT saves the table of an adapted embedding along with it.
+        let table = name.strip_suffix(".base_layer.weight");
+        let table = table.filter(|path| layers.get(path).is_some_and(Parts::is_embedding));
+        let (of_target, is_table) = (target.is_some(), table.is_some());
         if let Some(path) = target {
             *name = format!("{path}.bias");
+        } else if let Some(path) = table {
+            *name = format!("{path}.weight");
         }
-        if !config.saves(name, of_target) || !names.insert(name.clone()) {
+        let saved = is_table || config.saves(name, of_target);
+        if !saved || !names.insert(name.clone()) {
             mismatch.unexpected.push((*key).to_owned());
         }
     }
     let targets = config.targets();
     for (path, parts) in &layers {
+        if is_grouped(parts, config.rank(path)) {
+            let (file, field) = (file.to_owned(), format!("{PREFIX}{path}{B}"));
+            let reason = ": its convolution has groups, which PEFT's adapter mixes, so that it is no \
+                          update of the kernel";
+            return Err(LoraError::Unsupported { file, field, reason: reason.to_owned() });
+        }
         check(path, parts, &config, &mut mismatch);
         // PEFT would not put an adapter there.
         if targets.as_ref().is_some_and(|targets| !targets.matches(path)) {
@@ -129,24 +169,22 @@ pub(super) fn read<Bk: Backend>(
     for (key, info, role) in roles {
         let values = read_values(&mut source, info);
         let values = values.map_err(|problem| invalid(format!("`{key}` {problem}")))?;
-        let data = TensorData::new(values, info.shape.clone());
-        match role {
+        let flat = |values: Vec<f32>| {
+            let shape = [values.len()];
+            Tensor::<Bk, 1>::from_data(TensorData::new(values, shape), device)
+        };
+        let factor = |values: Vec<f32>| {
+            let shape = [info.shape[0], values.len() / info.shape[0]];
             // Transposing moves nothing.
-            Role::A(path) => {
-                let a = Tensor::from_data(data, device).transpose();
-                factors.entry(path).or_default()[0] = Some(a);
-            }
-            Role::B(path) => {
-                let b = Tensor::from_data(data, device).transpose();
-                factors.entry(path).or_default()[1] = Some(b);
-            }
-            Role::Bias(path) => {
-                biases.insert(path, Tensor::<Bk, 1>::from_data(data, device));
-            }
+            Some(Tensor::<Bk, 2>::from_data(TensorData::new(values, shape), device).transpose())
+        };
+        match role {
+            Role::A(path) => factors.entry(path).or_default()[0] = factor(values),
+            Role::B(path) => factors.entry(path).or_default()[1] = factor(values),
+            Role::Bias(path) => drop(biases.insert(path, flat(values))),
             Role::Extra(name) => {
-                let shape = info.shape.clone();
-                let flat = TensorData { shape: [data.num_elements()].into(), ..data };
-                extras.insert(name, Extra { values: Tensor::from_data(flat, device), shape });
+                let extra = Extra { values: flat(values), shape: info.shape.clone() };
+                extras.insert(name, extra);
             }
         }
     }
@@ -154,6 +192,7 @@ pub(super) fn read<Bk: Backend>(
     for (path, factors) in factors {
         let [a, b] = factors.map(|factor| factor.expect("none is missing"));
         let mut adapter = LoraAdapter::new(a, b, config.alpha(path), config.scaling());
+        adapter.layout = layers[path].layout();
         adapter.dropout = Dropout { prob: config.lora_dropout };
         adapter.bias = biases.remove(path).map(Param::from_tensor);
         adapters.insert(path.to_owned(), Box::new(adapter));
@@ -183,39 +222,58 @@ fn read_header(source: &mut impl Read, length: u64) -> Result<Metadata, String> 
     Ok(header)
 }
 
+/// Whether the layer is a convolution with groups: B then has fewer columns than the rank.
+fn is_grouped(parts: &Parts, rank: usize) -> bool {
+    let columns = parts.b.filter(|b| b.shape.len() > 2).map(|b| b.shape[1]);
+    columns.is_some_and(|columns| columns > 0 && columns < rank && rank.is_multiple_of(columns))
+}
+
 /// Notes what is wrong with the tensors of a layer.
 fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch) {
-    let key = |suffix| format!("{PREFIX}{path}{suffix}");
-    for (part, suffix) in [(parts.a, A), (parts.b, B)] {
-        if part.is_none() {
-            mismatch.missing.push(key(suffix));
-        }
+    let key = |suffix: &str| format!("{PREFIX}{path}{suffix}");
+    let rank = config.rank(path);
+    let kernel = parts.a.map_or(&[][..], |a| a.shape.get(2..).unwrap_or_default());
+    let (mut factors, mut others) = (
+        vec![(parts.a, A), (parts.b, B)],
+        vec![(parts.embedding_a, EMBEDDING_A), (parts.embedding_b, EMBEDDING_B)],
+    );
+    if parts.a.is_none() && parts.b.is_none() && parts.is_embedding() {
+        std::mem::swap(&mut factors, &mut others);
     }
+    let missing = factors.iter().filter(|(part, _)| part.is_none());
+    mismatch.missing.extend(missing.map(|(_, suffix)| key(suffix)));
+    let unexpected = others.iter().filter(|(part, _)| part.is_some());
+    mismatch.unexpected.extend(unexpected.map(|(_, suffix)| key(suffix)));
     match parts.bias {
-        None if config.lora_bias => mismatch.missing.push(key(B_BIAS)),
-        Some(_) if !config.lora_bias => mismatch.unexpected.push(key(B_BIAS)),
+        None if config.lora_bias && !parts.is_embedding() => mismatch.missing.push(key(B_BIAS)),
+        Some(_) if !config.lora_bias || parts.is_embedding() => {
+            mismatch.unexpected.push(key(B_BIAS));
+        }
         _ => {}
     }
-    let rank = config.rank(path);
-    let d_output = parts.b.and_then(|b| b.shape.first().copied());
-    let fits = |info: &TensorInfo, suffix| match (suffix, info.shape.as_slice()) {
-        (A, [first, d_input]) => *first == rank && *d_input > 0,
-        (B, [d_output, last]) => *last == rank && *d_output > 0,
-        (B_BIAS, [size]) => d_output.is_none_or(|d_output| *size == d_output),
-        _ => false,
+    let [a, b] = [factors[0], factors[1]];
+    let d_output = b.0.and_then(|b| b.shape.first().copied());
+    let ones = vec![1; kernel.len()];
+    let a_fits = |shape: &[usize]| {
+        shape.len() >= 2 && shape[0] == rank && shape.iter().product::<usize>() > 0
     };
-    for (part, suffix, expected) in [
-        (parts.a, A, format!("[{rank}, d_input]")),
-        (parts.b, B, format!("[d_output, {rank}]")),
-        (parts.bias, B_BIAS, "[d_output]".to_owned()),
-    ] {
-        if let Some(info) = part
-            && !fits(info, suffix)
-        {
-            let text = format!("{} (expected {expected}, found {:?})", key(suffix), info.shape);
-            mismatch.misshapen.push(text);
-        }
-    }
+    let b_fits = |shape: &[usize]| {
+        shape.len() >= 2 && shape[0] > 0 && shape[1] == rank && shape[2..] == ones
+    };
+    let bias_fits = |shape: &[usize]| shape.len() == 1 && d_output.is_none_or(|it| it == shape[0]);
+    let mut expect =
+        |(part, suffix): (Option<&TensorInfo>, &str), fits: &dyn Fn(&[usize]) -> bool, expected| {
+            if let Some(info) = part
+                && !fits(&info.shape)
+            {
+                let text = format!("{} (expected {expected}, found {:?})", key(suffix), info.shape);
+                mismatch.misshapen.push(text);
+            }
+        };
+    let (more_a, more_b) = if kernel.is_empty() { ("", "") } else { (", ..kernel", ", 1, ..") };
+    expect(a, &a_fits, format!("[{rank}, d_input{more_a}]"));
+    expect(b, &b_fits, format!("[d_output, {rank}{more_b}]"));
+    expect((parts.bias, B_BIAS), &bias_fits, "[d_output]".to_owned());
 }
 
 /// The next tensor's elements, all finite, in `f32`.
@@ -306,19 +364,29 @@ impl<Bk: Backend> View for Outgoing<'_, Bk> {
 
 pub(super) fn write<Bk: Backend>(set: &LoraAdapters<Bk>, path: &Path) -> Result<(), LoraError> {
     let not_finite = Cell::new(false);
-    let factor = |tensor: Tensor<Bk, 2>| {
-        let [rows, columns] = tensor.dims();
-        let (values, shape) = (Values::Factor(tensor), vec![columns, rows]);
-        Outgoing { values, shape, not_finite: &not_finite }
+    let factor = |tensor: Tensor<Bk, 2>, shape| Outgoing {
+        values: Values::Factor(tensor),
+        shape,
+        not_finite: &not_finite,
     };
     let flat =
         |tensor, shape| Outgoing { values: Values::Flat(tensor), shape, not_finite: &not_finite };
     let any_bias = set.adapters.values().any(|adapter| adapter.bias.is_some());
     let mut tensors = BTreeMap::new();
     for (path, adapter) in set.iter() {
-        let [_, d_output] = adapter.shape();
-        tensors.insert(format!("{PREFIX}{path}{A}"), factor(adapter.a.val()));
-        tensors.insert(format!("{PREFIX}{path}{B}"), factor(adapter.b.val()));
+        let ([d_input, d_output], rank) = (adapter.shape(), adapter.rank());
+        let (mut a_shape, mut b_shape) = (vec![rank, d_input], vec![d_output, rank]);
+        let (a_name, b_name) = match &adapter.layout {
+            WeightLayout::Embedding => (EMBEDDING_A, EMBEDDING_B),
+            _ => (A, B),
+        };
+        if let WeightLayout::Conv { kernel, .. } = &adapter.layout {
+            a_shape[1] = d_input / kernel.iter().product::<usize>();
+            a_shape.extend(kernel);
+            b_shape.extend(vec![1; kernel.len()]);
+        }
+        tensors.insert(format!("{PREFIX}{path}{a_name}"), factor(adapter.a.val(), a_shape));
+        tensors.insert(format!("{PREFIX}{path}{b_name}"), factor(adapter.b.val(), b_shape));
         if any_bias {
             // PEFT has biases everywhere or nowhere.
             let bias = match &adapter.bias {
@@ -329,10 +397,10 @@ pub(super) fn write<Bk: Backend>(set: &LoraAdapters<Bk>, path: &Path) -> Result<
         }
     }
     for (name, extra) in &set.extras {
-        let of_target = name.strip_suffix(".bias").filter(|it| set.adapters.contains_key(*it));
-        let key = match of_target {
-            Some(path) => format!("{PREFIX}{path}.base_layer.bias"),
-            None => format!("{PREFIX}{name}"),
+        let (path, parameter) = name.rsplit_once('.').unwrap_or(("", name));
+        let key = match set.adapters.contains_key(path) {
+            true => format!("{PREFIX}{path}.base_layer.{parameter}"),
+            false => format!("{PREFIX}{name}"),
         };
         tensors.insert(key, flat(extra.values.clone(), extra.shape.clone()));
     }

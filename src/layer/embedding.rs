@@ -1,0 +1,93 @@
+use burn::{
+    module::Param,
+    nn::Embedding,
+    record::Record,
+    tensor::{Int, Tensor, backend::Backend, module::embedding},
+};
+
+use super::{WeightLayout, module::lora_layer};
+use crate::{
+    LoraAdapter, LoraLayer,
+    adapter::{LoraAdapterRecord, frozen},
+};
+
+/// A drop-in for Burn's [`Embedding`] that can carry an adapter.
+///
+/// The table `[n_embedding, d_model]` is the matrix that a one-hot row would multiply. Its update
+/// needs no table of that size: the same rows are looked up in A, `[n_embedding, rank]`, and
+/// multiplied with B, `[rank, d_model]`. Unlike elsewhere A starts at zero, and B at random from the
+/// normal distribution with deviation 1, as in PEFT: only rows that were looked up in training ever
+/// differ from the base's. Dropout and a bias make no sense here; the one is ignored, the other
+/// refused.
+///
+/// ```
+/// use burn::{backend::Flex, nn::EmbeddingConfig, tensor::Tensor};
+/// use burn_lora::{LoraConfig, LoraEmbedding};
+///
+/// let device = Default::default();
+/// let base = EmbeddingConfig::new(1000, 64).init(&device);
+/// let layer: LoraEmbedding<Flex> = LoraConfig::new(4, 8.0).init(base);
+/// let x = layer.forward(Tensor::from_ints([[3, 1, 4], [1, 5, 9]], &device));
+/// assert_eq!(x.dims(), [2, 3, 64]);
+/// // The same table as the output projection of a language model.
+/// assert_eq!(layer.project(x).dims(), [2, 3, 1000]);
+/// ```
+///
+/// Freezing, parameter paths, files and records are those of [`LoraLinear`](crate::LoraLinear).
+#[derive(Debug)]
+pub struct LoraEmbedding<B: Backend> {
+    /// The pretrained layer.
+    pub base: Embedding<B>,
+    adapter: Option<LoraAdapter<B>>,
+}
+
+/// What a record keeps of a [`LoraEmbedding`]: the table, and the adapter.
+#[derive(Debug, Clone, Record)]
+pub struct LoraEmbeddingRecord<B: Backend> {
+    /// The base's table: `[n_embedding, d_model]`.
+    pub weight: Param<Tensor<B, 2>>,
+    /// The adapter, if there is one.
+    pub adapter: Option<LoraAdapterRecord<B>>,
+}
+
+impl<B: Backend> LoraEmbedding<B> {
+    /// Looks up the embeddings: indices `[batch, length]` to `[batch, length, d_model]`.
+    pub fn forward(&self, input: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        let Some(adapter) = &self.adapter else { return self.base.forward(input) };
+        let [batch, length] = input.dims();
+        let [_, d_model] = self.weight_shape();
+        let base = embedding(frozen(&self.base.weight), input.clone());
+        base + adapter.forward_lookup(input).reshape([batch, length, d_model])
+    }
+
+    /// Uses the table as the output projection that goes with it (*tied* weights): the product of
+    /// each vector with each embedding, `[batch, length, d_model]` to `[batch, length, n_embedding]`.
+    pub fn project(&self, hidden: Tensor<B, 3>) -> Tensor<B, 3> {
+        let [batch, length, d_model] = hidden.dims();
+        let [n_embedding, expected] = self.weight_shape();
+        assert!(
+            d_model == expected,
+            "LoraEmbedding projects [batch, length, {expected}], got {:?}",
+            hidden.dims(),
+        );
+        let hidden = hidden.reshape([batch * length, d_model]);
+        let logits = match &self.adapter {
+            None => hidden.matmul(self.base.weight.val().transpose()),
+            Some(adapter) => {
+                let base = hidden.clone().matmul(frozen(&self.base.weight).transpose());
+                base + adapter.forward_transposed(hidden)
+            }
+        };
+        logits.reshape([batch, length, n_embedding])
+    }
+
+    fn layout(&self) -> WeightLayout {
+        WeightLayout::Embedding
+    }
+
+    fn can_take_bias(&self) -> bool {
+        false
+    }
+}
+
+lora_layer!(LoraEmbedding, Embedding, LoraEmbeddingRecord, weight);

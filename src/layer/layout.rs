@@ -1,0 +1,90 @@
+//! How layers keep their weights, and how an adapter sees them.
+
+use burn::tensor::{Tensor, backend::Backend};
+
+/// How a layer keeps the weight that its adapter sees as a matrix `[d_input, d_output]`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum WeightLayout {
+    /// As the matrix itself, `[d_input, d_output]`, like [`Linear`](burn::nn::Linear). A weight of
+    /// more dimensions counts as `[first, all others]`.
+    Matrix,
+    /// As the kernel of a convolution, `[d_output, channels_in / groups, ..kernel]`. The matrix has
+    /// `d_input = channels_in / groups · kernel` rows.
+    Conv {
+        /// The kernel's size, per spatial dimension.
+        kernel: Vec<usize>,
+        /// The groups of channels, if known to be more than 1.
+        groups: usize,
+    },
+    /// As the kernel of a transposed convolution, `[channels_in, d_output, ..kernel]`, where
+    /// `d_output = channels_out / groups`. The matrix has `d_input = channels_in · kernel` rows.
+    ConvTranspose {
+        /// The kernel's size, per spatial dimension.
+        kernel: Vec<usize>,
+    },
+    /// As a table of embeddings, `[d_input, d_output]`, of which the input selects rows: an adapter
+    /// starts with A at zero and B at random, so that only rows that are looked up depart from zero.
+    Embedding,
+}
+
+impl WeightLayout {
+    /// The shape of the matrix, `[d_input, d_output]`, of a weight of shape `dims`.
+    pub(crate) fn matrix_shape(&self, dims: &[usize]) -> [usize; 2] {
+        let rest = |dims: &[usize]| dims.iter().product::<usize>();
+        match self {
+            Self::Matrix | Self::Embedding => [dims[0], rest(&dims[1..])],
+            Self::Conv { .. } => [rest(&dims[1..]), dims[0]],
+            Self::ConvTranspose { .. } => [dims[0] * rest(&dims[2..]), dims[1]],
+        }
+    }
+
+    /// The weight as a matrix.
+    pub(crate) fn to_matrix<B: Backend, const D: usize>(
+        &self,
+        weight: Tensor<B, D>,
+    ) -> Tensor<B, 2> {
+        let dims = weight.dims();
+        let [d_input, d_output] = self.matrix_shape(&dims);
+        match self {
+            Self::Matrix | Self::Embedding if D == 2 => {
+                Tensor::from_primitive(weight.into_primitive())
+            }
+            Self::Matrix | Self::Embedding => weight.reshape([d_input, d_output]),
+            Self::Conv { .. } => weight.reshape([d_output, d_input]).transpose(),
+            Self::ConvTranspose { .. } => {
+                let weight = weight.reshape([dims[0], d_output, d_input / dims[0]]);
+                weight.swap_dims(1, 2).reshape([d_input, d_output])
+            }
+        }
+    }
+
+    /// The matrix as a weight of shape `dims`.
+    pub(crate) fn to_weight<B: Backend, const D: usize>(
+        &self,
+        matrix: Tensor<B, 2>,
+        dims: [usize; D],
+    ) -> Tensor<B, D> {
+        let [d_input, d_output] = matrix.dims();
+        match self {
+            Self::Matrix | Self::Embedding if D == 2 => {
+                Tensor::from_primitive(matrix.into_primitive())
+            }
+            Self::Matrix | Self::Embedding => matrix.reshape(dims),
+            Self::Conv { .. } => matrix.transpose().reshape(dims),
+            Self::ConvTranspose { .. } => {
+                let matrix = matrix.reshape([dims[0], d_input / dims[0], d_output]);
+                matrix.swap_dims(1, 2).reshape(dims)
+            }
+        }
+    }
+
+    /// Whether an adapter of this layout means the same on a layer of the other. A plain matrix fits
+    /// everywhere; the groups do not matter to it.
+    pub(crate) fn fits(&self, layer: &Self) -> bool {
+        match (self, layer) {
+            (Self::Matrix, _) => true,
+            (Self::Conv { kernel, .. }, Self::Conv { kernel: other, .. }) => kernel == other,
+            (adapter, layer) => adapter == layer,
+        }
+    }
+}
