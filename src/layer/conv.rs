@@ -105,8 +105,7 @@ impl<B: Backend> LoraConv1d<B> {
         let [_, channels, kernel] = self.base.weight.dims();
         let update = adapter.forward_conv(input.clone(), self.base.groups, |x, a| {
             let filters = self.layout().to_weight(a, [adapter.rank(), channels, kernel]);
-            let filters = filters.repeat_dim(0, self.base.groups);
-            like_base(constant(filters), None).forward(x)
+            like_base(constant(for_each_group(filters, self.base.groups)), None).forward(x)
         });
         base.forward(input) + update
     }
@@ -131,8 +130,7 @@ impl<B: Backend> LoraConv2d<B> {
         let [_, channels, height, width] = self.base.weight.dims();
         let update = adapter.forward_conv(input.clone(), self.base.groups, |x, a| {
             let filters = self.layout().to_weight(a, [adapter.rank(), channels, height, width]);
-            let filters = filters.repeat_dim(0, self.base.groups);
-            like_base(constant(filters), None).forward(x)
+            like_base(constant(for_each_group(filters, self.base.groups)), None).forward(x)
         });
         base.forward(input) + update
     }
@@ -171,6 +169,15 @@ impl<B: Backend> LoraConvTranspose2d<B> {
     fn can_take_bias(&self) -> bool {
         self.base.groups == 1
     }
+}
+
+/// The same filters for every group of channels.
+fn for_each_group<B: Backend, const D: usize>(
+    filters: Tensor<B, D>,
+    groups: usize,
+) -> Tensor<B, D> {
+    // Not `repeat_dim`: Burn 0.21 gets its gradient wrong.
+    Tensor::cat(vec![filters; groups], 0)
 }
 
 lora_layer!(LoraConv1d, Conv1d, LoraConv1dRecord, weight, bias);

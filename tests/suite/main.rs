@@ -7,6 +7,7 @@ mod model;
 mod oracle;
 
 mod algebra;
+mod conv;
 mod correctness;
 mod dropout;
 mod freezing;

@@ -121,17 +121,26 @@ impl Problem {
 
     /// The gradient by the matrix that `of` picks, by central differences of the loss.
     pub fn differences(&self, of: impl Fn(&mut Self) -> &mut Matrix) -> Matrix {
-        let step = 1e-5;
-        let shape = of(&mut self.clone()).clone();
-        Matrix::from_fn(shape.rows, shape.cols, |row, col| {
-            let loss_at = |offset: f64| {
-                let mut moved = self.clone();
-                of(&mut moved).data[row * shape.cols + col] += offset;
-                moved.loss()
-            };
-            (loss_at(step) - loss_at(-step)) / (2.0 * step)
-        })
+        differences(self, of, Self::loss)
     }
+}
+
+/// The gradient of `loss` by the matrix that `of` picks out of `at`, by central differences.
+pub fn differences<P: Clone>(
+    at: &P,
+    of: impl Fn(&mut P) -> &mut Matrix,
+    loss: impl Fn(&P) -> f64,
+) -> Matrix {
+    let step = 1e-5;
+    let shape = of(&mut at.clone()).clone();
+    Matrix::from_fn(shape.rows, shape.cols, |row, col| {
+        let loss_at = |offset: f64| {
+            let mut moved = at.clone();
+            of(&mut moved).data[row * shape.cols + col] += offset;
+            loss(&moved)
+        };
+        (loss_at(step) - loss_at(-step)) / (2.0 * step)
+    })
 }
 
 pub struct Gradients {
