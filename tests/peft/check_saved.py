@@ -15,7 +15,8 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 
-from make_fixtures import base_model
+import make_fixtures
+import make_layer_fixtures
 
 WEIGHTS = "adapter_model.safetensors"
 ROOT = Path(__file__).parent.parent.parent
@@ -32,6 +33,8 @@ def main():
         directories = sorted(Path(out).iterdir())
         assert directories, "nothing was written"
         for path in directories:
+            layers = path.name.startswith("layers_")
+            base_model = (make_layer_fixtures if layers else make_fixtures).base_model
             config = PeftConfig.from_pretrained(path)
             config.inference_mode = False
             model = get_peft_model(base_model(), config)
@@ -48,8 +51,8 @@ def main():
             assert all(torch.equal(ours[key], theirs[key]) for key in ours), path
             model = PeftModel.from_pretrained(base_model(), path).eval()
             expected = json.loads((path / "expected.json").read_text())
-            x = torch.tensor(expected["x"]).reshape(5, 6)
-            error = (model(x) - torch.tensor(expected["y"]).reshape(5, 3)).abs().max().item()
+            x = torch.tensor(expected["x"]).reshape((3, 8) if layers else (5, 6))
+            error = (model(x).flatten() - torch.tensor(expected["y"])).abs().max().item()
             worst = max(worst, error)
             print(f"{path.name:<20} largest difference {error:.1e}")
             assert error < 1e-5, path

@@ -5,11 +5,20 @@ use std::collections::BTreeMap;
 
 use burn::{
     module::{AutodiffModule, Module, ModuleMapper, ModuleVisitor, Param},
+    nn::{
+        EmbeddingConfig,
+        attention::MultiHeadAttentionConfig,
+        conv::{Conv1dConfig, Conv2dConfig, ConvTranspose2dConfig},
+        gru::{Gru, GruConfig},
+    },
     optim::{AdamWConfig, GradientsParams, Optimizer},
     record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder},
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Init, LoraConfig, LoraModule};
+use burn_lora::{
+    Init, Lora, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLayers,
+    LoraMhaInput, LoraModule, LoraMultiHeadAttention,
+};
 use burn_store::{ModuleSnapshot, SafetensorsStore};
 
 use crate::{
@@ -17,27 +26,139 @@ use crate::{
     oracle::{Matrix, bits},
 };
 
+/// A kind of model, on any backend.
+trait Family {
+    type Model<B: Backend>: LoraModule<B>;
+
+    /// How many parameters the adapters have that [`config`] asks for.
+    const ADAPTERS: usize;
+
+    /// A model of its own, or the same again if its record does not hold all of it.
+    fn new<B: Backend>(device: &B::Device) -> Self::Model<B>;
+
+    fn config() -> LoraConfig;
+
+    fn loss<B: Backend>(model: &Self::Model<B>) -> Tensor<B, 1>;
+}
+
+struct Mlps;
+
+impl Family for Mlps {
+    type Model<B: Backend> = Mlp<B>;
+
+    // A, B and a bias, three times.
+    const ADAPTERS: usize = 9;
+
+    fn new<B: Backend>(device: &B::Device) -> Mlp<B> {
+        Mlp::new(device)
+    }
+
+    fn config() -> LoraConfig {
+        LoraConfig::new(2, 3.0).with_bias(true).with_init(Init::RandomBoth)
+    }
+
+    fn loss<B: Backend>(model: &Mlp<B>) -> Tensor<B, 1> {
+        model.forward(Matrix::random(10, 6, 5).tensor([10, 6], &device::<B>())).sin().sum()
+    }
+}
+
+/// Every other layer, and an overlay.
+#[derive(Module, Debug)]
+struct Zoo<B: Backend> {
+    table: LoraEmbedding<B>,
+    attention: LoraMultiHeadAttention<B>,
+    line: LoraConv1d<B>,
+    square: LoraConv2d<B>,
+    up: LoraConvTranspose2d<B>,
+    overlay: Lora<B, Gru<B>>,
+}
+
+impl<B: Backend> LoraModule<B> for Zoo<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new()
+            .with("table", &mut self.table)
+            .with("attention", &mut self.attention)
+            .with("line", &mut self.line)
+            .with("square", &mut self.square)
+            .with("up", &mut self.up)
+            .with("overlay", &mut self.overlay)
+    }
+}
+
+struct Zoos;
+
+impl Family for Zoos {
+    type Model<B: Backend> = Zoo<B>;
+
+    // Of the table, four projections, three convolutions and six matrices in the overlay.
+    const ADAPTERS: usize = 2 * (1 + 4 + 3 + 6);
+
+    fn new<B: Backend>(device: &B::Device) -> Zoo<B> {
+        let attention = MultiHeadAttentionConfig::new(4, 2).with_dropout(0.0).init(device);
+        let zoo = Zoo {
+            table: EmbeddingConfig::new(5, 4).init(device).into(),
+            attention: attention.into(),
+            line: Conv1dConfig::new(4, 4, 2).init(device).into(),
+            square: Conv2dConfig::new([1, 2], [2, 2]).init(device).into(),
+            up: ConvTranspose2dConfig::new([2, 1], [2, 2]).init(device).into(),
+            overlay: Lora::new(GruConfig::new(4, 3, true).init(device)),
+        };
+        // The overlay's record has nothing of its base, which must be the same each time.
+        struct Fill(u64);
+        impl<B: Backend> ModuleMapper<B> for Fill {
+            fn map_float<const D: usize>(
+                &mut self,
+                param: Param<Tensor<B, D>>,
+            ) -> Param<Tensor<B, D>> {
+                self.0 += 1;
+                let (dims, device) = (param.dims(), param.device());
+                let values = Matrix::random(1, dims.iter().product(), self.0);
+                param.map(|it| values.tensor(dims, &device).set_require_grad(it.is_require_grad()))
+            }
+        }
+        zoo.map(&mut Fill(0))
+    }
+
+    fn config() -> LoraConfig {
+        LoraConfig::new(2, 0.5).with_init(Init::RandomBoth)
+    }
+
+    fn loss<B: Backend>(model: &Zoo<B>) -> Tensor<B, 1> {
+        let x = model.table.forward(Tensor::from_data([[3, 1, 4], [1, 0, 2]], &device::<B>()));
+        let x = model.attention.forward(LoraMhaInput::self_attn(x)).context;
+        let rows = model.overlay.forward(|gru| gru.forward(x.clone(), None));
+        let image = model.line.forward(x.swap_dims(1, 2)).unsqueeze_dim::<4>(1);
+        let image = model.up.forward(model.square.forward(image));
+        rows.sin().sum() + image.sin().sum()
+    }
+}
+
 /// A model that trains, or one that only infers.
-enum Model {
-    Train(Mlp<Train>),
-    Plain(Mlp<Plain>),
+enum Model<F: Family> {
+    Train(F::Model<Train>),
+    Plain(F::Model<Plain>),
 }
 
 const TRIPS: [&str; 9] =
     ["clone", "valid", "train", "to_device", "fork", "map", "load_record", "record", "safetensors"];
 
-impl Model {
+/// What any family's models can do.
+trait Travels: Family<Model<Train>: AutodiffModule<Train, InnerModule = Self::Model<Plain>>> {}
+
+impl<F: Family<Model<Train>: AutodiffModule<Train, InnerModule = F::Model<Plain>>>> Travels for F {}
+
+impl<F: Travels> Model<F> {
     fn through(self, trip: &str) -> Self {
         match (trip, self) {
             ("valid", Self::Train(model)) => Self::Plain(model.valid()),
-            ("train", Self::Plain(model)) => Self::Train(model.train::<Train>()),
+            ("train", Self::Plain(model)) => Self::Train(AutodiffModule::from_inner(model)),
             ("valid" | "train", model) => model,
-            (trip, Self::Train(model)) => Self::Train(within(model, trip)),
-            (trip, Self::Plain(model)) => Self::Plain(within(model, trip)),
+            (trip, Self::Train(model)) => Self::Train(within::<F, Train>(model, trip)),
+            (trip, Self::Plain(model)) => Self::Plain(within::<F, Plain>(model, trip)),
         }
     }
 
-    fn into_train(self) -> Mlp<Train> {
+    fn into_train(self) -> F::Model<Train> {
         match self.through("train") {
             Self::Train(model) => model,
             Self::Plain(_) => unreachable!("the trip ends on the autodiff backend"),
@@ -49,7 +170,7 @@ struct Identity;
 
 impl<B: Backend> ModuleMapper<B> for Identity {}
 
-fn within<B: Backend>(model: Mlp<B>, trip: &str) -> Mlp<B> {
+fn within<F: Family, B: Backend>(model: F::Model<B>, trip: &str) -> F::Model<B> {
     let device = device::<B>();
     match trip {
         "clone" => model.clone(),
@@ -65,7 +186,7 @@ fn within<B: Backend>(model: Mlp<B>, trip: &str) -> Mlp<B> {
             // freeze that is Burn's business, and ours through `freeze`.
             let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
             let bytes = recorder.record(model.into_record(), ()).unwrap();
-            let model = Mlp::new(&device).freeze(&[]).unwrap();
+            let model = F::new::<B>(&device).freeze(&[]).unwrap();
             model.load_record(recorder.load(bytes, &device).unwrap())
         }
         "safetensors" => {
@@ -81,7 +202,7 @@ fn within<B: Backend>(model: Mlp<B>, trip: &str) -> Mlp<B> {
 }
 
 /// The bits of every parameter, by path.
-fn all_bits<B: Backend>(model: &Mlp<B>) -> BTreeMap<String, Vec<u32>> {
+fn all_bits<B: Backend>(model: &impl Module<B>) -> BTreeMap<String, Vec<u32>> {
     struct Reader(Vec<String>, BTreeMap<String, Vec<u32>>);
     impl<B: Backend> ModuleVisitor<B> for Reader {
         fn enter_module(&mut self, name: &str, _container: &str) {
@@ -104,67 +225,74 @@ fn adapted(used_before: bool) -> Mlp<Train> {
     if used_before {
         let _ = model.forward(input());
     }
-    let config = LoraConfig::new(2, 3.0).with_bias(true).with_init(Init::RandomBoth);
-    model.attach(&config).unwrap()
+    model.attach(&Mlps::config()).unwrap()
 }
 
 fn input() -> Tensor<Train, 2> {
     Matrix::random(10, 6, 5).tensor([10, 6], &device::<Train>())
 }
 
-/// Trains for 20 steps and fails unless exactly the adapters changed.
+/// Trains for some steps and fails unless exactly the adapters changed.
 #[track_caller]
-fn assert_only_adapters_train(mut model: Mlp<Train>, trip: &str) {
-    let before = all_bits(&model);
+fn assert_only_adapters_train<F: Travels>(mut model: F::Model<Train>, steps: usize, trip: &str) {
+    let before = all_bits::<Train>(&model);
     let adapters = before.keys().filter(|path| path.contains(".adapter.")).count();
-    assert_eq!(adapters, 9, "three adapters of A, B and a bias, after {trip}");
+    assert_eq!(adapters, F::ADAPTERS, "adapters after {trip}");
 
-    let mut optimizer = AdamWConfig::new().with_weight_decay(0.5).init::<Train, Mlp<Train>>();
-    for _ in 0..20 {
-        let grads = model.forward(input()).sin().sum().backward();
-        assert!(model.blocks[0].base.weight.grad(&grads).is_none(), "dW after {trip}");
-        let grads = GradientsParams::from_grads(grads, &model);
+    let mut optimizer = AdamWConfig::new().with_weight_decay(0.5).init::<Train, F::Model<Train>>();
+    for _ in 0..steps {
+        let grads = GradientsParams::from_grads(F::loss(&model).backward(), &model);
         assert_eq!(grads.len(), adapters, "gradients after {trip}");
         model = optimizer.step(0.01, model, grads);
     }
     assert_eq!(optimizer.to_record().len(), adapters, "optimizer state after {trip}");
-    for (path, bits) in all_bits(&model) {
+    for (path, bits) in all_bits::<Train>(&model) {
         let changed = bits != before[&path];
         assert_eq!(changed, path.contains(".adapter."), "{path} after {trip}");
     }
 }
 
-fn check_pairs(used_before: bool) {
-    let model = adapted(used_before);
-    let original = all_bits(&model);
-    assert_only_adapters_train(model.clone(), "attach");
+fn check_pairs<F: Travels>(model: F::Model<Train>, steps: usize) {
+    let original = all_bits::<Train>(&model);
+    assert_only_adapters_train::<F>(model.clone(), steps, "attach");
     for first in TRIPS {
         for second in TRIPS {
             let trip = format!("{first}, {second}");
-            let there = Model::Train(model.clone()).through(first).through(second).into_train();
-            assert_eq!(all_bits(&there), original, "values after {trip}");
-            assert_only_adapters_train(there, &trip);
+            let there = Model::<F>::Train(model.clone()).through(first).through(second);
+            let there = there.into_train();
+            assert_eq!(all_bits::<Train>(&there), original, "values after {trip}");
+            assert_only_adapters_train::<F>(there, steps, &trip);
         }
     }
 }
 
 #[test]
 fn every_pair_of_trips_before_first_use() {
-    check_pairs(false);
+    check_pairs::<Mlps>(adapted(false), 20);
 }
 
 #[test]
 fn every_pair_of_trips_after_first_use() {
-    check_pairs(true);
+    check_pairs::<Mlps>(adapted(true), 20);
+}
+
+#[test]
+fn every_pair_of_trips_of_every_layer() {
+    let zoo = Zoos::new::<Train>(&device::<Train>()).attach(&Zoos::config()).unwrap();
+    check_pairs::<Zoos>(zoo, 2);
 }
 
 #[test]
 fn trips_of_an_unused_model_before_it_is_adapted() {
-    for trip in TRIPS {
-        let model = Model::Train(Mlp::new(&device::<Train>())).through(trip).into_train();
-        let config = LoraConfig::new(2, 3.0).with_bias(true).with_init(Init::RandomBoth);
-        assert_only_adapters_train(model.attach(&config).unwrap(), trip);
+    fn check<F: Travels>(steps: usize) {
+        for trip in TRIPS {
+            let model = Model::<F>::Train(F::new(&device::<Train>())).through(trip).into_train();
+            let model = model.attach(&F::config()).unwrap();
+            assert_only_adapters_train::<F>(model, steps, trip);
+        }
     }
+    check::<Mlps>(20);
+    check::<Zoos>(2);
 }
 
 #[test]
@@ -188,7 +316,7 @@ fn a_base_marked_as_trainable_still_gets_no_gradient() {
     let grads = model.forward(input()).sin().sum().backward();
     assert!(model.head.base.weight.grad(&grads).is_none());
     let model = Mlp { blocks: model.blocks.map(&mut Unfreeze), ..model };
-    assert_only_adapters_train(model, "a mapper that marks everything");
+    assert_only_adapters_train::<Mlps>(model, 20, "a mapper that marks everything");
 }
 
 #[test]

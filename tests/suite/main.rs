@@ -7,13 +7,17 @@ mod model;
 mod oracle;
 
 mod algebra;
+mod attention;
 mod conv;
 mod correctness;
 mod dropout;
+mod embedding;
 mod freezing;
 mod init;
 mod learner;
 mod loading;
 mod merging;
+mod overlay;
 mod peft;
+mod peft_layers;
 mod whole_model;

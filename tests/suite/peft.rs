@@ -69,19 +69,19 @@ impl<B: Backend> Model<B> {
     }
 }
 
-fn fixture(name: &str) -> PathBuf {
+pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/peft/fixtures").join(name)
 }
 
-fn load(name: &str) -> LoraAdapters<Plain> {
+pub fn load(name: &str) -> LoraAdapters<Plain> {
     LoraAdapters::load(fixture(name), &device::<Plain>()).unwrap()
 }
 
 /// A directory that is removed in the end.
-struct TempDir(PathBuf);
+pub struct TempDir(pub PathBuf);
 
 impl TempDir {
-    fn new(name: &str) -> Self {
+    pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("burn-lora-{name}-{}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(path)
@@ -252,6 +252,7 @@ fn write_for_python() {
         let expected = json!({"x": x.data, "y": y});
         fs::write(out.join(name).join("expected.json"), expected.to_string()).unwrap();
     }
+    crate::peft_layers::write_for_python(&out);
 }
 
 #[test]
