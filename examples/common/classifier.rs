@@ -23,17 +23,25 @@ use burn::{
 
 use super::{
     backend::{Plain, Train},
-    digits::{Digit, PIXELS},
     file_name,
     progress::{History, Reporter, Timed},
 };
 
 const BATCH: usize = 64;
 
+/// An image and what it shows.
+pub trait Picture: Clone + Send + Sync + std::fmt::Debug + 'static {
+    /// The values of its pixels.
+    fn pixels(&self) -> &[u8];
+
+    /// The class.
+    fn label(&self) -> u8;
+}
+
 /// Images and what they show.
 #[derive(Clone, Debug)]
 pub struct Images<B: Backend> {
-    /// Grey values from 0 to 1: `[batch, PIXELS]`.
+    /// Values from 0 to 1: `[batch, pixels]`.
     pub pixels: Tensor<B, 2>,
     /// The classes: `[batch]`.
     pub labels: Tensor<B, 1, Int>,
@@ -42,19 +50,20 @@ pub struct Images<B: Backend> {
 #[derive(Clone)]
 struct Stack;
 
-impl<B: Backend> Batcher<B, Digit, Images<B>> for Stack {
-    fn batch(&self, items: Vec<Digit>, device: &B::Device) -> Images<B> {
-        let bytes = items.iter().flat_map(|digit| digit.pixels);
-        let pixels: Vec<f32> = bytes.map(|byte| f32::from(byte) / 255.0).collect();
-        let labels: Vec<i32> = items.iter().map(|digit| i32::from(digit.label)).collect();
+impl<B: Backend, P: Picture> Batcher<B, P, Images<B>> for Stack {
+    fn batch(&self, items: Vec<P>, device: &B::Device) -> Images<B> {
+        let bytes = items.iter().flat_map(|picture| picture.pixels());
+        let pixels: Vec<f32> = bytes.map(|byte| f32::from(*byte) / 255.0).collect();
+        let labels: Vec<i32> = items.iter().map(|picture| i32::from(picture.label())).collect();
+        let shape = [items.len(), pixels.len() / items.len()];
         Images {
-            pixels: Tensor::from_data(TensorData::new(pixels, [items.len(), PIXELS]), device),
+            pixels: Tensor::from_data(TensorData::new(pixels, shape), device),
             labels: Tensor::from_data(TensorData::new(labels, [items.len()]), device),
         }
     }
 }
 
-/// A model that gives each image a logit per class: `[batch, PIXELS]` to `[batch, classes]`.
+/// A model that gives each image a logit per class: `[batch, pixels]` to `[batch, classes]`.
 pub trait Classifier<B: Backend> {
     fn logits(&self, pixels: Tensor<B, 2>) -> Tensor<B, 2>;
 
@@ -79,11 +88,11 @@ pub struct Recipe<'a> {
 }
 
 /// Trains what is trainable in `model`, with Adam.
-pub fn fit<M>(
+pub fn fit<M, P: Picture>(
     recipe: &Recipe,
     model: M,
-    digits: &[Digit],
-    test: &[Digit],
+    pictures: &[P],
+    test: &[P],
 ) -> (M::InnerModule, History)
 where
     M: AutodiffModule<Train>
@@ -97,14 +106,14 @@ where
     let dir = recipe.logs.join(file_name(recipe.name));
     // burn-train adds to the logs that it finds.
     let _ = std::fs::remove_dir_all(&dir);
-    let batches = loader::<Train>(digits, Some(recipe.seed));
+    let batches = loader::<Train, P>(pictures, Some(recipe.seed));
     let timed = Timed { loader: batches, history: history.clone() };
-    let training = SupervisedTraining::new(&dir, Arc::new(timed), loader::<Plain>(test, None))
+    let training = SupervisedTraining::new(&dir, Arc::new(timed), loader::<Plain, P>(test, None))
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_application_logger(None)
         .num_epochs(recipe.epochs);
     let reporter = Reporter::new(recipe.name, training.interrupter(), history.clone());
-    let steps = recipe.epochs * digits.len().div_ceil(BATCH);
+    let steps = recipe.epochs * pictures.len().div_ceil(BATCH);
     let schedule = CosineAnnealingLrSchedulerConfig::new(recipe.learning_rate, steps);
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
     let learner = Learner::new(model, AdamConfig::new().init::<Train, M>(), schedule);
@@ -116,27 +125,31 @@ where
 }
 
 /// The logits of all images, one row each.
-pub fn logits<M: Classifier<Plain>>(model: &M, digits: &[Digit]) -> Tensor<Plain, 2> {
-    let batches = digits.chunks(500).map(|digits| {
-        let images: Images<Plain> = Stack.batch(digits.to_vec(), &Default::default());
+pub fn logits<M: Classifier<Plain>>(model: &M, pictures: &[impl Picture]) -> Tensor<Plain, 2> {
+    let batches = pictures.chunks(500).map(|pictures| {
+        let images: Images<Plain> = Stack.batch(pictures.to_vec(), &Default::default());
         model.logits(images.pixels)
     });
     Tensor::cat(batches.collect(), 0)
 }
 
 /// The share of images whose largest logit is that of their class, in percent.
-pub fn accuracy(logits: Tensor<Plain, 2>, digits: &[Digit]) -> f64 {
+pub fn accuracy(logits: Tensor<Plain, 2>, pictures: &[impl Picture]) -> f64 {
     let classes = logits.argmax(1).into_data().convert::<i64>().to_vec::<i64>();
     let classes = classes.expect("the data was converted to this type");
-    let right = classes.iter().zip(digits).filter(|(class, it)| **class == i64::from(it.label));
-    100.0 * right.count() as f64 / digits.len() as f64
+    let right = classes.iter().zip(pictures);
+    let right = right.filter(|(class, it)| **class == i64::from(it.label()));
+    100.0 * right.count() as f64 / pictures.len() as f64
 }
 
 /// Batches of the images, shuffled anew for each epoch if there is a seed.
-fn loader<B: Backend>(digits: &[Digit], seed: Option<u64>) -> Arc<dyn DataLoader<B, Images<B>>> {
+fn loader<B: Backend, P: Picture>(
+    pictures: &[P],
+    seed: Option<u64>,
+) -> Arc<dyn DataLoader<B, Images<B>>> {
     let mut builder = DataLoaderBuilder::new(Stack).batch_size(BATCH);
     if let Some(seed) = seed {
         builder = builder.shuffle(seed);
     }
-    builder.build(InMemDataset::new(digits.to_vec()))
+    builder.build(InMemDataset::new(pictures.to_vec()))
 }

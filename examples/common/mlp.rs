@@ -13,6 +13,8 @@ use burn::{
 use burn_lora::{LoraLayers, LoraLinear, LoraModule};
 
 use super::{
+    adaptation::Learns,
+    backend::Train,
     classifier::{Classifier, Images},
     digits::PIXELS,
 };
@@ -68,3 +70,5 @@ impl<B: Backend> InferenceStep for Mlp<B> {
         self.classify(images)
     }
 }
+
+impl Learns for Mlp<Train> {}

@@ -3,9 +3,11 @@
 // No example needs all of it.
 #![allow(dead_code)]
 
+pub mod adaptation;
 pub mod backend;
 pub mod classifier;
 pub mod digits;
+pub mod download;
 pub mod mlp;
 pub mod plot;
 pub mod progress;

@@ -10,30 +10,21 @@
 #[path = "../common/mod.rs"]
 mod common;
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::ExitCode,
-    time::Duration,
-};
+use std::{fs, path::PathBuf, process::ExitCode};
 
-use burn::{
-    module::Module,
-    tensor::{Tensor, backend::Backend},
-};
-use burn_lora::{LoraConfig, LoraModule, ParameterReport, Scaling};
+use burn::{module::Module, tensor::backend::Backend};
+use burn_lora::{LoraConfig, LoraModule, Scaling};
 use clap::Parser;
 use serde::Serialize;
 
 use common::{
     Context, Result,
+    adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
     backend::{self, Plain, Train},
-    classifier::{Recipe, accuracy, fit, logits},
+    classifier::{accuracy, logits},
     digits::{Digits, mirror, rotate},
     mlp::Mlp,
-    plot::{Panel, SeriesLabelPosition, draw},
-    progress::History,
-    table::{grouped, table},
+    table::grouped,
 };
 
 /// Adapt a model of handwritten digits to a changed task: full fine-tuning, LoRA and the last layer
@@ -90,23 +81,6 @@ struct Summary {
     base_restored_exactly: bool,
 }
 
-#[derive(Serialize)]
-struct Method {
-    name: &'static str,
-    trainable: usize,
-    total: usize,
-    epoch_seconds: f64,
-    accuracy_new: f64,
-    accuracy_old: f64,
-    /// The accuracy on the old task once the adapters are switched off, where there are any.
-    accuracy_old_switched_off: Option<f64>,
-    /// What has to be kept of the result, next to the base: the size of the adapters' files, or of
-    /// the trained parameters in `f32`.
-    bytes: u64,
-    #[serde(skip)]
-    history: History,
-}
-
 fn main() -> ExitCode {
     common::main(run)
 }
@@ -126,12 +100,19 @@ fn run(args: Args) -> Result<()> {
     let config = LoraConfig::new(args.rank, args.alpha)
         .with_scaling(Scaling::AlphaOverRank)
         .with_seed(args.seed);
-    let job = Job { args: &args, config: &config, old: &digits };
+    let job = Job {
+        config: &config,
+        out: &args.out,
+        epochs: args.epochs,
+        seed: args.seed,
+        old_test: &digits.test,
+    };
 
     // 1. A base that reads upright digits, and fails at turned ones.
     Plain::seed(&Default::default(), args.seed);
     let base = Mlp::<Train>::new(&Default::default());
-    let (base, _) = job.fit("base: upright digits", base, LEARNING_RATE, &digits);
+    let (base, _) =
+        job.fit("base: upright digits", base, LEARNING_RATE, &digits.train, &digits.test);
     let base_logits = logits(&base, &digits.test);
     let base_accuracy_old = accuracy(base_logits.clone(), &digits.test);
     let base_accuracy_new = accuracy(logits(&base, &rotated.test), &rotated.test);
@@ -147,9 +128,12 @@ fn run(args: Args) -> Result<()> {
     let last = train().freeze(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
 
-    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, &rotated)?;
-    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, &rotated)?;
-    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, &rotated)?;
+    let (full, _) =
+        job.adapt("full fine-tuning", full, LEARNING_RATE, &rotated.train, &rotated.test)?;
+    let (lora, adapted) =
+        job.adapt("LoRA", lora, LORA_LEARNING_RATE, &rotated.train, &rotated.test)?;
+    let (last, _) =
+        job.adapt("last layer", last, LORA_LEARNING_RATE, &rotated.train, &rotated.test)?;
 
     // 3. Merged into the base, the adapters cost nothing and compute the same.
     let merged = adapted.merge().context("merging")?;
@@ -164,7 +148,13 @@ fn run(args: Args) -> Result<()> {
     // 5. A second set of adapters for another task, on the same base.
     let mirrored = digits.map(mirror);
     let second = train().attach(&config).context("attaching adapters")?;
-    let (second, _) = job.adapt("LoRA, mirrored digits", second, LORA_LEARNING_RATE, &mirrored)?;
+    let (second, _) = job.adapt(
+        "LoRA, mirrored digits",
+        second,
+        LORA_LEARNING_RATE,
+        &mirrored.train,
+        &mirrored.test,
+    )?;
 
     println!();
     let largest = largest_difference(unmerged.clone(), unmerged.zeros_like());
@@ -199,138 +189,4 @@ fn run(args: Args) -> Result<()> {
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())
-}
-
-struct Job<'a> {
-    args: &'a Args,
-    config: &'a LoraConfig,
-    /// The digits that the base was trained on.
-    old: &'a Digits,
-}
-
-impl Job<'_> {
-    fn fit(
-        &self,
-        name: &str,
-        model: Mlp<Train>,
-        learning_rate: f64,
-        digits: &Digits,
-    ) -> (Mlp<Plain>, History) {
-        let logs = self.args.out.join("logs");
-        let (epochs, seed) = (self.args.epochs, self.args.seed);
-        let recipe = Recipe { name, learning_rate, epochs, seed, logs: &logs };
-        fit(&recipe, model, &digits.train, &digits.test)
-    }
-
-    /// Trains on the new task, and judges on both.
-    fn adapt(
-        &self,
-        name: &'static str,
-        model: Mlp<Train>,
-        learning_rate: f64,
-        new: &Digits,
-    ) -> Result<(Method, Mlp<Plain>)> {
-        let ParameterReport { trainable, total, layers, .. } = model.parameters();
-        let adapted = layers.iter().any(|layer| layer.adapter.is_some());
-        let old_accuracy =
-            |model: &Mlp<Plain>| accuracy(logits(model, &self.old.test), &self.old.test);
-        let (model, history) = self.fit(name, model, learning_rate, new);
-        let seconds = history.durations.iter().sum::<Duration>().as_secs_f64();
-        let method = Method {
-            name,
-            trainable,
-            total,
-            epoch_seconds: seconds / history.durations.len() as f64,
-            accuracy_new: accuracy(logits(&model, &new.test), &new.test),
-            accuracy_old: old_accuracy(&model),
-            accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())),
-            bytes: match adapted {
-                true => self.save_adapters(name, &model)?,
-                false => (trainable * size_of::<f32>()) as u64,
-            },
-            history,
-        };
-        Ok((method, model))
-    }
-
-    /// Saves the model's adapters, and returns the size of the files.
-    fn save_adapters(&self, name: &str, model: &Mlp<Plain>) -> Result<u64> {
-        let dir = self.args.out.join("adapters").join(common::file_name(name));
-        let adapters = model.adapters(self.config).context("taking the adapters")?;
-        adapters.save(&dir).context("saving the adapters")?;
-        common::size_of_files(&dir)
-    }
-}
-
-fn bits(tensor: Tensor<Plain, 2>) -> Vec<u32> {
-    let data = tensor.into_data();
-    data.iter::<f32>().map(f32::to_bits).collect()
-}
-
-fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {
-    (a - b).abs().max().into_data().iter::<f64>().fold(0.0, f64::max)
-}
-
-fn results(methods: &[Method]) -> String {
-    let full = methods[0].epoch_seconds;
-    let rows: Vec<_> = methods
-        .iter()
-        .map(|method| {
-            [
-                method.name.to_owned(),
-                grouped(method.trainable),
-                format!("{:.2} %", 100.0 * method.trainable as f64 / method.total as f64),
-                format!("{:.2}", method.epoch_seconds / full),
-                format!("{:.2} %", method.accuracy_new),
-                format!("{:.2} %", method.accuracy_old),
-                method.accuracy_old_switched_off.map_or("-".to_owned(), |it| format!("{it:.2} %")),
-                grouped(method.bytes as usize),
-            ]
-        })
-        .collect();
-    let headers = [
-        "method",
-        "trainable",
-        "share",
-        "time/epoch",
-        "new task",
-        "old task",
-        "switched off",
-        "bytes to store",
-    ];
-    table(headers, &rows)
-}
-
-fn draw_curves(path: &Path, methods: &[Method], base_accuracy: f64) -> Result<()> {
-    let losses = methods.iter().map(|method| (method.name, smoothed(&method.history)));
-    let accuracies = methods.iter().map(|method| {
-        let after = method.history.accuracies.iter().enumerate();
-        let after = after.map(|(epoch, &accuracy)| (epoch as f64 + 1.0, accuracy));
-        (method.name, std::iter::once((0.0, base_accuracy)).chain(after).collect())
-    });
-    use SeriesLabelPosition::{LowerRight, UpperRight};
-    let panel =
-        |title, y, curves, marks, legend| Panel { title, x: "epoch", y, curves, marks, legend };
-    draw(
-        path,
-        &[
-            panel("Training loss on the new task", "loss", losses.collect(), false, UpperRight),
-            panel("Accuracy on the new task", "%", accuracies.collect(), true, LowerRight),
-        ],
-    )
-}
-
-/// The training loss against the epoch: 50 points, each the mean of the steps since the last.
-fn smoothed(history: &History) -> Vec<(f64, f64)> {
-    let epochs = history.durations.len() as f64;
-    let steps = history.losses.len();
-    let points = history.losses.chunks(steps.div_ceil(50).max(1));
-    let mut step = 0;
-    points
-        .map(|losses| {
-            let middle = step as f64 + losses.len() as f64 / 2.0;
-            step += losses.len();
-            (epochs * middle / steps as f64, losses.iter().sum::<f64>() / losses.len() as f64)
-        })
-        .collect()
 }

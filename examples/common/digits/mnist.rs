@@ -1,22 +1,27 @@
 //! MNIST's four IDX files: from a directory, the cache, or the network.
 
 use std::{
-    fs::{self, File},
+    fs::File,
     io::{BufReader, Read},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use flate2::read::GzDecoder;
-use sha2::{Digest, Sha256};
 
 use super::{Digit, Digits, PIXELS, SIDE};
-use crate::common::{Context, Result};
+use crate::common::{
+    Context, Result,
+    download::{fetch, write_atomically},
+};
 
 const MIRRORS: [&str; 2] = [
     "https://storage.googleapis.com/cvdf-datasets/mnist",
     "https://ossci-datasets.s3.amazonaws.com/mnist",
 ];
+
+/// Longer than this nobody waits for a few megabytes.
+const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The files' names, and the size and SHA-256 of each compressed one.
 const FILES: [(&str, u64, &str); 4] = [
@@ -131,7 +136,7 @@ fn download(path: &Path, size: u64, sha256: &str) -> Result<()> {
     let mut problem = String::new();
     for mirror in MIRRORS {
         let url = format!("{mirror}/{name}");
-        match fetch(&url, size, sha256) {
+        match fetch(&url, size, sha256, TIMEOUT) {
             Ok(bytes) => {
                 println!("Downloaded {url}");
                 return write_atomically(path, &bytes).context(path.display());
@@ -140,30 +145,4 @@ fn download(path: &Path, size: u64, sha256: &str) -> Result<()> {
         }
     }
     Err(problem)
-}
-
-fn fetch(url: &str, size: u64, sha256: &str) -> Result<Vec<u8>> {
-    let config = ureq::Agent::config_builder()
-        .timeout_connect(Some(Duration::from_secs(5)))
-        .timeout_global(Some(Duration::from_secs(120)))
-        .build();
-    let response = config.new_agent().get(url).call().context(url)?;
-    let mut body = response.into_body();
-    let bytes = body.with_config().limit(size + 1).read_to_vec().context(url)?;
-    if bytes.len() as u64 != size || hex(&Sha256::digest(&bytes)) != sha256 {
-        return Err(format!("{url}: not the expected file"));
-    }
-    Ok(bytes)
-}
-
-fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let dir = path.parent().expect("the path has a directory");
-    fs::create_dir_all(dir)?;
-    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
-    fs::write(&unfinished, bytes)?;
-    fs::rename(unfinished, path)
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

@@ -5,7 +5,7 @@ mod mnist;
 
 use std::path::Path;
 
-use super::Result;
+use super::{Result, classifier::Picture};
 
 /// The side of an image, in pixels.
 pub const SIDE: usize = 28;
@@ -18,6 +18,16 @@ pub const PIXELS: usize = SIDE * SIDE;
 pub struct Digit {
     pub pixels: [u8; PIXELS],
     pub label: u8,
+}
+
+impl Picture for Digit {
+    fn pixels(&self) -> &[u8] {
+        &self.pixels
+    }
+
+    fn label(&self) -> u8 {
+        self.label
+    }
 }
 
 /// Images to learn from, and others to judge by.

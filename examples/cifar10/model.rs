@@ -1,0 +1,98 @@
+//! The model: four convolutions and a linear layer, each of which can carry an adapter.
+
+use burn::{
+    module::Module,
+    nn::{
+        GroupNorm, GroupNormConfig, LinearConfig, PaddingConfig2d,
+        conv::Conv2dConfig,
+        pool::{AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig},
+    },
+    tensor::{
+        Tensor,
+        activation::relu,
+        backend::{AutodiffBackend, Backend},
+    },
+    train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
+};
+use burn_lora::{LoraConv2d, LoraLayers, LoraLinear, LoraModule};
+
+use crate::{
+    common::{
+        adaptation::Learns,
+        backend::Train,
+        classifier::{Classifier, Images},
+    },
+    data::{CHANNELS, SIDE},
+};
+
+/// A convolutional network for images of 32×32 pixels.
+///
+/// The norms are group norms, which look at one image at a time. Batch norms keep running
+/// statistics, which would go on moving although the base is frozen: the old task would change under
+/// the adapters.
+#[derive(Module, Debug)]
+pub struct Cnn<B: Backend> {
+    convs: Vec<LoraConv2d<B>>,
+    norms: Vec<GroupNorm<B>>,
+    pool: AdaptiveAvgPool2d,
+    head: LoraLinear<B>,
+}
+
+/// Channels in, channels out, and stride: images of 16, 8, 4 and 4 pixels a side.
+const CONVS: [(usize, usize, usize); 4] =
+    [(CHANNELS, 32, 2), (32, 64, 2), (64, 96, 2), (96, 96, 1)];
+
+impl<B: Backend> Cnn<B> {
+    pub fn new(device: &B::Device) -> Self {
+        let conv = |(channels_in, channels_out, stride)| {
+            let config = Conv2dConfig::new([channels_in, channels_out], [3, 3]);
+            let config = config.with_stride([stride; 2]);
+            config.with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1)).init(device).into()
+        };
+        let norm = |(_, channels, _)| GroupNormConfig::new(8, channels).init(device);
+        Self {
+            convs: CONVS.map(conv).into(),
+            norms: CONVS.map(norm).into(),
+            pool: AdaptiveAvgPool2dConfig::new([1, 1]).init(),
+            head: LinearConfig::new(96, 10).init(device).into(),
+        }
+    }
+}
+
+/// All that this crate asks of a model.
+impl<B: Backend> LoraModule<B> for Cnn<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("convs", &mut self.convs).with("head", &mut self.head)
+    }
+}
+
+impl<B: Backend> Classifier<B> for Cnn<B> {
+    fn logits(&self, pixels: Tensor<B, 2>) -> Tensor<B, 2> {
+        let [batch, _] = pixels.dims();
+        let image = pixels.reshape([batch, CHANNELS, SIDE, SIDE]).sub_scalar(0.5);
+        let layers = self.convs.iter().zip(&self.norms);
+        let features = layers.fold(image, |x, (conv, norm)| relu(norm.forward(conv.forward(x))));
+        self.head.forward(self.pool.forward(features).flatten::<2>(1, 3))
+    }
+}
+
+impl<B: AutodiffBackend> TrainStep for Cnn<B> {
+    type Input = Images<B>;
+    type Output = ClassificationOutput<B>;
+
+    fn step(&self, images: Images<B>) -> TrainOutput<ClassificationOutput<B>> {
+        let output = self.classify(images);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl<B: Backend> InferenceStep for Cnn<B> {
+    type Input = Images<B>;
+    type Output = ClassificationOutput<B>;
+
+    fn step(&self, images: Images<B>) -> ClassificationOutput<B> {
+        self.classify(images)
+    }
+}
+
+impl Learns for Cnn<Train> {}

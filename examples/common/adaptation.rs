@@ -1,0 +1,197 @@
+//! The experiment of several examples: one base, adapted to a new task in different ways.
+
+use std::{path::Path, time::Duration};
+
+use burn::{
+    module::AutodiffModule,
+    tensor::Tensor,
+    train::{ClassificationOutput, InferenceStep, TrainStep},
+};
+use burn_lora::{LoraConfig, LoraModule, ParameterReport};
+use serde::Serialize;
+
+use super::{
+    Context, Result,
+    backend::{Plain, Train},
+    classifier::{Classifier, Images, Picture, Recipe, accuracy, fit, logits},
+    file_name,
+    plot::{Panel, SeriesLabelPosition, draw},
+    progress::History,
+    size_of_files,
+    table::{grouped, table},
+};
+
+/// What came of one way to adapt a model.
+#[derive(Serialize)]
+pub struct Method {
+    pub name: &'static str,
+    pub trainable: usize,
+    pub total: usize,
+    pub epoch_seconds: f64,
+    pub accuracy_new: f64,
+    pub accuracy_old: f64,
+    /// The accuracy on the old task once the adapters are switched off, where there are any.
+    pub accuracy_old_switched_off: Option<f64>,
+    /// What has to be kept of the result, next to the base: the size of the adapters' files, or of
+    /// the trained parameters in `f32`.
+    pub bytes: u64,
+    #[serde(skip)]
+    pub history: History,
+}
+
+/// A model that an example trains and adapts.
+pub trait Learns: AutodiffModule<
+        Train,
+        InnerModule: LoraModule<Plain>
+                         + Classifier<Plain>
+                         + InferenceStep<Input = Images<Plain>, Output = ClassificationOutput<Plain>>
+                         + 'static,
+    > + LoraModule<Train>
+    + TrainStep<Input = Images<Train>, Output = ClassificationOutput<Train>>
+    + std::fmt::Display
+    + 'static
+{
+}
+
+/// What all trainings of an example have in common.
+pub struct Job<'a, P> {
+    pub config: &'a LoraConfig,
+    /// Where logs and adapters go.
+    pub out: &'a Path,
+    pub epochs: usize,
+    pub seed: u64,
+    /// Pictures of the task that the base was trained on.
+    pub old_test: &'a [P],
+}
+
+impl<P: Picture> Job<'_, P> {
+    pub fn fit<M: Learns>(
+        &self,
+        name: &str,
+        model: M,
+        learning_rate: f64,
+        train: &[P],
+        test: &[P],
+    ) -> (M::InnerModule, History) {
+        let logs = self.out.join("logs");
+        let (epochs, seed) = (self.epochs, self.seed);
+        fit(&Recipe { name, learning_rate, epochs, seed, logs: &logs }, model, train, test)
+    }
+
+    /// Trains on the new task, and judges on both.
+    pub fn adapt<M: Learns>(
+        &self,
+        name: &'static str,
+        model: M,
+        learning_rate: f64,
+        train: &[P],
+        test: &[P],
+    ) -> Result<(Method, M::InnerModule)> {
+        let ParameterReport { trainable, total, layers, .. } = model.parameters();
+        let adapted = layers.iter().any(|layer| layer.adapter.is_some());
+        let old_accuracy =
+            |model: &M::InnerModule| accuracy(logits(model, self.old_test), self.old_test);
+        let (model, history) = self.fit(name, model, learning_rate, train, test);
+        let seconds = history.durations.iter().sum::<Duration>().as_secs_f64();
+        let method = Method {
+            name,
+            trainable,
+            total,
+            epoch_seconds: seconds / history.durations.len() as f64,
+            accuracy_new: accuracy(logits(&model, test), test),
+            accuracy_old: old_accuracy(&model),
+            accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())),
+            bytes: match adapted {
+                true => self.save_adapters(name, &model)?,
+                false => (trainable * size_of::<f32>()) as u64,
+            },
+            history,
+        };
+        Ok((method, model))
+    }
+
+    /// Saves the model's adapters, and returns the size of the files.
+    fn save_adapters(&self, name: &str, model: &impl LoraModule<Plain>) -> Result<u64> {
+        let dir = self.out.join("adapters").join(file_name(name));
+        let adapters = model.adapters(self.config).context("taking the adapters")?;
+        adapters.save(&dir).context("saving the adapters")?;
+        size_of_files(&dir)
+    }
+}
+
+/// The bits of every element.
+pub fn bits(tensor: Tensor<Plain, 2>) -> Vec<u32> {
+    let data = tensor.into_data();
+    data.iter::<f32>().map(f32::to_bits).collect()
+}
+
+/// The largest difference of two elements.
+pub fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {
+    (a - b).abs().max().into_data().iter::<f64>().fold(0.0, f64::max)
+}
+
+/// The table of what came of each way.
+pub fn results(methods: &[Method]) -> String {
+    let full = methods[0].epoch_seconds;
+    let rows: Vec<_> = methods
+        .iter()
+        .map(|method| {
+            [
+                method.name.to_owned(),
+                grouped(method.trainable),
+                format!("{:.2} %", 100.0 * method.trainable as f64 / method.total as f64),
+                format!("{:.2}", method.epoch_seconds / full),
+                format!("{:.2} %", method.accuracy_new),
+                format!("{:.2} %", method.accuracy_old),
+                method.accuracy_old_switched_off.map_or("-".to_owned(), |it| format!("{it:.2} %")),
+                grouped(method.bytes as usize),
+            ]
+        })
+        .collect();
+    let headers = [
+        "method",
+        "trainable",
+        "share",
+        "time/epoch",
+        "new task",
+        "old task",
+        "switched off",
+        "bytes to store",
+    ];
+    table(headers, &rows)
+}
+
+/// Draws the losses and the accuracies on the new task.
+pub fn draw_curves(path: &Path, methods: &[Method], base_accuracy: f64) -> Result<()> {
+    let losses = methods.iter().map(|method| (method.name, smoothed(&method.history)));
+    let accuracies = methods.iter().map(|method| {
+        let after = method.history.accuracies.iter().enumerate();
+        let after = after.map(|(epoch, &accuracy)| (epoch as f64 + 1.0, accuracy));
+        (method.name, std::iter::once((0.0, base_accuracy)).chain(after).collect())
+    });
+    use SeriesLabelPosition::{LowerRight, UpperRight};
+    let panel =
+        |title, y, curves, marks, legend| Panel { title, x: "epoch", y, curves, marks, legend };
+    draw(
+        path,
+        &[
+            panel("Training loss on the new task", "loss", losses.collect(), false, UpperRight),
+            panel("Accuracy on the new task", "%", accuracies.collect(), true, LowerRight),
+        ],
+    )
+}
+
+/// The training loss against the epoch: 50 points, each the mean of the steps since the last.
+fn smoothed(history: &History) -> Vec<(f64, f64)> {
+    let epochs = history.durations.len() as f64;
+    let steps = history.losses.len();
+    let points = history.losses.chunks(steps.div_ceil(50).max(1));
+    let mut step = 0;
+    points
+        .map(|losses| {
+            let middle = step as f64 + losses.len() as f64 / 2.0;
+            step += losses.len();
+            (epochs * middle / steps as f64, losses.iter().sum::<f64>() / losses.len() as f64)
+        })
+        .collect()
+}

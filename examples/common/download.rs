@@ -1,0 +1,35 @@
+//! Files from the network, checked before they are used.
+
+use std::{fs, path::Path, time::Duration};
+
+use sha2::{Digest, Sha256};
+
+use super::{Context, Result};
+
+/// The file at `url`, if it has this size and this SHA-256.
+pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Vec<u8>> {
+    let config = ureq::Agent::config_builder()
+        .timeout_connect(Some(Duration::from_secs(5)))
+        .timeout_global(Some(timeout))
+        .build();
+    let response = config.new_agent().get(url).call().context(url)?;
+    let mut body = response.into_body();
+    let bytes = body.with_config().limit(size + 1).read_to_vec().context(url)?;
+    if bytes.len() as u64 != size || hex(&Sha256::digest(&bytes)) != sha256 {
+        return Err(format!("{url}: not the expected file"));
+    }
+    Ok(bytes)
+}
+
+/// Writes a file that is there as a whole or not at all; its directory is made if need be.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let dir = path.parent().expect("the path has a directory");
+    fs::create_dir_all(dir)?;
+    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
+    fs::write(&unfinished, bytes)?;
+    fs::rename(unfinished, path)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
