@@ -1,0 +1,253 @@
+//! Adapts a transformer to another task on sequences, twice: Burn's own `TransformerEncoder` as it
+//! is, through the overlay, and the same model with this crate's attention. Both learn the same; one
+//! of them faster.
+//!
+//! ```text
+//! cargo run --release --example transformer
+//! ```
+
+#[path = "../common/mod.rs"]
+mod common;
+mod model;
+
+use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
+
+use burn::{
+    module::{AutodiffModule, Module},
+    nn::loss::CrossEntropyLossConfig,
+    optim::{AdamConfig, GradientsParams, Optimizer},
+    tensor::{Int, Tensor, TensorData, backend::Backend},
+};
+use burn_lora::{Lora, LoraConfig, LoraModule, Scaling};
+use clap::Parser;
+use rand::{RngExt, SeedableRng, rngs::StdRng};
+use serde::Serialize;
+
+use common::{
+    Context, Result,
+    backend::{self, Plain, Train},
+    table::{grouped, table},
+};
+use model::{LENGTH, Layered, SYMBOLS, Stock};
+
+/// Adapt a transformer through the overlay and with layers of its own, side by side.
+#[derive(Parser, Debug)]
+struct Args {
+    /// Rank of the adapters
+    #[arg(long, default_value = "8", value_parser = common::positive)]
+    rank: usize,
+    /// Strength of the adapters: the update counts alpha/rank
+    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    alpha: f64,
+    /// Steps of each training
+    #[arg(long, default_value = "300", value_parser = common::positive)]
+    steps: usize,
+    /// Seed of weights, adapters and sequences
+    #[arg(long, default_value = "42")]
+    seed: u64,
+    /// Directory for summary.json
+    #[arg(long, value_name = "DIR", default_value = "out/transformer")]
+    out: PathBuf,
+}
+
+const BATCH: usize = 32;
+const LEARNING_RATE: f64 = 1e-3;
+const LORA_LEARNING_RATE: f64 = 5e-3;
+
+/// What to make of a sequence: the symbol that belongs at each place.
+#[derive(Clone, Copy)]
+enum Task {
+    /// The sequence from its end.
+    Reverse,
+    /// The sequence, moved by three places.
+    Rotate,
+}
+
+impl Task {
+    /// Sequences and their targets: `[BATCH, LENGTH]` each.
+    fn batch<B: Backend>(self, rng: &mut StdRng) -> [Tensor<B, 2, Int>; 2] {
+        let source = |place: usize| match self {
+            Self::Reverse => LENGTH - 1 - place,
+            Self::Rotate => (place + 3) % LENGTH,
+        };
+        let symbols: Vec<i32> =
+            (0..BATCH * LENGTH).map(|_| rng.random_range(0..SYMBOLS as i32)).collect();
+        let rows = symbols.chunks(LENGTH);
+        let targets = rows.flat_map(|row| (0..LENGTH).map(move |place| row[source(place)]));
+        let targets = targets.collect::<Vec<i32>>();
+        let tensor = |values| {
+            let data = TensorData::new(values, [BATCH, LENGTH]);
+            Tensor::from_data(data, &Default::default())
+        };
+        [symbols, targets].map(tensor)
+    }
+}
+
+/// A model and how it is run: the overlay takes a closure where others have a method.
+struct Run<M, F> {
+    name: &'static str,
+    model: M,
+    forward: F,
+    learning_rate: f64,
+}
+
+#[derive(Serialize)]
+struct Outcome {
+    name: &'static str,
+    trainable: usize,
+    loss: f64,
+    accuracy: f64,
+    /// The median of all steps.
+    step_milliseconds: f64,
+}
+
+#[derive(Serialize)]
+struct Summary {
+    backend: &'static str,
+    rank: usize,
+    alpha: f64,
+    seed: u64,
+    steps: usize,
+    base_accuracy_old: f64,
+    base_accuracy_new: f64,
+    methods: Vec<Outcome>,
+    overlay_to_layers_step_ratio: f64,
+    max_abs_logit_diff: f64,
+    base_restored_exactly: bool,
+}
+
+fn main() -> ExitCode {
+    common::main(run)
+}
+
+fn run(args: Args) -> Result<()> {
+    fs::create_dir_all(&args.out).context(args.out.display())?;
+    println!("Sequences of {LENGTH} symbols, with the {} backend\n", backend::NAME);
+    Plain::seed(&Default::default(), args.seed);
+
+    // 1. A transformer that turns sequences around.
+    let stock = Stock::<Train>::new(&Default::default());
+    let trainable = stock.num_params();
+    let (name, forward) = ("base: reverse", Stock::forward);
+    let base = Run { name, model: stock, forward, learning_rate: LEARNING_RATE };
+    let (base, _) = train(base, Task::Reverse, &args, trainable);
+    let plain = base.valid();
+    let right = |model: &Stock<Plain>, task| accuracy(|x| model.forward(x), task);
+    let (old, new) = (right(&plain, Task::Reverse), right(&plain, Task::Rotate));
+    println!("\nIt is right in {old:.1} % of the places; asked to rotate them, in {new:.1} %.\n");
+
+    // 2. The same weights, adapted to move sequences along: as they are, through the overlay, and in
+    // layers that carry adapters. The adapters start as the same numbers.
+    let config = LoraConfig::new(args.rank, args.alpha)
+        .with_scaling(Scaling::AlphaOverRank)
+        .with_targets(["query", "value"])
+        .with_seed(args.seed);
+    let overlay = Lora::new(base.clone()).attach(&config).context("attaching adapters")?;
+    let layers = Layered::from(base.clone()).attach(&config).context("attaching adapters")?;
+    println!("{}\n", layers.parameters());
+    let trainable = layers.parameters().trainable;
+    let learning_rate = LORA_LEARNING_RATE;
+    let forward = |model: &Lora<Train, Stock<Train>>, x| model.forward(|stock| stock.forward(x));
+    let overlay = Run { name: "LoRA, overlay", model: overlay, forward, learning_rate };
+    let (overlay, by_overlay) = train(overlay, Task::Rotate, &args, trainable);
+    let layers =
+        Run { name: "LoRA, layers", model: layers, forward: Layered::forward, learning_rate };
+    let (layers, by_layers) = train(layers, Task::Rotate, &args, trainable);
+    let (name, model) = ("full fine-tuning", base.clone());
+    let full = Run { name, model, forward: Stock::forward, learning_rate: LEARNING_RATE };
+    let (_, by_full) = train(full, Task::Rotate, &args, base.num_params());
+
+    // 3. Adapters are values: those from the overlay, in the layers, compute the same.
+    let set = overlay.valid().adapters(&config).context("taking the adapters")?;
+    let exchanged = layers.valid().switch(&set).context("switching")?;
+    let [x, _] = Task::Rotate.batch::<Plain>(&mut StdRng::seed_from_u64(args.seed));
+    let expected = overlay.valid().forward(|stock| stock.forward(x.clone()));
+    let difference = (exchanged.forward(x.clone()) - expected).abs().max();
+    let max_abs_logit_diff = difference.into_data().iter::<f64>().fold(0.0, f64::max);
+    let restored = overlay.detach().valid().forward(|stock| stock.forward(x.clone()));
+    let base_restored_exactly = restored.into_data() == plain.forward(x).into_data();
+
+    let methods = vec![by_full, by_overlay, by_layers];
+    let step = |index: usize| methods[index].step_milliseconds;
+    let overlay_to_layers_step_ratio = step(1) / step(2);
+    let rows: Vec<_> = methods
+        .iter()
+        .map(|it| {
+            [
+                it.name.to_owned(),
+                grouped(it.trainable),
+                format!("{:.2}", it.step_milliseconds / step(0)),
+                format!("{:.4}", it.loss),
+                format!("{:.1} %", it.accuracy),
+            ]
+        })
+        .collect();
+    println!("\n{}\n", table(["method", "trainable", "time/step", "loss", "right"], &rows));
+    println!(
+        "A step of the overlay takes {overlay_to_layers_step_ratio:.2} times as long as one of the \
+         layers. Its adapters,\nput on the layers, give logits within {max_abs_logit_diff:.1e}."
+    );
+    let summary = Summary {
+        backend: backend::NAME,
+        rank: args.rank,
+        alpha: args.alpha,
+        seed: args.seed,
+        steps: args.steps,
+        base_accuracy_old: old,
+        base_accuracy_new: new,
+        methods,
+        overlay_to_layers_step_ratio,
+        max_abs_logit_diff,
+        base_restored_exactly,
+    };
+    let path = args.out.join("summary.json");
+    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
+    fs::write(&path, json + "\n").context(path.display())?;
+    println!("Wrote {}", path.display());
+    Ok(())
+}
+
+/// Trains on fresh sequences, the same for every model.
+fn train<M, F>(run: Run<M, F>, task: Task, args: &Args, trainable: usize) -> (M, Outcome)
+where
+    M: AutodiffModule<Train>,
+    F: Fn(&M, Tensor<Train, 2, Int>) -> Tensor<Train, 3>,
+{
+    let Run { name, mut model, forward, learning_rate } = run;
+    let mut rng = StdRng::seed_from_u64(args.seed);
+    let mut optimizer = AdamConfig::new().init::<Train, M>();
+    let loss_of = CrossEntropyLossConfig::new().init(&Default::default());
+    let (mut times, mut last) = (Vec::new(), 0.0);
+    for step in 1..=args.steps {
+        let [x, targets] = task.batch(&mut rng);
+        let start = Instant::now();
+        let logits = forward(&model, x).flatten::<2>(0, 1);
+        let loss = loss_of.forward(logits, targets.flatten::<1>(0, 1));
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        // The rate falls linearly, so that the end is not noise.
+        let rate = learning_rate * (args.steps + 1 - step) as f64 / args.steps as f64;
+        model = optimizer.step(rate, model, grads);
+        // To read the loss is to wait for the device.
+        last = loss.into_data().iter::<f64>().sum();
+        times.push(start.elapsed().as_secs_f64());
+        if step % args.steps.div_ceil(3) == 0 || step == args.steps {
+            println!("{name:<18} step {step}/{}  loss {last:.4}", args.steps);
+        }
+    }
+    times.sort_by(f64::total_cmp);
+    let accuracy = accuracy(|x| forward(&model, Tensor::from_inner(x)).inner(), task);
+    let step_milliseconds = 1e3 * times[times.len() / 2];
+    (model, Outcome { name, trainable, loss: last, accuracy, step_milliseconds })
+}
+
+/// The share of places with the right symbol, in percent.
+fn accuracy(forward: impl Fn(Tensor<Plain, 2, Int>) -> Tensor<Plain, 3>, task: Task) -> f64 {
+    const BATCHES: usize = 10;
+    let mut rng = StdRng::seed_from_u64(7);
+    let right = (0..BATCHES).map(|_| {
+        let [x, targets] = task.batch::<Plain>(&mut rng);
+        let found = forward(x).argmax(2).reshape([BATCH, LENGTH]);
+        found.equal(targets).int().sum().into_data().iter::<f64>().sum::<f64>()
+    });
+    100.0 * right.sum::<f64>() / (BATCHES * BATCH * LENGTH) as f64
+}
