@@ -75,18 +75,7 @@ impl Photos {
     }
 }
 
-/// The photograph as a grey relief, lit from the top left: what is left of it are the edges.
-pub fn emboss(pixels: &[u8]) -> Vec<u8> {
-    let plane = SIDE * SIDE;
-    let grey = |row: usize, column: usize| {
-        let at = row.min(SIDE - 1) * SIDE + column.min(SIDE - 1);
-        (0..CHANNELS).map(|channel| i32::from(pixels[channel * plane + at])).sum::<i32>()
-    };
-    let relief = (0..plane).map(|index| {
-        let (row, column) = (index / SIDE, index % SIDE);
-        let slope =
-            grey(row + 1, column + 1) - grey(row.saturating_sub(1), column.saturating_sub(1));
-        (128 + slope / 3).clamp(0, 255) as u8
-    });
-    relief.collect::<Vec<_>>().repeat(CHANNELS)
+/// The photograph as on film: dark is bright, and every colour is its complement.
+pub fn negative(pixels: &[u8]) -> Vec<u8> {
+    pixels.iter().map(|value| 255 - value).collect()
 }

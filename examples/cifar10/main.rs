@@ -1,4 +1,4 @@
-//! Adapts a convolutional network to photographs of another kind, three ways side by side: full
+//! Adapts a convolutional network to photographic negatives, three ways side by side: full
 //! fine-tuning, LoRA on its convolutions, and training the last layer only.
 //!
 //! ```text
@@ -27,10 +27,10 @@ use common::{
     classifier::{accuracy, logits},
     table::grouped,
 };
-use data::{Photos, emboss};
+use data::{Photos, negative};
 use model::Cnn;
 
-/// Adapt a convolutional network to photographs of another kind: full fine-tuning, LoRA and the last
+/// Adapt a convolutional network to photographic negatives: full fine-tuning, LoRA and the last
 /// layer side by side.
 #[derive(Parser, Debug)]
 struct Args {
@@ -41,10 +41,10 @@ struct Args {
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "7", value_parser = common::positive)]
     rank: usize,
     /// Strength of the adapters: the update counts alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "14", value_parser = common::nonzero)]
     alpha: f64,
     /// Passes over the training images, for each training
     #[arg(long, default_value = "6", value_parser = common::positive)]
@@ -65,7 +65,7 @@ struct Args {
 
 /// LoRA wants a higher learning rate than full fine-tuning, and so does the last layer alone.
 const LEARNING_RATE: f64 = 2e-3;
-const LORA_LEARNING_RATE: f64 = 5e-3;
+const LORA_LEARNING_RATE: f64 = 1e-2;
 
 #[derive(Serialize)]
 struct Summary {
@@ -92,7 +92,7 @@ fn run(args: Args) -> Result<()> {
     let mut photos = Photos::load(args.data.as_deref(), args.generated, args.seed)?;
     photos.train.truncate(args.train_size.unwrap_or(usize::MAX));
     photos.test.truncate(args.test_size.unwrap_or(usize::MAX));
-    let reliefs = photos.map(emboss);
+    let negatives = photos.map(negative);
     println!(
         "Training on {} images ({}), testing on {}, with the {} backend\n",
         grouped(photos.train.len()),
@@ -111,25 +111,25 @@ fn run(args: Args) -> Result<()> {
         old_test: &photos.test,
     };
 
-    // 1. A base that knows photographs, and has never seen a relief.
+    // 1. A base that knows photographs, and has never seen a negative.
     Plain::seed(&Default::default(), args.seed);
     let base = Cnn::<Train>::new(&Default::default());
     let (base, _) = job.fit("base: photographs", base, LEARNING_RATE, &photos.train, &photos.test);
     let base_logits = logits(&base, &photos.test);
     let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
-    let base_accuracy_new = accuracy(logits(&base, &reliefs.test), &reliefs.test);
+    let base_accuracy_new = accuracy(logits(&base, &negatives.test), &negatives.test);
     println!(
         "\nThe base recognises {base_accuracy_old:.2} % of photographs, and \
-         {base_accuracy_new:.2} % of reliefs.\n"
+         {base_accuracy_new:.2} % of negatives.\n"
     );
 
-    // 2. The same base, adapted to reliefs in three ways.
+    // 2. The same base, adapted to negatives in three ways.
     let train = || base.clone().train::<Train>();
     let full = train().unfreeze();
     let lora = train().attach(&config).context("attaching adapters")?;
     let last = train().freeze(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
-    let (new, test) = (&reliefs.train, &reliefs.test);
+    let (new, test) = (&negatives.train, &negatives.test);
     let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, new, test)?;
     let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, new, test)?;
     let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, new, test)?;

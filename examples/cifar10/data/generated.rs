@@ -34,13 +34,9 @@ fn draw(label: u8, rng: &mut StdRng) -> Photo {
     let [center_x, center_y] = [(); 2].map(|()| 15.5 + rng.random_range(-3.0..3.0));
     let (sin, cos) = rng.random_range(-0.4f64..0.4).sin_cos();
     let wave = rng.random_range(1.3..1.7);
-    let mut color = || [(); CHANNELS].map(|()| rng.random_range(0.0..255.0));
-    let (mut ink, paper, shade) = (color(), color(), color());
-    // Of the background's own brightness nothing could be seen.
-    let bright = |color: [f64; CHANNELS]| color.iter().sum::<f64>();
-    if (bright(ink) - bright(paper)).abs() < 200.0 {
-        ink = paper.map(|value| if bright(paper) > 382.0 { value - 90.0 } else { value + 90.0 });
-    }
+    // Things are lit, and what is behind them is dark: a negative looks like nothing known.
+    let mut color = |from: f64| [(); CHANNELS].map(|()| from + rng.random_range(0.0..110.0));
+    let (ink, paper, shade) = (color(130.0), color(0.0), color(20.0));
     let noise = Normal::new(0.0, 10.0).expect("the deviation is positive");
     let mut pixels = vec![0; CHANNELS * SIDE * SIDE];
     for row in 0..SIDE {
