@@ -46,12 +46,15 @@ struct Args {
     /// Strength of the adapters: the update counts alpha/rank
     #[arg(long, default_value = "14", value_parser = common::nonzero)]
     alpha: f64,
-    /// Passes over the training images, for each training
+    /// Passes over the images, for each training
     #[arg(long, default_value = "6", value_parser = common::positive)]
     epochs: usize,
-    /// Number of training images; all by default
+    /// Number of images that the base is trained on; all by default
     #[arg(long, value_name = "N", value_parser = common::positive)]
     train_size: Option<usize>,
+    /// Number of negatives to adapt to; a quarter of the training images by default
+    #[arg(long, value_name = "N", value_parser = common::positive)]
+    new_size: Option<usize>,
     /// Number of test images; all by default
     #[arg(long, value_name = "N", value_parser = common::positive)]
     test_size: Option<usize>,
@@ -75,6 +78,7 @@ struct Summary {
     alpha: f64,
     seed: u64,
     train_size: usize,
+    new_size: usize,
     epochs: usize,
     base_accuracy_old: f64,
     base_accuracy_new: f64,
@@ -92,11 +96,13 @@ fn run(args: Args) -> Result<()> {
     let mut photos = Photos::load(args.data.as_deref(), args.generated, args.seed)?;
     photos.train.truncate(args.train_size.unwrap_or(usize::MAX));
     photos.test.truncate(args.test_size.unwrap_or(usize::MAX));
-    let negatives = photos.map(negative);
+    let mut negatives = photos.map(negative);
+    negatives.train.truncate(args.new_size.unwrap_or(photos.train.len().div_ceil(4)));
     println!(
-        "Training on {} images ({}), testing on {}, with the {} backend\n",
+        "Training on {} images ({}), adapting to {}, testing on {}, with the {} backend\n",
         grouped(photos.train.len()),
         photos.name,
+        grouped(negatives.train.len()),
         grouped(photos.test.len()),
         backend::NAME,
     );
@@ -156,6 +162,7 @@ fn run(args: Args) -> Result<()> {
         alpha: args.alpha,
         seed: args.seed,
         train_size: photos.train.len(),
+        new_size: negatives.train.len(),
         epochs: args.epochs,
         base_accuracy_old,
         base_accuracy_new,
