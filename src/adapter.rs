@@ -183,7 +183,9 @@ impl<B: Backend> LoraAdapter<B> {
         // transposed convolution.
         let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
         let b_groups = if transposed { 1 } else { groups };
-        let b = self.b.val().transpose().reshape([1, b_groups, columns / b_groups, rank]);
+        // In this order: Burn's wgpu backend gets the reshape of a transposed vector wrong.
+        let b = self.b.val().reshape([1, rank, b_groups, columns / b_groups]);
+        let b = b.permute([0, 2, 3, 1]);
         let mut y = b.matmul(hidden.reshape([shape[0], groups, rank, places]));
         if let Some(bias) = self.bias_delta() {
             y = y + bias.reshape([1, b_groups, columns / b_groups, 1]);

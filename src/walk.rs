@@ -202,8 +202,13 @@ impl<B: Backend> ModuleVisitor<B> for Reader<'_, B> {
         }
         let layout = self.place.torch_layout();
         let tensor = frozen(param);
-        let tensor = if layout.transposed { tensor.swap_dims(0, 1) } else { tensor };
-        let shape = tensor.dims().to_vec();
+        let mut shape = tensor.dims().to_vec();
+        // A vector stays as it is: Burn's wgpu backend gets the reshape of a transposed one wrong.
+        let moves = layout.transposed && !shape.contains(&1);
+        if layout.transposed {
+            shape.swap(0, 1);
+        }
+        let tensor = if moves { tensor.swap_dims(0, 1) } else { tensor };
         let values = tensor.reshape([shape.iter().product::<usize>()]);
         self.found.insert(layout.name, Extra { values, shape });
     }

@@ -52,8 +52,8 @@ impl WeightLayout {
             Self::Matrix | Self::Embedding => weight.reshape([d_input, d_output]),
             Self::Conv { .. } => weight.reshape([d_output, d_input]).transpose(),
             Self::ConvTranspose { .. } => {
-                let weight = weight.reshape([dims[0], d_output, d_input / dims[0]]);
-                weight.swap_dims(1, 2).reshape([d_input, d_output])
+                let places = d_input / dims[0];
+                swapped(weight.reshape([dims[0], d_output, places])).reshape([d_input, d_output])
             }
         }
     }
@@ -70,10 +70,14 @@ impl WeightLayout {
                 Tensor::from_primitive(matrix.into_primitive())
             }
             Self::Matrix | Self::Embedding => matrix.reshape(dims),
-            Self::Conv { .. } => matrix.transpose().reshape(dims),
+            Self::Conv { .. } => {
+                let mut rotated = dims;
+                rotated.rotate_left(1);
+                let axes: [isize; D] = std::array::from_fn(|dim| ((dim + D - 1) % D) as isize);
+                matrix.reshape(rotated).permute(axes)
+            }
             Self::ConvTranspose { .. } => {
-                let matrix = matrix.reshape([dims[0], d_input / dims[0], d_output]);
-                matrix.swap_dims(1, 2).reshape(dims)
+                swapped(matrix.reshape([dims[0], d_input / dims[0], d_output])).reshape(dims)
             }
         }
     }
@@ -86,5 +90,15 @@ impl WeightLayout {
             (Self::Conv { kernel, .. }, Self::Conv { kernel: other, .. }) => kernel == other,
             (adapter, layer) => adapter == layer,
         }
+    }
+}
+
+/// The last two dimensions swapped, to be reshaped. Where that moves nothing, nothing is done: Burn's
+/// wgpu backend gets the reshape of a transposed vector wrong.
+fn swapped<B: Backend>(tensor: Tensor<B, 3>) -> Tensor<B, 3> {
+    let [first, rows, columns] = tensor.dims();
+    match rows == 1 || columns == 1 {
+        true => tensor.reshape([first, columns, rows]),
+        false => tensor.swap_dims(1, 2),
     }
 }
