@@ -17,7 +17,7 @@ use burn_lora::{LoraLayers, LoraMhaInput, LoraModule, LoraMultiHeadAttention};
 pub const SYMBOLS: usize = 12;
 pub const LENGTH: usize = 16;
 
-const D_MODEL: usize = 256;
+const D_MODEL: usize = 128;
 
 /// Burn's own layers, and nothing of this crate's.
 #[derive(Module, Debug)]
