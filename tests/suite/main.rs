@@ -19,5 +19,4 @@ mod loading;
 mod merging;
 mod overlay;
 mod peft;
-mod peft_layers;
 mod whole_model;

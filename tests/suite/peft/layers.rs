@@ -18,10 +18,10 @@ use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
+use super::{TempDir, fixture, load};
 use crate::{
     model::{Plain, device},
     oracle::{Matrix, assert_close},
-    peft::{TempDir, fixture, load},
 };
 
 /// The model of `tests/peft/make_layer_fixtures.py`.

@@ -1,0 +1,374 @@
+//! What does not fit is refused as a whole, by name.
+
+use std::fs;
+
+use burn::{
+    module::Module,
+    nn::{LayerNorm, LayerNormConfig, LinearConfig},
+    tensor::backend::Backend,
+};
+use burn_lora::{LoraAdapters, LoraError, LoraLayer, LoraLayers, LoraLinear, LoraModule, Mismatch};
+use safetensors::{Dtype, tensor::TensorView};
+use serde_json::{Value, json};
+
+use super::{Model, TempDir, config, files, load, names};
+use crate::{
+    model::{Plain, device},
+    oracle::bits,
+};
+
+fn parse(config: &[u8], weights: &[u8]) -> Result<LoraAdapters<Plain>, LoraError> {
+    LoraAdapters::from_bytes(config, weights, &device::<Plain>())
+}
+
+#[track_caller]
+fn assert_refused(config: &[u8], weights: &[u8], message: &str) {
+    let error = parse(config, weights).unwrap_err().to_string();
+    assert!(error.contains(message), "{error}");
+}
+
+/// A file of the given tensors, with as many zeros as the shape says.
+fn weights(tensors: &[(&str, Dtype, &[usize])]) -> Vec<u8> {
+    let zeros = vec![0; 4096];
+    let views = tensors.iter().map(|(key, dtype, shape)| {
+        let bytes = shape.iter().product::<usize>() * dtype.bitsize() / 8;
+        (*key, TensorView::new(*dtype, shape.to_vec(), &zeros[..bytes]).unwrap())
+    });
+    safetensors::serialize(views, None).unwrap()
+}
+
+#[test]
+fn all_that_does_not_fit_is_listed_in_one_error() {
+    let config = br#"{"peft_type": "LORA", "r": 4, "target_modules": ["fc1", "fc2", "fc9"]}"#;
+    let weights = weights(&[
+        ("base_model.model.fc1.lora_A.weight", Dtype::F32, &[4, 6]),
+        ("base_model.model.fc1.lora_B.bias", Dtype::F32, &[8]),
+        ("base_model.model.fc2.lora_A.weight", Dtype::F32, &[3, 8]),
+        ("base_model.model.fc2.lora_B.weight", Dtype::F32, &[8, 4, 1]),
+        ("base_model.model.norm.weight", Dtype::F32, &[8]),
+        ("base_model.model.other.lora_A.weight", Dtype::F32, &[4, 8]),
+        ("base_model.model.other.lora_B.weight", Dtype::F32, &[8, 4]),
+        ("fc2.lora_A.weight", Dtype::F32, &[4, 8]),
+    ]);
+    let LoraError::Mismatch { mismatch, .. } = parse(config, &weights).unwrap_err() else {
+        panic!("another error is expected");
+    };
+    let Mismatch { missing, unexpected, misshapen, unmatched_targets, .. } = *mismatch;
+    assert_eq!(missing, ["base_model.model.fc1.lora_B.weight"]);
+    assert_eq!(
+        unexpected,
+        [
+            "base_model.model.fc1.lora_B.bias",
+            "base_model.model.norm.weight",
+            "base_model.model.other (not a target)",
+            "fc2.lora_A.weight"
+        ]
+    );
+    assert_eq!(
+        misshapen,
+        [
+            "base_model.model.fc2.lora_A.weight (expected [4, d_input], found [3, 8])",
+            "base_model.model.fc2.lora_B.weight (expected [d_output, 4], found [8, 4, 1])"
+        ]
+    );
+    assert_eq!(unmatched_targets, ["fc9"]);
+}
+
+#[test]
+fn a_set_that_does_not_fit_a_model_leaves_it_untouched() {
+    #[derive(Module, Debug)]
+    struct Other<B: Backend> {
+        fc1: LoraLinear<B>,
+        fc2: LoraLinear<B>,
+        fc3: LoraLinear<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Other<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new()
+                .with("fc1", &mut self.fc1)
+                .with("fc2", &mut self.fc2)
+                .with("fc3", &mut self.fc3)
+        }
+    }
+    let linear = |d_output| LinearConfig::new(6, d_output).init::<Plain>(&device::<Plain>()).into();
+    let model = Other { fc1: linear(7), fc2: linear(8), fc3: linear(9) };
+    let model = model.attach(&config()).unwrap();
+    let before = bits(model.fc1.adapter().unwrap().a.val());
+
+    let LoraError::Mismatch { mismatch, .. } = model.switch(&load("modules_to_save")).unwrap_err()
+    else {
+        panic!("another error is expected");
+    };
+    assert_eq!(mismatch.misshapen, ["fc1 (expected [6, 7], found [6, 8])"]);
+    assert_eq!(mismatch.unexpected, ["head.bias", "head.weight", "norm.bias", "norm.weight"]);
+    // The configuration of `regex` means the layers fc1 and fc2: to leave one out is a fault.
+    let mut parts = load("regex");
+    let error = model.switch(&parts).unwrap_err().to_string();
+    assert!(error.contains("fc2 (expected [6, 8], found [8, 8])"), "{error}");
+    parts = load("exclude");
+    let base = Model::<Plain>::base();
+    assert!(base.switch(&parts).is_ok(), "what is excluded is not missing");
+    let (text, _) = files("plain");
+    let partial = weights(&[
+        ("base_model.model.fc1.lora_A.weight", Dtype::F32, &[4, 6]),
+        ("base_model.model.fc1.lora_B.weight", Dtype::F32, &[8, 4]),
+    ]);
+    let error = base.switch(&parse(&text, &partial).unwrap()).unwrap_err().to_string();
+    assert_eq!(error, "the set of adapters does not fit; missing: fc2");
+
+    assert_eq!(bits(model.fc1.adapter().unwrap().a.val()), before);
+    assert!(model.fc3.adapter().is_some());
+}
+
+#[test]
+fn a_saved_set_means_its_own_layers_alone() {
+    #[derive(Module, Debug)]
+    struct Outer<B: Backend> {
+        fc: LoraLinear<B>,
+        encoder: Inner<B>,
+    }
+    #[derive(Module, Debug)]
+    struct Inner<B: Backend> {
+        fc: LoraLinear<B>,
+        norm: LayerNorm<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Outer<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("fc", &mut self.fc).with("encoder", &mut self.encoder)
+        }
+    }
+    impl<B: Backend> LoraModule<B> for Inner<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("fc", &mut self.fc)
+        }
+    }
+    let device = device::<Plain>();
+    let fc = || LinearConfig::new(2, 3).init(&device).into();
+    let encoder = Inner { fc: fc(), norm: LayerNormConfig::new(3).init(&device) };
+    let base = Outer::<Plain> { fc: fc(), encoder };
+    // `encoder.fc` ends with `fc`, and `gamma` goes by another name in the file.
+    let config = config().with_excludes(["encoder.fc"]).with_modules_to_save(["gamma"]);
+    let set = base.attach(&config).unwrap().adapters(&config).unwrap();
+    let dir = TempDir::new("own-layers");
+    set.save(&dir.0).unwrap();
+    let again = LoraAdapters::<Plain>::load(&dir.0, &device).unwrap();
+    assert_eq!((again.len(), again.num_params()), (1, 3 * (2 + 3) + 3));
+    let restored = base.switch(&again).unwrap();
+    assert!(restored.fc.adapter().is_some() && restored.encoder.fc.adapter().is_none());
+}
+
+#[test]
+fn what_a_file_cannot_say_is_not_saved() {
+    let dir = TempDir::new("not-said");
+    let error = load("plain").scaled(f64::INFINITY).save(dir.0.join("set")).unwrap_err();
+    assert!(error.to_string().contains("`lora_alpha` is not supported: that of `fc1`"), "{error}");
+    assert_eq!(names(&dir.0), [""; 0]);
+}
+
+#[test]
+fn layers_are_meant_by_their_indices() {
+    #[derive(Module, Debug)]
+    struct Stack<B: Backend> {
+        layers: Vec<Block<B>>,
+    }
+    #[derive(Module, Debug)]
+    struct Block<B: Backend> {
+        fc: LoraLinear<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Block<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("fc", &mut self.fc)
+        }
+    }
+    impl<B: Backend> LoraModule<B> for Stack<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("layers", &mut self.layers)
+        }
+    }
+    let block = || Block { fc: LinearConfig::new(2, 3).init(&device::<Plain>()).into() };
+    let mut inner = Model { stack: Stack { layers: vec![block(), block(), block()] } };
+    #[derive(Module, Debug)]
+    struct Model<B: Backend> {
+        stack: Stack<B>,
+    }
+    impl<B: Backend> LoraModule<B> for Model<B> {
+        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+            LoraLayers::new().with("stack", &mut self.stack)
+        }
+    }
+    inner = inner.attach(&config().with_targets(["layers.1.fc"])).unwrap();
+    let weights = weights(&[
+        ("base_model.model.stack.layers.1.fc.lora_A.weight", Dtype::F32, &[4, 2]),
+        ("base_model.model.stack.layers.1.fc.lora_B.weight", Dtype::F32, &[3, 4]),
+    ]);
+    let result = |fields: Value| {
+        let mut text = json!({"peft_type": "LORA", "r": 4, "target_modules": ["fc"]});
+        text.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let set = parse(&serde_json::to_vec(&text).unwrap(), &weights).unwrap();
+        inner.switch(&set).map(drop).map_err(|error| error.to_string())
+    };
+    let missing = |layers: &str| {
+        let layers: Vec<_> = layers.split(' ').map(|it| format!("stack.layers.{it}.fc")).collect();
+        Err(format!("the set of adapters does not fit; missing: {}", layers.join(", ")))
+    };
+    assert_eq!(result(json!({})), missing("0 2"));
+    assert_eq!(result(json!({"layers_to_transform": 1})), Ok(()));
+    assert_eq!(result(json!({"layers_to_transform": [1, 2]})), missing("2"));
+    let by_name = json!({"layers_to_transform": [1], "layers_pattern": "layers"});
+    assert_eq!(result(by_name), Ok(()));
+    let no_group = json!({"layers_to_transform": [1], "layers_pattern": ["(x)?layers"]});
+    assert_eq!(result(no_group), Ok(()));
+    assert_eq!(result(json!({"exclude_modules": ["0.fc", "2.fc"]})), Ok(()));
+}
+
+#[test]
+fn fields_that_change_the_result_are_refused_by_name() {
+    let (config, weights) = files("dora");
+    assert_refused(&config, &weights, "`use_dora` is not supported");
+    let (config, weights) = files("plain");
+    let with = |field: &str, value: Value| {
+        let mut config: Value = serde_json::from_slice(&config).unwrap();
+        config[field] = value;
+        serde_json::to_vec(&config).unwrap()
+    };
+    for field in [
+        "alora_invocation_tokens",
+        "arrow_config",
+        "kasa_config",
+        "layer_replication",
+        "target_parameters",
+        "trainable_token_indices",
+        "use_bdlora",
+        "use_qalora",
+        "velora_config",
+        "monteclora_config",
+    ] {
+        let config = with(field, json!([[0, 1]]));
+        assert_refused(&config, &weights, &format!("`{field}` is not supported"));
+        for off in [json!(null), json!(false), json!([]), json!({})] {
+            parse(&with(field, off), &weights).unwrap();
+        }
+    }
+    for init in ["OLoRA", "pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"] {
+        assert_refused(&with("init_lora_weights", json!(init)), &weights, "init_lora_weights");
+    }
+    parse(&with("init_lora_weights", json!("gaussian")), &weights).unwrap();
+    assert_refused(&with("peft_type", json!("LOHA")), &weights, "it is LOHA, not LORA");
+    assert_refused(&with("r", json!(0)), &weights, "a rank is 0");
+    assert_refused(&with("lora_dropout", json!(1.5)), &weights, "`lora_dropout` is 1.5");
+    assert_refused(&with("rank_pattern", json!({"(": 2})), &weights, "pattern `(`");
+    // Found by fuzzing: an expression that took seconds to compile, over and over.
+    let endless = with("rank_pattern", json!({".".repeat(100_000): 2}));
+    assert_refused(&endless, &weights, "exceeds size limit");
+    assert_refused(&with("bias", json!("some")), &weights, "some");
+}
+
+#[test]
+fn malformed_configurations_are_refused() {
+    let (_, weights) = files("plain");
+    for (text, message) in [
+        ("", "EOF"),
+        ("[]", "expected an object"),
+        ("null", "expected an object"),
+        ("{", "EOF"),
+        ("{}", "`peft_type` is missing"),
+        (r#"{"peft_type": "LORA", "r": 4, "r": 4}"#, "the key `r` occurs twice"),
+        (r#"{"peft_type": "LORA", "rank_pattern": {"a": 1, "a": 2}}"#, "the key `a` occurs twice"),
+        (r#"{"peft_type": "LORA", "r": -1}"#, "invalid value"),
+        (r#"{"peft_type": "LORA", "r": "4"}"#, "invalid type"),
+        (r#"{"peft_type": "LORA", "lora_alpha": 1e999}"#, "number out of range"),
+        ("{\"peft_type\": \"LORA\"} x", "trailing characters"),
+        ("\u{feff}{}", "expected value"),
+    ] {
+        assert_refused(text.as_bytes(), &weights, message);
+    }
+    assert_refused(&[0xff, 0xfe], &weights, "expected value");
+    let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
+    assert_refused(format!(r#"{{"x": {deep}}}"#).as_bytes(), &weights, "recursion limit");
+}
+
+/// A file with the given header, and as many zeros of data.
+fn raw(header: &str, data: usize) -> Vec<u8> {
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    bytes.resize(bytes.len() + data, 0);
+    bytes
+}
+
+#[test]
+fn malformed_weights_are_refused() {
+    let config = br#"{"peft_type": "LORA", "r": 1, "target_modules": ["fc"]}"#;
+    let (a, b) = ("base_model.model.fc.lora_A.weight", "base_model.model.fc.lora_B.weight");
+    let entry = |key: &str, dtype: &str, shape: &str, offsets: &str| {
+        format!(r#""{key}": {{"dtype": "{dtype}", "shape": {shape}, "data_offsets": {offsets}}}"#)
+    };
+    let good_a = entry(a, "F32", "[1, 2]", "[0, 8]");
+    let good_b = entry(b, "F32", "[3, 1]", "[8, 20]");
+    let good = raw(&format!("{{{good_a}, {good_b}}}"), 20);
+    parse(config, &good).unwrap();
+
+    for length in [0, 1, 7, 8, 9, good.len() - 1] {
+        assert!(parse(config, &good[..length]).is_err(), "truncated to {length} bytes");
+    }
+    assert!(parse(config, &[good.clone(), vec![0]].concat()).is_err(), "a byte too many");
+    for length in [u64::MAX, 1 << 40, good.len() as u64] {
+        let mut bytes = good.clone();
+        bytes[..8].copy_from_slice(&length.to_le_bytes());
+        assert!(parse(config, &bytes).is_err(), "a header of {length} bytes");
+    }
+    let second = |text: &str| raw(&format!("{{{good_a}, {text}}}"), 20);
+    for (text, why) in [
+        (entry(b, "F32", "[3, 1]", "[-8, 20]"), "negative offset"),
+        (entry(b, "F32", "[3, 1]", "[20, 8]"), "offsets in reverse"),
+        (entry(b, "F32", "[3, 1]", "[0, 12]"), "overlapping tensors"),
+        (entry(b, "F32", "[3, 1]", "[8, 18446744073709551615]"), "overflowing offset"),
+        (entry(b, "F32", "[4611686018427387904, 4]", "[8, 20]"), "overflowing shape"),
+        (entry(b, "F32", "[4, 1]", "[8, 20]"), "shape and size that disagree"),
+        (entry(b, "F32", "[3, -1]", "[8, 20]"), "negative size"),
+        (entry(b, "X32", "[3, 1]", "[8, 20]"), "unknown type"),
+        (format!(r#""{b}": 1"#), "not an object"),
+    ] {
+        assert!(parse(config, &second(&text)).is_err(), "{why}");
+    }
+    let wide = entry(b, "F64", "[3, 1]", "[8, 32]");
+    assert_refused(config, &raw(&format!("{{{good_a}, {wide}}}"), 32), "is of type F64");
+    let whole = entry(b, "I32", "[3, 1]", "[8, 20]");
+    assert_refused(config, &second(&whole), "`base_model.model.fc.lora_B.weight` is of type I32");
+    let twice = format!("{{{good_a}, {good_b}, {good_b}}}");
+    assert_refused(config, &raw(&twice, 20), "lora_B.weight` occurs twice");
+    assert_refused(config, &raw("{}", 0), "there is no adapter in it");
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut bytes = good.clone();
+        let at = bytes.len() - 4;
+        bytes[at..].copy_from_slice(&bad.to_le_bytes());
+        assert_refused(config, &bytes, "lora_B.weight` holds NaN or infinite values");
+    }
+}
+
+#[test]
+fn files_that_are_not_there_or_no_files_are_named() {
+    let dir = TempDir::new("not-there");
+    let load = || LoraAdapters::<Plain>::load(&dir.0, &device::<Plain>()).unwrap_err().to_string();
+    assert!(load().contains("adapter_config.json: No such file"), "{}", load());
+    let (config, _) = files("plain");
+    fs::write(dir.0.join("adapter_config.json"), config).unwrap();
+    assert!(load().contains("adapter_model.safetensors: No such file"), "{}", load());
+    fs::create_dir(dir.0.join("adapter_model.safetensors")).unwrap();
+    assert!(load().contains("adapter_model.safetensors: not a file"), "{}", load());
+}
+
+#[cfg(unix)]
+#[test]
+fn links_in_a_circle_and_devices_are_refused() {
+    use std::os::unix::fs::symlink;
+
+    let dir = TempDir::new("links");
+    let load = || LoraAdapters::<Plain>::load(&dir.0, &device::<Plain>()).unwrap_err().to_string();
+    let config = dir.0.join("adapter_config.json");
+    symlink(&config, dir.0.join("other")).unwrap();
+    symlink(dir.0.join("other"), &config).unwrap();
+    assert!(load().contains("adapter_config.json: "), "{}", load());
+    fs::remove_file(&config).unwrap();
+    symlink("/dev/zero", &config).unwrap();
+    assert!(load().contains("adapter_config.json: not a file"), "{}", load());
+}
