@@ -1,5 +1,7 @@
 //! The low-rank pair itself: the one place where the LoRA formula is written.
 
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod fused;
 mod module;
 
 use burn::{
@@ -150,6 +152,25 @@ impl<B: Backend> LoraAdapter<B> {
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let hidden = self.dropout.forward(x).matmul(self.a.val()).mul_scalar(self.scale());
         linear(hidden, self.b.val(), self.bias_delta())
+    }
+
+    /// The output of a linear layer with the update, `x·W + b + s·((x·A)·B + bias)`, where the base's
+    /// W and b are constants: `[batch, d_input]` to `[batch, d_output]`.
+    pub(crate) fn forward_on(
+        &self,
+        x: Tensor<B, 2>,
+        weight: Tensor<B, 2>,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Tensor<B, 2> {
+        #[cfg(any(feature = "flex", feature = "ndarray"))]
+        if self.bias.is_none() && (self.dropout.prob == 0.0 || !B::ad_enabled(&x.device())) {
+            let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
+            let (weight, bias) = (weight.clone(), bias.clone());
+            if let Some(y) = fused::forward(&x, &fused::Layer { weight, bias, a, b, scale }) {
+                return y;
+            }
+        }
+        linear(x.clone(), weight, bias) + self.forward(x)
     }
 
     /// The update of the output where a row of x selects one row of the weight:

@@ -2,7 +2,7 @@ use burn::{
     module::Param,
     nn::Linear,
     record::Record,
-    tensor::{Tensor, backend::Backend, module::linear},
+    tensor::{Tensor, backend::Backend},
 };
 
 use super::{WeightLayout, module::lora_layer};
@@ -84,7 +84,7 @@ impl<B: Backend> LoraLinear<B> {
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let Some(adapter) = &self.adapter else { return self.base.forward(x) };
         let bias = self.base.bias.as_ref().map(frozen);
-        linear(x.clone(), frozen(&self.base.weight), bias) + adapter.forward(x)
+        adapter.forward_on(x, frozen(&self.base.weight), bias)
     }
 
     fn layout(&self) -> WeightLayout {

@@ -19,4 +19,5 @@ mod loading;
 mod merging;
 mod overlay;
 mod peft;
+mod sizes;
 mod whole_model;

@@ -108,9 +108,13 @@ impl Problem {
 
     /// The gradients of [`loss`](Self::loss) by the chain rule.
     pub fn gradients(&self) -> Gradients {
-        let dy = self.output().map(f64::cos);
+        self.gradients_from(&self.output().map(f64::cos))
+    }
+
+    /// The gradients by the chain rule, where `dy` is the output's.
+    pub fn gradients_from(&self, dy: &Matrix) -> Gradients {
         let effective = self.w.plus(&self.delta());
-        let dense = self.x.transpose().times(&dy).scaled(self.scale);
+        let dense = self.x.transpose().times(dy).scaled(self.scale);
         Gradients {
             x: dy.times(&effective.transpose()),
             a: dense.times(&self.b.transpose()),

@@ -1,0 +1,87 @@
+"""Times training steps of a linear layer in turn, side by side: burn-lora, the LoRA built into
+Burn 0.22, and PEFT on PyTorch. Prints a table in Markdown.
+
+    python -m venv env && env/bin/pip install torch peft
+    cargo build --release
+    env/bin/python compare.py target/release
+
+PEFT runs twice: as it comes, and with the C library's allocator told to keep its pages, which is what
+mimalloc does for the Rust programs.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+SHAPES = [(64, 784, 8), (256, 1024, 8), (512, 768, 8), (512, 4096, 8), (2048, 1024, 16)]
+ROUNDS = 15
+KEEP_PAGES = {
+    "MALLOC_MMAP_THRESHOLD_": "1000000000",
+    "MALLOC_TRIM_THRESHOLD_": "4000000000",
+    "MALLOC_TOP_PAD_": "100000000",
+}
+
+binaries = Path(sys.argv[1])
+peft = [sys.executable, str(Path(__file__).with_name("peft_step.py"))]
+PEERS = {
+    "burn-lora": ([str(binaries / "burn_lora"), "lora"], {}),
+    "full, Burn 0.21": ([str(binaries / "burn_lora"), "full"], {}),
+    "Burn 0.22 `apply_lora`": ([str(binaries / "burn_next"), "lora"], {}),
+    "PEFT": ([*peft, "lora"], {}),
+    "PEFT, keeping pages": ([*peft, "lora"], KEEP_PAGES),
+    "full, PyTorch": ([*peft, "full"], {}),
+}
+
+
+class Peer:
+    def __init__(self, command, variables, shape):
+        # Programs wait for each other: none may keep a core busy while it waits.
+        environment = {**os.environ, **variables, "OMP_WAIT_POLICY": "PASSIVE"}
+        self.process = subprocess.Popen(
+            [*command, *map(str, shape)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )
+        answer = self.process.stdout.readline()
+        assert answer.startswith("ready"), f"{command}: {answer!r}"
+
+    def steps(self, count):
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+        return [float(seconds) for seconds in self.process.stdout.readline().split()]
+
+    def stop(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def compare(shape):
+    """The median seconds of a step, by peer."""
+    peers = {name: Peer(*how, shape) for name, how in PEERS.items()}
+    times = {name: [] for name in PEERS}
+    for _ in range(ROUNDS):
+        for name, peer in peers.items():
+            # The first step of a turn finds cold caches and sleeping threads.
+            times[name] += peer.steps(4)[1:]
+            time.sleep(0.02)
+    for peer in peers.values():
+        peer.stop()
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def main():
+    names = list(PEERS)
+    print("| tokens, width, rank | burn-lora, ms | " + " | ".join(names[1:]) + " |")
+    print("|---" * (len(names) + 1) + "|")
+    for shape in SHAPES:
+        times = compare(shape)
+        own = times["burn-lora"]
+        cells = [f"{1e3 * own:.2f}"] + [f"{own / times[name]:.2f}" for name in names[1:]]
+        print(f"| {', '.join(map(str, shape))} | " + " | ".join(cells) + " |", flush=True)
+    print(f"\nMedians of {3 * ROUNDS} steps in turn; ratios are burn-lora's time over the peer's.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+//! How the programs are talked to.
+
+use std::{io::stdin, time::Instant};
+
+/// As in the examples and benches of burn-lora.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+/// What the command line asks for: `METHOD TOKENS WIDTH RANK`.
+pub struct Task {
+    /// `lora` or `full`.
+    pub method: String,
+    /// Rows of the input.
+    pub tokens: usize,
+    /// Inputs and outputs of the layer.
+    pub width: usize,
+    /// Rank of the adapters.
+    pub rank: usize,
+}
+
+impl Task {
+    /// Reads the command line.
+    pub fn from_args() -> Self {
+        let args: Vec<String> = std::env::args().skip(1).collect();
+        let [method, tokens, width, rank] = &args[..] else {
+            panic!("expected METHOD TOKENS WIDTH RANK, got {args:?}")
+        };
+        let [tokens, width, rank] =
+            [tokens, width, rank].map(|it| it.parse().expect("sizes are whole numbers"));
+        Self { method: method.clone(), tokens, width, rank }
+    }
+}
+
+/// Says `ready`, and then answers each line that comes, a number of steps, with the seconds that each
+/// of them took.
+pub fn serve<L>(mut layer: L, mut step: impl FnMut(L) -> L) {
+    for _ in 0..3 {
+        layer = step(layer);
+    }
+    println!("ready {}", std::thread::available_parallelism().map_or(1, usize::from));
+    for line in stdin().lines() {
+        let steps: usize = line.expect("a line").trim().parse().expect("a number of steps");
+        let mut times = Vec::new();
+        for _ in 0..steps {
+            let start = Instant::now();
+            layer = step(layer);
+            times.push(start.elapsed().as_secs_f64().to_string());
+        }
+        println!("{}", times.join(" "));
+    }
+}

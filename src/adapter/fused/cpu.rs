@@ -1,0 +1,79 @@
+//! The CPU backends, and what the fused layer needs to know of each.
+
+use std::any::Any;
+
+use burn::{
+    backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
+    tensor::{Tensor, backend::Backend, ops::FloatTensor},
+};
+
+use super::forward_on;
+
+/// A backend that computes on the CPU, with tensors that can be seen as slices.
+pub(in crate::adapter) trait Cpu: Backend {
+    /// The numbers of an `f32` tensor row by row, if that is how they are kept.
+    fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]>;
+
+    /// The same to be changed, if moreover nobody shares them.
+    fn rows_mut(tensor: &mut FloatTensor<Self>) -> Option<&mut [f32]>;
+
+    /// `x·thin`, for `x: [batch, columns]` and `thin: [columns, rank]`.
+    fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        x.matmul(thin)
+    }
+}
+
+type Forward = fn(&dyn Any, &dyn Any) -> Option<Box<dyn Any>>;
+
+/// The layer on each of the backends, with and without autodiff.
+pub(super) const FORWARDS: &[Forward] = &[
+    #[cfg(feature = "flex")]
+    forward_on::<Autodiff<burn_flex::Flex>>,
+    #[cfg(feature = "flex")]
+    forward_on::<Autodiff<burn_flex::Flex, BalancedCheckpointing>>,
+    #[cfg(feature = "flex")]
+    forward_on::<burn_flex::Flex>,
+    #[cfg(feature = "ndarray")]
+    forward_on::<Autodiff<burn_ndarray::NdArray>>,
+    #[cfg(feature = "ndarray")]
+    forward_on::<Autodiff<burn_ndarray::NdArray, BalancedCheckpointing>>,
+    #[cfg(feature = "ndarray")]
+    forward_on::<burn_ndarray::NdArray>,
+];
+
+#[cfg(feature = "flex")]
+impl Cpu for burn_flex::Flex {
+    fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]> {
+        tensor.as_slice()
+    }
+
+    fn rows_mut(tensor: &mut FloatTensor<Self>) -> Option<&mut [f32]> {
+        let whole = tensor.as_slice::<f32>()?.len() == tensor.storage::<f32>().len();
+        tensor.try_storage_mut().filter(|_| whole)
+    }
+
+    /// Its kernel leaves a product of fewer than 192³ multiplications to one thread, and shares a
+    /// batch of them out.
+    fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        let ([batch, columns], [_, rank]) = (x.dims(), thin.dims());
+        let threads = rayon::current_num_threads();
+        if batch * columns * rank >= 192 * 192 * 192 || !batch.is_multiple_of(threads) {
+            return x.matmul(thin);
+        }
+        let parts = x.reshape([threads, batch / threads, columns]);
+        parts.matmul(thin.unsqueeze()).reshape([batch, rank])
+    }
+}
+
+#[cfg(feature = "ndarray")]
+impl Cpu for burn_ndarray::NdArray {
+    fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]> {
+        let burn_ndarray::NdArrayTensor::F32(storage) = tensor else { return None };
+        storage.view().to_slice()
+    }
+
+    fn rows_mut(tensor: &mut FloatTensor<Self>) -> Option<&mut [f32]> {
+        let burn_ndarray::NdArrayTensor::F32(storage) = tensor else { return None };
+        if storage.is_unique() { storage.ensure_owned().as_slice_mut() } else { None }
+    }
+}

@@ -1,0 +1,124 @@
+//! Operations on matrices row by row, in parallel and with what stays in a core's cache.
+
+use burn::tensor::{Shape, Tensor, TensorPrimitive, ops::FloatTensor};
+use nalgebra::{DMatrixView, DMatrixViewMut};
+use rayon::prelude::*;
+
+use super::cpu::Cpu;
+
+/// So many rows of a matrix stay in a core's cache from one use to the next.
+const ROWS: usize = 64;
+
+/// So many multiplications take longer than waking another thread.
+const WORTH_THREADS: usize = 1 << 20;
+
+/// `y + bias + left·right`, for `y: [batch, columns]`, `bias: [columns]`, `left: [batch, rank]` and
+/// `right: [rank, columns]`. In place, if y is not used elsewhere.
+pub(super) fn add_product<K: Cpu>(
+    y: Tensor<K, 2>,
+    bias: Option<Tensor<K, 1>>,
+    left: Tensor<K, 2>,
+    right: Tensor<K, 2>,
+) -> Tensor<K, 2> {
+    let ([_, columns], [_, rank]) = (y.dims(), left.dims());
+    let [left, right] = [left, right].map(row_by_row);
+    let bias = bias.map(row_by_row);
+    let mut y = unshared(y);
+
+    // All of it transposed, since nalgebra goes column by column.
+    let right = DMatrixView::from_slice(rows::<K>(&right), columns, rank);
+    let bias = bias.as_ref().map(rows::<K>);
+    let left = rows::<K>(&left);
+    let y_rows = rows_mut::<K>(&mut y);
+    if y_rows.len() * rank < WORTH_THREADS {
+        add_rows(y_rows, bias, left, right);
+    } else {
+        y_rows
+            .par_chunks_mut(ROWS * columns)
+            .zip(left.par_chunks(ROWS * rank))
+            .for_each(|(y, left)| add_rows(y, bias, left, right));
+    }
+    Tensor::from_primitive(TensorPrimitive::Float(y))
+}
+
+fn add_rows(y: &mut [f32], bias: Option<&[f32]>, left: &[f32], right: DMatrixView<f32>) {
+    let (columns, rank) = right.shape();
+    if let Some(bias) = bias {
+        for row in y.chunks_exact_mut(columns) {
+            row.iter_mut().zip(bias).for_each(|(y, bias)| *y += bias);
+        }
+    }
+    let count = left.len() / rank;
+    let left = DMatrixView::from_slice(left, rank, count);
+    DMatrixViewMut::from_slice(y, columns, count).gemm(1.0, &right, &left, 1.0);
+}
+
+/// The transpose, row by row.
+pub(super) fn transposed<K: Cpu>(matrix: Tensor<K, 2>) -> Tensor<K, 2> {
+    let [height, width] = matrix.dims();
+    let mut transpose = unshared(Tensor::<K, 2>::zeros([width, height], &matrix.device()));
+    let matrix = row_by_row(matrix);
+    let matrix = rows::<K>(&matrix);
+    rows_mut::<K>(&mut transpose).par_chunks_mut(ROWS * height).enumerate().for_each(
+        |(index, chunk)| transpose_columns(&matrix[index * ROWS..], width, height, chunk),
+    );
+    Tensor::from_primitive(TensorPrimitive::Float(transpose))
+}
+
+/// The side of the squares that are transposed at once: one line of the cache.
+const TILE: usize = 16;
+
+/// Writes the first columns of a matrix as rows of `height` numbers.
+fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f32]) {
+    for (left, rows) in (0..).step_by(TILE).zip(rows.chunks_mut(TILE * height)) {
+        let columns = rows.len() / height;
+        for top in (0..height).step_by(TILE) {
+            let lines = TILE.min(height - top);
+            let mut tile = [[0.0; TILE]; TILE];
+            for line in 0..lines {
+                let start = (top + line) * width + left;
+                for (column, &value) in matrix[start..start + columns].iter().enumerate() {
+                    tile[column][line] = value;
+                }
+            }
+            for (row, column) in rows.chunks_exact_mut(height).zip(&tile) {
+                row[top..top + lines].copy_from_slice(&column[..lines]);
+            }
+        }
+    }
+}
+
+/// The tensor as one whose numbers can be seen row by row, copied if need be.
+fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
+    let shape: Shape = tensor.shape();
+    let primitive = tensor.into_primitive().tensor();
+    match K::rows(&primitive) {
+        Some(_) => primitive,
+        None => {
+            let flat = K::float_reshape(primitive, Shape::new([shape.num_elements()]));
+            K::float_reshape(flat, shape)
+        }
+    }
+}
+
+/// The same as one whose numbers can be changed, copied if need be.
+fn unshared<K: Cpu>(tensor: Tensor<K, 2>) -> FloatTensor<K> {
+    let device = tensor.device();
+    let mut primitive = row_by_row(tensor);
+    match K::rows_mut(&mut primitive) {
+        Some(_) => primitive,
+        None => {
+            let copy = Tensor::<K, 2>::from_primitive(TensorPrimitive::Float(primitive));
+            let zeros = Tensor::zeros(copy.shape(), &device);
+            (zeros + copy).into_primitive().tensor()
+        }
+    }
+}
+
+fn rows<K: Cpu>(tensor: &FloatTensor<K>) -> &[f32] {
+    K::rows(tensor).expect("it was laid out row by row")
+}
+
+fn rows_mut<K: Cpu>(tensor: &mut FloatTensor<K>) -> &mut [f32] {
+    K::rows_mut(tensor).expect("it was laid out row by row and is not shared")
+}
