@@ -71,7 +71,7 @@ impl<K: Cpu> Layer<K> {
     /// The hidden tensor `s·(x·A)`, `[batch, rank]`, and the output.
     fn hidden_and_output(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
         let hidden = K::times_thin(x.clone(), self.a.clone()).mul_scalar(self.scale);
-        let y = x.matmul(self.weight.clone());
+        let y = K::product(x, self.weight.clone());
         let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
         (hidden, y)
     }

@@ -76,6 +76,11 @@ impl<B: Backend> LoraLinear<B> {
             // To `reshape`, a size of 0 means something else.
             return Tensor::zeros(shape, &input.device());
         }
+        if D == 2 {
+            // Not even a reshape to the same shape, which copies on some backends.
+            let rows = Tensor::from_primitive(input.into_primitive());
+            return Tensor::from_primitive(self.forward_rows(rows).into_primitive());
+        }
         // One matrix product for all rows: a product per batch is slower, and the gradient of the
         // weight would take memory for each of them.
         self.forward_rows(input.reshape([rows, d_input])).reshape(shape)

@@ -4,7 +4,7 @@ use std::any::Any;
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
-    tensor::{Tensor, backend::Backend, ops::FloatTensor},
+    tensor::{Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor},
 };
 
 use super::forward_on;
@@ -17,9 +17,14 @@ pub(in crate::adapter) trait Cpu: Backend {
     /// The same to be changed, if moreover nobody shares them.
     fn rows_mut(tensor: &mut FloatTensor<Self>) -> Option<&mut [f32]>;
 
-    /// `x·thin`, for `x: [batch, columns]` and `thin: [columns, rank]`.
+    /// The product of two matrices in `f32`.
+    fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        left.matmul(right)
+    }
+
+    /// The product where `thin: [columns, rank]`.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        x.matmul(thin)
+        Self::product(x, thin)
     }
 }
 
@@ -67,6 +72,20 @@ impl Cpu for burn_flex::Flex {
 
 #[cfg(feature = "ndarray")]
 impl Cpu for burn_ndarray::NdArray {
+    /// The backend's own product copies both factors and the result.
+    fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        use burn_ndarray::NdArrayTensor;
+
+        let factors = [left, right].map(|it| it.into_primitive().tensor());
+        let [NdArrayTensor::F32(left), NdArrayTensor::F32(right)] = &factors else {
+            unreachable!("both are in f32")
+        };
+        let [left, right] = [left, right]
+            .map(|it| it.view().into_dimensionality::<ndarray::Ix2>().expect("it is a matrix"));
+        let product = NdArrayTensor::from(left.dot(&right).into_dyn().into_shared());
+        Tensor::from_primitive(TensorPrimitive::Float(product))
+    }
+
     fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]> {
         let burn_ndarray::NdArrayTensor::F32(storage) = tensor else { return None };
         storage.view().to_slice()

@@ -54,7 +54,7 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
         let x = tensor::<K>(checkpointer.retrieve_node_output(x));
         let dy = tensor(grads.consume::<K>(&ops.node));
         if let Some(node) = b_node {
-            let db = hidden.transpose().matmul(dy.clone());
+            let db = K::product(hidden.transpose(), dy.clone());
             grads.register::<K>(node.id, primitive(db));
         }
         if x_node.is_none() && a_node.is_none() {
@@ -63,7 +63,7 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
         let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
         if let Some(node) = a_node {
             // By way of the transpose: CPU kernels are several times slower at `xᵀ·dh`.
-            let da = transposed(d_hidden.clone().transpose().matmul(x));
+            let da = transposed(K::product(d_hidden.clone().transpose(), x));
             grads.register::<K>(node.id, primitive(da));
         }
         if let Some(node) = x_node {
@@ -98,9 +98,9 @@ fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Tensor<K, 2>) -> Tensor<K, 
     // CPU kernels copy a transposed weight into another order before they multiply. For few rows it
     // is cheaper to multiply the other way round, and to reorder what comes in and goes out.
     if batch * (d_input + d_output) > d_input * d_output {
-        return y.matmul(weight.transpose());
+        return K::product(y, weight.transpose());
     }
-    transposed(weight.matmul(transposed(y)))
+    transposed(K::product(weight, transposed(y)))
 }
 
 fn tensor<K: Cpu>(primitive: FloatTensor<K>) -> Tensor<K, 2> {
