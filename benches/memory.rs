@@ -10,16 +10,24 @@
 
 #[path = "../examples/common/backend.rs"]
 mod backend;
+// Of the suite, nothing that measures time is needed here.
+#[allow(dead_code)]
+#[path = "suite/layers.rs"]
+mod layers;
+#[allow(dead_code)]
 #[path = "suite/measure.rs"]
 mod measure;
+#[allow(dead_code)]
 #[path = "suite/models.rs"]
 mod models;
+#[allow(dead_code)]
+#[path = "suite/train_step.rs"]
+mod train_step;
 
 use std::process::ExitCode;
 
 use burn::{
     nn::LinearConfig,
-    optim::{AdamWConfig, GradientsParams, Optimizer},
     tensor::{Distribution, Tensor},
 };
 use burn_lora::{Lora, LoraConfig, LoraLinear, LoraModule};
@@ -28,6 +36,7 @@ use peak_alloc::PeakAlloc;
 use backend::Train;
 use measure::{print_header, print_row};
 use models::{Mlp, Single};
+use train_step::step;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -40,6 +49,7 @@ fn main() -> ExitCode {
     println!("{}\n", measure::machine());
     held();
     peak();
+    other_layers();
     ExitCode::SUCCESS
 }
 
@@ -87,36 +97,65 @@ fn held() {
 /// What training takes at its peak, model and optimizer included.
 fn peak() {
     let device = Default::default();
-    let x = Tensor::<Train, 2>::random([256, 2048], Distribution::Default, &device);
     let config = LoraConfig::new(8, 16.0);
-    let adapted = |model: Mlp<Train>| model.attach(&config).expect("it can be attached");
-    let full = trained(|| Mlp::new(4, 2048, &device), &x);
-    let lora = trained(|| adapted(Mlp::new(4, 2048, &device)), &x);
-    let last = trained(|| Mlp::new(4, 2048, &device).only_head(), &x);
+    let new = || Mlp::<Train>::new(4, 2048, &device);
+    let peaks = [
+        ("full fine-tuning", trained(new)),
+        ("LoRA", trained(|| new().attach(&config).expect("it can be attached"))),
+        ("last layer", trained(|| new().only_head())),
+    ];
     print_header(
         "Training at its peak, model and optimizer included: 4-layer MLP, 256 tokens, width 2048, rank 8",
         &["method", "MB", "of full fine-tuning"],
     );
-    for (method, peak) in [("full fine-tuning", full), ("LoRA", lora), ("last layer", last)] {
+    for (method, peak) in peaks {
         print_row(&[
             method.to_owned(),
             format!("{:.1}", peak as f64 / 1e6),
-            format!("{:.2}", peak as f64 / full as f64),
+            format!("{:.2}", peak as f64 / peaks[0].1 as f64),
         ]);
     }
     println!();
 }
 
-/// The most bytes that were in use during three steps with AdamW.
-fn trained(model: impl FnOnce() -> Mlp<Train>, x: &Tensor<Train, 2>) -> usize {
+/// The most bytes that were in use during training, beyond those before the model was made.
+fn trained(model: impl FnOnce() -> Mlp<Train>) -> usize {
+    let x = Tensor::<Train, 2>::random([256, 2048], Distribution::Default, &Default::default());
     let before = MEMORY.current_usage();
-    let mut model = model();
-    let mut optimizer = AdamWConfig::new().init();
+    peak_of(&mut *step(model(), move |model: &Mlp<Train>| model.forward(x.clone()))) - before
+}
+
+/// What a step of other layers takes beyond what is there before it.
+fn other_layers() {
+    print_header(
+        "Peak of a training step of other layers, rank 8, beyond model and optimizer",
+        &["layer", "full, MB", "layer / full", "overlay / full"],
+    );
+    for (name, mut works) in layers::cases() {
+        let peaks: Vec<_> = works
+            .iter_mut()
+            .map(|work| {
+                work();
+                let before = MEMORY.current_usage();
+                (peak_of(&mut **work) - before) as f64
+            })
+            .collect();
+        let ratio = |index| peaks.get(index).map(|peak: &f64| format!("{:.2}", peak / peaks[0]));
+        print_row(&[
+            name.to_owned(),
+            format!("{:.1}", peaks[0] / 1e6),
+            ratio(1).unwrap_or_default(),
+            ratio(2).unwrap_or_default(),
+        ]);
+    }
+    println!();
+}
+
+/// The most bytes that were in use during three calls.
+fn peak_of(work: &mut dyn FnMut()) -> usize {
     MEMORY.reset_peak_usage();
     for _ in 0..3 {
-        let loss = model.forward(x.clone()).square().mean();
-        let grads = GradientsParams::from_grads(loss.backward(), &model);
-        model = optimizer.step(1e-3, model, grads);
+        work();
     }
-    MEMORY.peak_usage() - before
+    MEMORY.peak_usage()
 }

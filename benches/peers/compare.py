@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 SHAPES = [(64, 784, 8), (256, 1024, 8), (512, 768, 8), (512, 4096, 8), (2048, 1024, 16)]
-ROUNDS = 15
+ROUNDS, WARM_UP, STEPS = 15, 2, 5
 KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
@@ -38,8 +38,7 @@ PEERS = {
 
 class Peer:
     def __init__(self, command, variables, shape):
-        # Programs wait for each other: none may keep a core busy while it waits.
-        environment = {**os.environ, **variables, "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, **variables}
         self.process = subprocess.Popen(
             [*command, *map(str, shape)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -63,9 +62,10 @@ def compare(shape):
     times = {name: [] for name in PEERS}
     for _ in range(ROUNDS):
         for name, peer in peers.items():
-            # The first step of a turn finds cold caches and sleeping threads.
-            times[name] += peer.steps(4)[1:]
-            time.sleep(0.02)
+            # The first steps of a turn find cold caches and sleeping threads.
+            times[name] += peer.steps(WARM_UP + STEPS)[WARM_UP:]
+            # Idle threads of the last program spin for a while before they sleep.
+            time.sleep(0.05)
     for peer in peers.values():
         peer.stop()
     return {name: statistics.median(values) for name, values in times.items()}
@@ -80,7 +80,7 @@ def main():
         own = times["burn-lora"]
         cells = [f"{1e3 * own:.2f}"] + [f"{own / times[name]:.2f}" for name in names[1:]]
         print(f"| {', '.join(map(str, shape))} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\nMedians of {3 * ROUNDS} steps in turn; ratios are burn-lora's time over the peer's.")
+    print(f"\nMedians of {ROUNDS * STEPS} steps in turn; ratios are burn-lora's time over the peer's.")
 
 
 if __name__ == "__main__":

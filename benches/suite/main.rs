@@ -26,10 +26,11 @@ use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use common::backend;
+use mimalloc::MiMalloc;
 
-/// As the examples: an allocator that keeps the pages of large tensors.
+/// Keeps the memory of large tensors, which every training step asks for again.
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Measures what LoRA costs.
 #[derive(Parser)]

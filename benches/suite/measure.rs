@@ -1,8 +1,5 @@
 //! Timing in turn, so that a change of the machine's speed meets all that are compared.
 
-// Not every bench needs all of it.
-#![allow(dead_code)]
-
 use std::time::{Duration, Instant};
 
 use burn::tensor::backend::Backend;

@@ -1,8 +1,5 @@
 //! The models that are measured. Without adapters they are plain Burn models, to be trained in full.
 
-// Not every bench needs all of them.
-#![allow(dead_code)]
-
 use burn::{
     module::Module,
     nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig, attention::MultiHeadAttentionConfig},

@@ -18,6 +18,7 @@ use std::{fs, path::PathBuf, process::ExitCode};
 use burn::{module::Module, tensor::backend::Backend};
 use burn_lora::{LoraConfig, LoraModule, Scaling};
 use clap::Parser;
+use mimalloc::MiMalloc;
 use serde::Serialize;
 
 use common::{
@@ -29,6 +30,10 @@ use common::{
 };
 use data::{Photos, negative};
 use model::Cnn;
+
+/// Keeps the memory of large tensors, which every training step asks for again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Adapt a convolutional network to photographic negatives: full fine-tuning, LoRA and the last
 /// layer side by side.

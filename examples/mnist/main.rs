@@ -15,6 +15,7 @@ use std::{fs, path::PathBuf, process::ExitCode};
 use burn::{module::Module, tensor::backend::Backend};
 use burn_lora::{LoraConfig, LoraModule, Scaling};
 use clap::Parser;
+use mimalloc::MiMalloc;
 use serde::Serialize;
 
 use common::{
@@ -26,6 +27,10 @@ use common::{
     mlp::Mlp,
     table::grouped,
 };
+
+/// Keeps the memory of large tensors, which every training step asks for again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Adapt a model of handwritten digits to a changed task: full fine-tuning, LoRA and the last layer
 /// side by side.

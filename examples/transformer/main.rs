@@ -20,6 +20,7 @@ use burn::{
 };
 use burn_lora::{Lora, LoraConfig, LoraModule, Scaling};
 use clap::Parser;
+use mimalloc::MiMalloc;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
@@ -29,6 +30,10 @@ use common::{
     table::{grouped, table},
 };
 use model::{LENGTH, Layered, SYMBOLS, Stock};
+
+/// Keeps the memory of large tensors, which every training step asks for again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 /// Adapt a transformer through the overlay and with layers of its own, side by side.
 #[derive(Parser, Debug)]

@@ -46,7 +46,10 @@ trait Fused: Backend {
 /// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; or nothing, where the backend
 /// does not have it as one operation.
 pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
-    if [x, &layer.weight, &layer.a, &layer.b].iter().any(|it| it.dtype() != DType::F32) {
+    let bias = layer.bias.iter().map(Tensor::dtype);
+    let mut dtypes =
+        [x, &layer.weight, &layer.a, &layer.b].map(Tensor::dtype).into_iter().chain(bias);
+    if dtypes.any(|dtype| dtype != DType::F32) {
         return None;
     }
     cpu::FORWARDS.iter().find_map(|forward| {
@@ -87,5 +90,36 @@ impl<B: AutodiffBackend> Layer<B> {
             b: self.b.clone().inner(),
             scale: self.scale,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn is_one_operation<B: Backend>() -> bool {
+        let device = B::Device::default();
+        let ones = |shape: [usize; 2]| Tensor::<B, 2>::ones(shape, &device);
+        let (weight, a, b) = (ones([3, 5]), ones([3, 2]), ones([2, 5]));
+        forward(&ones([4, 3]), &Layer { weight, bias: None, a, b, scale: 0.5 }).is_some()
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn the_layer_is_one_operation_on_flex() {
+        use burn::backend::{Autodiff, Flex};
+
+        assert!(is_one_operation::<Flex>());
+        assert!(is_one_operation::<Autodiff<Flex>>());
+    }
+
+    #[cfg(feature = "ndarray")]
+    #[test]
+    fn the_layer_is_one_operation_on_ndarray_in_single_precision() {
+        use burn::backend::{Autodiff, NdArray};
+
+        assert!(is_one_operation::<NdArray>());
+        assert!(is_one_operation::<Autodiff<NdArray>>());
+        assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
     }
 }

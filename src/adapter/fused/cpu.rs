@@ -4,7 +4,7 @@ use std::any::Any;
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
-    tensor::{Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor},
+    tensor::{Tensor, backend::Backend, ops::FloatTensor},
 };
 
 use super::forward_on;
@@ -74,6 +74,7 @@ impl Cpu for burn_flex::Flex {
 impl Cpu for burn_ndarray::NdArray {
     /// The backend's own product copies both factors and the result.
     fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        use burn::tensor::TensorPrimitive;
         use burn_ndarray::NdArrayTensor;
 
         let factors = [left, right].map(|it| it.into_primitive().tensor());

@@ -1,6 +1,6 @@
 //! Operations on matrices row by row, in parallel and with what stays in a core's cache.
 
-use burn::tensor::{Shape, Tensor, TensorPrimitive, ops::FloatTensor};
+use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive, ops::FloatTensor};
 use nalgebra::{DMatrixView, DMatrixViewMut};
 use rayon::prelude::*;
 
@@ -13,7 +13,7 @@ const ROWS: usize = 64;
 const WORTH_THREADS: usize = 1 << 20;
 
 /// `y + bias + left·right`, for `y: [batch, columns]`, `bias: [columns]`, `left: [batch, rank]` and
-/// `right: [rank, columns]`. In place, if y is not used elsewhere.
+/// `right: [rank, columns]`. In place: y must not be used elsewhere.
 pub(super) fn add_product<K: Cpu>(
     y: Tensor<K, 2>,
     bias: Option<Tensor<K, 1>>,
@@ -23,13 +23,13 @@ pub(super) fn add_product<K: Cpu>(
     let ([_, columns], [_, rank]) = (y.dims(), left.dims());
     let [left, right] = [left, right].map(row_by_row);
     let bias = bias.map(row_by_row);
-    let mut y = unshared(y);
+    let mut y = row_by_row(y);
 
     // All of it transposed, since nalgebra goes column by column.
     let right = DMatrixView::from_slice(rows::<K>(&right), columns, rank);
     let bias = bias.as_ref().map(rows::<K>);
     let left = rows::<K>(&left);
-    let y_rows = rows_mut::<K>(&mut y);
+    let y_rows = K::rows_mut(&mut y).expect("y was just computed, for nothing else");
     if y_rows.len() * rank < WORTH_THREADS {
         add_rows(y_rows, bias, left, right);
     } else {
@@ -55,14 +55,15 @@ fn add_rows(y: &mut [f32], bias: Option<&[f32]>, left: &[f32], right: DMatrixVie
 
 /// The transpose, row by row.
 pub(super) fn transposed<K: Cpu>(matrix: Tensor<K, 2>) -> Tensor<K, 2> {
-    let [height, width] = matrix.dims();
-    let mut transpose = unshared(Tensor::<K, 2>::zeros([width, height], &matrix.device()));
+    let ([height, width], device) = (matrix.dims(), matrix.device());
     let matrix = row_by_row(matrix);
     let matrix = rows::<K>(&matrix);
-    rows_mut::<K>(&mut transpose).par_chunks_mut(ROWS * height).enumerate().for_each(
-        |(index, chunk)| transpose_columns(&matrix[index * ROWS..], width, height, chunk),
-    );
-    Tensor::from_primitive(TensorPrimitive::Float(transpose))
+    let mut transpose = vec![0.0; matrix.len()];
+    transpose.par_chunks_mut(ROWS * height).enumerate().for_each(|(index, chunk)| {
+        transpose_columns(&matrix[index * ROWS..], width, height, chunk);
+    });
+    let transpose = TensorData::new(transpose, [width, height]);
+    Tensor::from_primitive(TensorPrimitive::Float(K::float_from_data(transpose, &device)))
 }
 
 /// The side of the squares that are transposed at once: one line of the cache.
@@ -101,24 +102,6 @@ fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     }
 }
 
-/// The same as one whose numbers can be changed, copied if need be.
-fn unshared<K: Cpu>(tensor: Tensor<K, 2>) -> FloatTensor<K> {
-    let device = tensor.device();
-    let mut primitive = row_by_row(tensor);
-    match K::rows_mut(&mut primitive) {
-        Some(_) => primitive,
-        None => {
-            let copy = Tensor::<K, 2>::from_primitive(TensorPrimitive::Float(primitive));
-            let zeros = Tensor::zeros(copy.shape(), &device);
-            (zeros + copy).into_primitive().tensor()
-        }
-    }
-}
-
 fn rows<K: Cpu>(tensor: &FloatTensor<K>) -> &[f32] {
     K::rows(tensor).expect("it was laid out row by row")
-}
-
-fn rows_mut<K: Cpu>(tensor: &mut FloatTensor<K>) -> &mut [f32] {
-    K::rows_mut(tensor).expect("it was laid out row by row and is not shared")
 }
