@@ -73,10 +73,25 @@ impl<K: Cpu> Fused for K {
 impl<K: Cpu> Layer<K> {
     /// The hidden tensor `s·(x·A)`, `[batch, rank]`, and the output.
     fn hidden_and_output(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
-        let hidden = K::times_thin(x.clone(), self.a.clone()).mul_scalar(self.scale);
-        let y = K::product(x, self.weight.clone());
-        let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
-        (hidden, y)
+        in_pool(x.dims()[0], self.weight.dims(), || {
+            let hidden = K::times_thin(x.clone(), self.a.clone()).mul_scalar(self.scale);
+            let y = K::product(x, self.weight.clone());
+            let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
+            (hidden, y)
+        })
+    }
+}
+
+/// Runs the work on one of the threads that share its products, if they are so large as to be shared.
+/// To hand over each product by itself would wake and stop the threads as often.
+fn in_pool<R: Send>(
+    batch: usize,
+    [d_input, d_output]: [usize; 2],
+    work: impl FnOnce() -> R + Send,
+) -> R {
+    match batch * d_input * d_output < 192 * 192 * 192 {
+        true => work(),
+        false => rayon::scope(|_| work()),
     }
 }
 

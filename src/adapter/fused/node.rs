@@ -16,6 +16,7 @@ use burn::{
 use super::{
     Fused, Layer,
     cpu::Cpu,
+    in_pool,
     rows::{add_product, transposed},
 };
 
@@ -49,28 +50,39 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
-        let [x_node, a_node, b_node] = ops.parents;
-        let State { x, weight, a, b, hidden, scale } = ops.state;
-        let x = tensor::<K>(checkpointer.retrieve_node_output(x));
+        let x = tensor::<K>(checkpointer.retrieve_node_output(ops.state.x));
         let dy = tensor(grads.consume::<K>(&ops.node));
-        if let Some(node) = b_node {
-            let db = K::product(hidden.transpose(), dy.clone());
-            grads.register::<K>(node.id, primitive(db));
+        let wanted = ops.parents.each_ref().map(Option::is_some);
+        let computed = ops.state.gradients(x, dy, wanted);
+        for (node, gradient) in ops.parents.into_iter().zip(computed) {
+            if let (Some(node), Some(gradient)) = (node, gradient) {
+                grads.register::<K>(node.id, primitive(gradient));
+            }
         }
-        if x_node.is_none() && a_node.is_none() {
-            return;
-        }
-        let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
-        if let Some(node) = a_node {
+    }
+}
+
+impl<K: Cpu> State<K> {
+    /// The gradients of x, A and B, as far as they are wanted.
+    fn gradients(
+        self,
+        x: Tensor<K, 2>,
+        dy: Tensor<K, 2>,
+        [x_wanted, a_wanted, b_wanted]: [bool; 3],
+    ) -> [Option<Tensor<K, 2>>; 3] {
+        let Self { weight, a, b, hidden, scale, .. } = self;
+        in_pool(x.dims()[0], weight.dims(), || {
+            let db = b_wanted.then(|| K::product(hidden.transpose(), dy.clone()));
+            if !x_wanted && !a_wanted {
+                return [None, None, db];
+            }
+            let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
             // By way of the transpose: CPU kernels are several times slower at `xᵀ·dh`.
-            let da = transposed(K::product(d_hidden.clone().transpose(), x));
-            grads.register::<K>(node.id, primitive(da));
-        }
-        if let Some(node) = x_node {
-            let dx = times_transposed(dy, weight);
-            let dx = add_product(dx, None, d_hidden, transposed(a));
-            grads.register::<K>(node.id, primitive(dx));
-        }
+            let da = a_wanted.then(|| transposed(K::product(d_hidden.clone().transpose(), x)));
+            let dx = x_wanted
+                .then(|| add_product(times_transposed(dy, weight), None, d_hidden, transposed(a)));
+            [dx, da, db]
+        })
     }
 }
 
