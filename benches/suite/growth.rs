@@ -51,6 +51,7 @@ pub fn run(plot: Option<&Path>) {
         y: "training step, ms",
         curves,
         marks: true,
+        from_zero: true,
         legend: SeriesLabelPosition::UpperLeft,
     });
     draw(path, &panels).unwrap_or_else(|error| panic!("{error}"));

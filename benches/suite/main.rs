@@ -46,7 +46,10 @@ struct Args {
     bench: bool,
 }
 
-const PARTS: [(&str, fn(&Args)); 6] = [
+/// A part's name, and what runs it.
+type Part = (&'static str, fn(&Args));
+
+const PARTS: [Part; 6] = [
     ("forward", |_| forward::run()),
     ("train_step", |_| train_step::run()),
     ("layers", |_| layers::run()),

@@ -250,6 +250,7 @@ fn run(args: Args) -> Result<()> {
                 y: "accuracy, %",
                 curves: vec![("on left", on_left), ("on mirrored", on_mirrored)],
                 marks: true,
+                from_zero: false,
                 legend: SeriesLabelPosition::MiddleLeft,
             },
             Panel {
@@ -261,6 +262,7 @@ fn run(args: Args) -> Result<()> {
                     ("from full fine-tuning", extracted),
                 ],
                 marks: true,
+                from_zero: false,
                 legend: SeriesLabelPosition::LowerRight,
             },
         ],

@@ -170,8 +170,15 @@ pub fn draw_curves(path: &Path, methods: &[Method], base_accuracy: f64) -> Resul
         (method.name, std::iter::once((0.0, base_accuracy)).chain(after).collect())
     });
     use SeriesLabelPosition::{LowerRight, UpperRight};
-    let panel =
-        |title, y, curves, marks, legend| Panel { title, x: "epoch", y, curves, marks, legend };
+    let panel = |title, y, curves, marks, legend| Panel {
+        title,
+        x: "epoch",
+        y,
+        curves,
+        marks,
+        from_zero: false,
+        legend,
+    };
     draw(
         path,
         &[

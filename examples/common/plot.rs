@@ -16,6 +16,8 @@ pub struct Panel<'a> {
     pub curves: Vec<(&'a str, Vec<(f64, f64)>)>,
     /// Whether each point is marked.
     pub marks: bool,
+    /// Whether the vertical axis begins at 0.
+    pub from_zero: bool,
     /// Where the curves leave room for their names.
     pub legend: SeriesLabelPosition,
 }
@@ -49,7 +51,10 @@ fn draw_panel(
 ) -> std::result::Result<(), Box<dyn std::error::Error>> {
     let points = || panel.curves.iter().flat_map(|(_, points)| points);
     let x = range(points().map(|point| point.0), 0.0);
-    let y = range(points().map(|point| point.1), 0.05);
+    let mut y = range(points().map(|point| point.1), 0.05);
+    if panel.from_zero {
+        y.start = 0.0;
+    }
     let mut chart = ChartBuilder::on(area)
         .caption(panel.title, ("sans-serif", 17))
         .margin(12)

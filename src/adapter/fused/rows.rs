@@ -76,9 +76,9 @@ fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f3
         for top in (0..height).step_by(TILE) {
             let lines = TILE.min(height - top);
             let mut tile = [[0.0; TILE]; TILE];
-            for line in 0..lines {
-                let start = (top + line) * width + left;
-                for (column, &value) in matrix[start..start + columns].iter().enumerate() {
+            let numbers = matrix[top * width..].chunks(width).take(lines);
+            for (line, numbers) in numbers.enumerate() {
+                for (column, &value) in numbers[left..left + columns].iter().enumerate() {
                     tile[column][line] = value;
                 }
             }
