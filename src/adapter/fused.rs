@@ -7,7 +7,8 @@
 //! graph, which chooses for each gradient the order of factors that CPU kernels are fast at.
 //!
 //! It is the same formula. [`LoraAdapter::forward_on`](super::LoraAdapter::forward_on) takes it where
-//! the backend is one of those that the crate's features name, and Burn's operations anywhere else.
+//! the backend is one of those that the crate's features name, with its default element types, and
+//! Burn's operations anywhere else.
 
 mod cpu;
 mod node;
@@ -15,10 +16,7 @@ mod rows;
 
 use std::any::Any;
 
-use burn::tensor::{
-    DType, Tensor,
-    backend::{AutodiffBackend, Backend},
-};
+use burn::tensor::{DType, Tensor, backend::Backend};
 
 use cpu::Cpu;
 use rows::add_product;
@@ -46,10 +44,7 @@ trait Fused: Backend {
 /// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; or nothing, where the backend
 /// does not have it as one operation.
 pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
-    let bias = layer.bias.iter().map(Tensor::dtype);
-    let mut dtypes =
-        [x, &layer.weight, &layer.a, &layer.b].map(Tensor::dtype).into_iter().chain(bias);
-    if dtypes.any(|dtype| dtype != DType::F32) {
+    if !layer.fits() || x.dtype() != DType::F32 {
         return None;
     }
     cpu::FORWARDS.iter().find_map(|forward| {
@@ -82,29 +77,31 @@ impl<K: Cpu> Layer<K> {
     }
 }
 
-/// Runs the work on one of the threads that share its products, if they are so large as to be shared.
-/// To hand over each product by itself would wake and stop the threads as often.
+/// Runs the work on a thread of rayon's pool, if its products are so large that `flex` shares them out
+/// there: to hand over each by itself would wake and stop the threads as often.
 fn in_pool<R: Send>(
     batch: usize,
     [d_input, d_output]: [usize; 2],
     work: impl FnOnce() -> R + Send,
 ) -> R {
-    match batch * d_input * d_output < 192 * 192 * 192 {
-        true => work(),
-        false => rayon::scope(|_| work()),
+    let shared = batch * d_input * d_output >= cpu::SHARED && rayon::current_num_threads() > 1;
+    match shared {
+        true => rayon::scope(|_| work()),
+        false => work(),
     }
 }
 
-impl<B: AutodiffBackend> Layer<B> {
-    /// The layer without autodiff.
-    fn inner(&self) -> Layer<B::InnerBackend> {
-        Layer {
-            weight: self.weight.clone().inner(),
-            bias: self.bias.clone().map(Tensor::inner),
-            a: self.a.clone().inner(),
-            b: self.b.clone().inner(),
-            scale: self.scale,
-        }
+impl<B: Backend> Layer<B> {
+    /// Whether everything is in `f32`, and of the shape that it should have. If not, Burn's operations
+    /// say what is wrong, or make the best of it.
+    fn fits(&self) -> bool {
+        let ([d_input, d_output], [_, rank]) = (self.weight.dims(), self.a.dims());
+        let bias = self.bias.as_ref();
+        let dtypes = [&self.weight, &self.a, &self.b].map(Tensor::dtype);
+        dtypes.iter().all(|&dtype| dtype == DType::F32)
+            && bias.is_none_or(|it| it.dtype() == DType::F32 && it.dims() == [d_output])
+            && self.a.dims() == [d_input, rank]
+            && self.b.dims() == [rank, d_output]
     }
 }
 

@@ -3,7 +3,7 @@
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
-    module::Module,
+    module::{Module, Param},
     nn::Linear,
     tensor::{Tensor, backend::AutodiffBackend},
 };
@@ -18,8 +18,13 @@ const TOLERANCE: f64 = 2e-5;
 const ALPHA: f64 = 0.7;
 
 /// Rows, inputs, rank and outputs. Nothing is a multiple of a block; then everything is.
-const SIZES: [[usize; 4]; 4] =
-    [[130, 517, 17, 410], [310, 130, 33, 70], [64, 512, 8, 256], [2, 300, 9, 301]];
+const SIZES: [[usize; 4]; 5] = [
+    [130, 517, 17, 410],
+    [310, 130, 33, 70],
+    [64, 512, 8, 256],
+    [512, 640, 16, 96],
+    [2, 300, 9, 301],
+];
 
 fn problem([rows, d_input, rank, d_output]: [usize; 4], bias: bool) -> Problem {
     Problem {
@@ -75,6 +80,12 @@ fn recomputing_for_memory_changes_nothing() {
     let layer = layer::<Balanced>(&problem, ALPHA, Scaling::Alpha);
     let x = input::<Balanced>(&problem);
     check(&problem, &layer, &x, |y| y.sin().sum(), &problem.gradients());
+
+    // The layer's input is computed anew for the backward pass.
+    let grads = layer.forward(x.clone().mul_scalar(1.0)).sin().sum().backward();
+    assert_close(x.grad(&grads).unwrap(), &problem.gradients().x, TOLERANCE);
+    let a = layer.adapter().unwrap().a.grad(&grads).unwrap();
+    assert_close(a, &problem.gradients().a, TOLERANCE);
 }
 
 /// The same tensor, kept column by column.
@@ -144,4 +155,13 @@ fn what_is_not_tracked_gets_no_gradient() {
     let adapter = frozen.adapter().unwrap();
     assert!(adapter.a.grad(&grads).is_none() && adapter.b.grad(&grads).is_none());
     assert_close(x.grad(&grads).unwrap(), &expected.x, TOLERANCE);
+}
+
+#[test]
+fn a_bias_of_one_number_counts_for_every_output() {
+    let mut problem = problem(SIZES[0], false);
+    let mut layer = layer::<Train>(&problem, ALPHA, Scaling::Alpha);
+    layer.base.bias = Some(Param::from_tensor(Tensor::from_floats([0.5], &device::<Train>())));
+    problem.bias = Some(Matrix::from_fn(1, problem.w.cols, |_, _| 0.5));
+    check(&problem, &layer, &input(&problem), |y| y.sin().sum(), &problem.gradients());
 }

@@ -28,6 +28,9 @@ pub(in crate::adapter) trait Cpu: Backend {
     }
 }
 
+/// Products of so many multiplications are shared out among threads.
+pub(super) const SHARED: usize = 192 * 192 * 192;
+
 type Forward = fn(&dyn Any, &dyn Any) -> Option<Box<dyn Any>>;
 
 /// The layer on each of the backends, with and without autodiff.
@@ -57,12 +60,22 @@ impl Cpu for burn_flex::Flex {
         tensor.try_storage_mut().filter(|_| whole)
     }
 
-    /// Its kernel leaves a product of fewer than 192³ multiplications to one thread, and shares a
-    /// batch of them out.
+    /// Its kernel leaves a product below [`SHARED`] to one thread, but shares a batch of them out from
+    /// 128³ multiplications on.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        const BATCH_SHARED: usize = 128 * 128 * 128;
+        /// Thinner parts would spend their time on being set up.
+        const ROWS: usize = 32;
+
         let ([batch, columns], [_, rank]) = (x.dims(), thin.dims());
         let threads = rayon::current_num_threads();
-        if batch * columns * rank >= 192 * 192 * 192 || !batch.is_multiple_of(threads) {
+        let gains = (BATCH_SHARED..SHARED).contains(&(batch * columns * rank))
+            && batch.is_multiple_of(threads)
+            && batch / threads >= ROWS;
+        let primitive = x.clone().into_primitive().tensor();
+        // Another view would be copied to be split.
+        let splits = Self::rows(&primitive).is_some() && primitive.layout().start_offset() == 0;
+        if !gains || !splits {
             return x.matmul(thin);
         }
         let parts = x.reshape([threads, batch / threads, columns]);

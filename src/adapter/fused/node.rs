@@ -27,12 +27,13 @@ struct LoraLinearNode;
 /// and the hidden tensor with its few columns.
 #[derive(Clone, Debug)]
 struct State<K: Cpu> {
-    x: NodeId,
+    /// Kept only for the gradient of A.
+    x: Option<NodeId>,
     weight: Tensor<K, 2>,
     a: Tensor<K, 2>,
     b: Tensor<K, 2>,
-    /// `s·(x·A)`: `[batch, rank]`.
-    hidden: Tensor<K, 2>,
+    /// `s·(x·A)`, kept only for the gradient of B: `[batch, rank]`.
+    hidden: Option<Tensor<K, 2>>,
     scale: f64,
 }
 
@@ -50,10 +51,9 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
-        let x = tensor::<K>(checkpointer.retrieve_node_output(ops.state.x));
+        let x = ops.state.x.map(|x| tensor::<K>(checkpointer.retrieve_node_output(x)));
         let dy = tensor(grads.consume::<K>(&ops.node));
-        let wanted = ops.parents.each_ref().map(Option::is_some);
-        let computed = ops.state.gradients(x, dy, wanted);
+        let computed = ops.state.gradients(x, dy, ops.parents[0].is_some());
         for (node, gradient) in ops.parents.into_iter().zip(computed) {
             if let (Some(node), Some(gradient)) = (node, gradient) {
                 grads.register::<K>(node.id, primitive(gradient));
@@ -66,19 +66,19 @@ impl<K: Cpu> State<K> {
     /// The gradients of x, A and B, as far as they are wanted.
     fn gradients(
         self,
-        x: Tensor<K, 2>,
+        x: Option<Tensor<K, 2>>,
         dy: Tensor<K, 2>,
-        [x_wanted, a_wanted, b_wanted]: [bool; 3],
+        x_wanted: bool,
     ) -> [Option<Tensor<K, 2>>; 3] {
         let Self { weight, a, b, hidden, scale, .. } = self;
-        in_pool(x.dims()[0], weight.dims(), || {
-            let db = b_wanted.then(|| K::product(hidden.transpose(), dy.clone()));
-            if !x_wanted && !a_wanted {
+        in_pool(dy.dims()[0], weight.dims(), || {
+            let db = hidden.map(|hidden| K::product(hidden.transpose(), dy.clone()));
+            if !x_wanted && x.is_none() {
                 return [None, None, db];
             }
             let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
             // By way of the transpose: CPU kernels are several times slower at `xᵀ·dh`.
-            let da = a_wanted.then(|| transposed(K::product(d_hidden.clone().transpose(), x)));
+            let da = x.map(|x| transposed(K::product(d_hidden.clone().transpose(), x)));
             let dx = x_wanted
                 .then(|| add_product(times_transposed(dy, weight), None, d_hidden, transposed(a)));
             [dx, da, db]
@@ -89,19 +89,36 @@ impl<K: Cpu> State<K> {
 impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
     fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2> {
         let [x, a, b] = [&x, &layer.a, &layer.b].map(|it| it.clone().into_primitive().tensor());
-        let inner = layer.inner();
+        let inner = Layer {
+            weight: inner(&layer.weight),
+            bias: layer.bias.as_ref().map(inner),
+            a: inner(&layer.a),
+            b: inner(&layer.b),
+            scale: layer.scale,
+        };
         let (hidden, y) = inner.hidden_and_output(tensor(x.primitive.clone()));
-        let nodes = [x.node.clone(), a.node.clone(), b.node.clone()];
+        let (a_tracked, b_tracked) = (a.is_tracked(), b.is_tracked());
+        let nodes = [x.node.clone(), a.node, b.node];
         let y = match LoraLinearNode.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let Layer { weight, a, b, scale, .. } = inner;
-                let state = State { x: prep.checkpoint(&x), weight, a, b, hidden, scale };
-                prep.finish(state, primitive(y))
+                let x = a_tracked.then(|| prep.checkpoint(&x));
+                let hidden = b_tracked.then_some(hidden);
+                prep.finish(State { x, weight, a, b, hidden, scale }, primitive(y))
             }
             OpsKind::UnTracked(prep) => prep.finish(primitive(y)),
         };
         Tensor::from_primitive(TensorPrimitive::Float(y))
     }
+}
+
+/// The tensor without autodiff. `Tensor::inner` would ask more of the backend where other crates switch
+/// on Burn's feature `distributed`.
+fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
+    tensor: &Tensor<Autodiff<K, C>, D>,
+) -> Tensor<K, D> {
+    let tracked = tensor.clone().into_primitive().tensor();
+    Tensor::from_primitive(TensorPrimitive::Float(tracked.primitive))
 }
 
 /// `y·Wᵀ`, for `y: [batch, d_output]` and `weight: [d_input, d_output]`.

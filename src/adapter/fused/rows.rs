@@ -9,8 +9,9 @@ use super::cpu::Cpu;
 /// So many rows of a matrix stay in a core's cache from one use to the next.
 const ROWS: usize = 64;
 
-/// So many multiplications take longer than waking another thread.
+/// So many multiplications, or numbers moved, take longer than waking another thread.
 const WORTH_THREADS: usize = 1 << 20;
+const WORTH_THREADS_MOVED: usize = 1 << 17;
 
 /// `y + bias + left·right`, for `y: [batch, columns]`, `bias: [columns]`, `left: [batch, rank]` and
 /// `right: [rank, columns]`. In place: y must not be used elsewhere.
@@ -59,9 +60,13 @@ pub(super) fn transposed<K: Cpu>(matrix: Tensor<K, 2>) -> Tensor<K, 2> {
     let matrix = row_by_row(matrix);
     let matrix = rows::<K>(&matrix);
     let mut transpose = vec![0.0; matrix.len()];
-    transpose.par_chunks_mut(ROWS * height).enumerate().for_each(|(index, chunk)| {
-        transpose_columns(&matrix[index * ROWS..], width, height, chunk);
-    });
+    if transpose.len() < WORTH_THREADS_MOVED {
+        transpose_columns(matrix, width, height, &mut transpose);
+    } else {
+        transpose.par_chunks_mut(ROWS * height).enumerate().for_each(|(index, chunk)| {
+            transpose_columns(&matrix[index * ROWS..], width, height, chunk);
+        });
+    }
     let transpose = TensorData::new(transpose, [width, height]);
     Tensor::from_primitive(TensorPrimitive::Float(K::float_from_data(transpose, &device)))
 }
