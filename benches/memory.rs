@@ -105,7 +105,7 @@ fn peak() {
         ("last layer", trained(|| new().only_head())),
     ];
     print_header(
-        "Training at its peak, model and optimizer included: 4-layer MLP, 256 tokens, width 2048, rank 8",
+        "Training at its peak, model and optimizer included: MLP of 4 layers, the head among them, 256 tokens, width 2048, rank 8",
         &["method", "MB", "of full fine-tuning"],
     );
     for (method, peak) in peaks {

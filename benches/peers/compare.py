@@ -1,7 +1,7 @@
 """Times training steps of a linear layer in turn, side by side: burn-lora, the LoRA built into
 Burn 0.22, and PEFT on PyTorch. Prints a table in Markdown.
 
-    python -m venv env && env/bin/pip install torch peft
+    python -m venv env && env/bin/pip install torch==2.15.0 peft==0.21.2
     cargo build --release
     env/bin/python compare.py target/release
 
@@ -18,6 +18,11 @@ from pathlib import Path
 
 SHAPES = [(64, 784, 8), (256, 1024, 8), (512, 768, 8), (512, 4096, 8), (2048, 1024, 16)]
 ROUNDS, WARM_UP, STEPS = 15, 2, 5
+THREADS = str(os.cpu_count())
+SAME_THREADS = {
+    name: THREADS
+    for name in ["RAYON_NUM_THREADS", "MATMUL_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"]
+}
 KEEP_PAGES = {
     "MALLOC_MMAP_THRESHOLD_": "1000000000",
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
@@ -38,7 +43,7 @@ PEERS = {
 
 class Peer:
     def __init__(self, command, variables, shape):
-        environment = {**os.environ, **variables}
+        environment = {**os.environ, **SAME_THREADS, **variables}
         self.process = subprocess.Popen(
             [*command, *map(str, shape)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
@@ -80,7 +85,8 @@ def main():
         own = times["burn-lora"]
         cells = [f"{1e3 * own:.2f}"] + [f"{own / times[name]:.2f}" for name in names[1:]]
         print(f"| {', '.join(map(str, shape))} | " + " | ".join(cells) + " |", flush=True)
-    print(f"\nMedians of {ROUNDS * STEPS} steps in turn; ratios are burn-lora's time over the peer's.")
+    print(f"\nMedians of {ROUNDS * STEPS} steps in turn, {THREADS} threads; "
+          "ratios are burn-lora's time over the peer's.")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def step():
 
 for _ in range(3):
     step()
-print("ready", torch.get_num_threads(), flush=True)
+print("ready", flush=True)
 for line in sys.stdin:
     times = []
     for _ in range(int(line)):

@@ -28,7 +28,9 @@ pub fn run() {
     ];
     let times = medians(works);
     print_header(
-        &format!("Adapters of {layers} layers of width {width}, rank 8"),
+        &format!(
+            "Adapters of an MLP of {layers} layers, the head among them, width {width}, rank 8"
+        ),
         &["operation", "ms", "in passes over the weights"],
     );
     for (name, time) in names.iter().zip(&times) {

@@ -98,7 +98,7 @@ fn models() {
                 move |it: &Mlp<Train>| it.forward(x.clone())
             })
         });
-    print_model("4-layer MLP, 256 tokens, width 2048, rank 8", works);
+    print_model("MLP of 4 layers, the head among them, 256 tokens, width 2048, rank 8", works);
 
     let block = Block::new(512, 8, &device);
     let x = Tensor::<Train, 3>::random([16, 64, 512], Distribution::Default, &device);

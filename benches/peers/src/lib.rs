@@ -37,7 +37,7 @@ pub fn serve<L>(mut layer: L, mut step: impl FnMut(L) -> L) {
     for _ in 0..3 {
         layer = step(layer);
     }
-    println!("ready {}", std::thread::available_parallelism().map_or(1, usize::from));
+    println!("ready");
     for line in stdin().lines() {
         let steps: usize = line.expect("a line").trim().parse().expect("a number of steps");
         let mut times = Vec::new();
