@@ -41,8 +41,8 @@ use slot::{Handle, Slot};
 /// # What it costs
 ///
 /// The dense `A·B` and its gradient exist for each adapted weight, in every step: a training step
-/// takes about the time and memory of full fine-tuning: 1.01 and 1.08 times as much for attention of
-/// width 512, where [`LoraMultiHeadAttention`](crate::LoraMultiHeadAttention) takes 0.58 and 0.22
+/// takes about the time and memory of full fine-tuning: 0.98 and 1.08 times as much for attention of
+/// width 512, where [`LoraMultiHeadAttention`](crate::LoraMultiHeadAttention) takes 0.53 and 0.22
 /// (`cargo bench`). Use the layers with adapters inside where you can change the model. Their paths and
 /// adapters are the same: what was trained through the overlay can be [switched](LoraModule::switch)
 /// onto them, or loaded from its files, and the reverse.
