@@ -12,17 +12,12 @@
 mod backend;
 // Of the suite, nothing that measures time is needed here.
 #[allow(dead_code)]
-#[path = "suite/layers.rs"]
-mod layers;
-#[allow(dead_code)]
-#[path = "suite/measure.rs"]
-mod measure;
-#[allow(dead_code)]
-#[path = "suite/models.rs"]
-mod models;
-#[allow(dead_code)]
-#[path = "suite/train_step.rs"]
-mod train_step;
+mod suite {
+    pub mod layers;
+    pub mod measure;
+    pub mod models;
+    pub mod train_step;
+}
 
 use std::process::ExitCode;
 
@@ -34,9 +29,12 @@ use burn_lora::{Lora, LoraConfig, LoraLinear, LoraModule};
 use peak_alloc::PeakAlloc;
 
 use backend::Train;
-use measure::{print_header, print_row};
-use models::{Mlp, Single};
-use train_step::step;
+use suite::{
+    layers,
+    measure::{self, print_header, print_row},
+    models::{self, Mlp, Single},
+    train_step::{self, step},
+};
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;

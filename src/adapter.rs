@@ -1,4 +1,5 @@
-//! The low-rank pair itself: the one place where the LoRA formula is written.
+//! The low-rank pair itself: the place where the LoRA formula is written. `fused` computes the same for
+//! linear layers in fewer passes, where the backend is known.
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod fused;

@@ -18,7 +18,7 @@ pub fn run() {
     let adapters = adapted.adapters(&config).expect("they are there");
     let weights =
         Tensor::<Plain, 3>::random([layers - 1, width, width], Distribution::Default, &device);
-    let names = ["one pass over the weights", "attach", "switch", "merge", "unmerge"];
+    let names = ["one pass over the weights", "attach", "switch", "merge", "detach"];
     let works: Vec<Work> = vec![
         Box::new(|| drop(weights.clone().add_scalar(1.0))),
         Box::new(|| drop(base.attach(&config).expect("it can be attached"))),

@@ -54,7 +54,7 @@ pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<
 }
 
 /// The layer on the backend K, if it is what `x` and `layer` are on.
-fn forward_on<K: Fused>(x: &dyn Any, layer: &dyn Any) -> Option<Box<dyn Any>> {
+fn run_on<K: Fused>(x: &dyn Any, layer: &dyn Any) -> Option<Box<dyn Any>> {
     let x: &Tensor<K, 2> = x.downcast_ref()?;
     Some(Box::new(K::forward(x.clone(), layer.downcast_ref()?)))
 }
@@ -107,6 +107,8 @@ impl<B: Backend> Layer<B> {
 
 #[cfg(test)]
 mod tests {
+    use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
+
     use super::*;
 
     fn is_one_operation<B: Backend>() -> bool {
@@ -123,6 +125,7 @@ mod tests {
 
         assert!(is_one_operation::<Flex>());
         assert!(is_one_operation::<Autodiff<Flex>>());
+        assert!(is_one_operation::<Autodiff<Flex, BalancedCheckpointing>>());
     }
 
     #[cfg(feature = "ndarray")]
@@ -132,6 +135,7 @@ mod tests {
 
         assert!(is_one_operation::<NdArray>());
         assert!(is_one_operation::<Autodiff<NdArray>>());
+        assert!(is_one_operation::<Autodiff<NdArray, BalancedCheckpointing>>());
         assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
     }
 }

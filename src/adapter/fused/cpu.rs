@@ -7,7 +7,7 @@ use burn::{
     tensor::{Tensor, backend::Backend, ops::FloatTensor},
 };
 
-use super::forward_on;
+use super::run_on;
 
 /// A backend that computes on the CPU, with tensors that can be seen as slices.
 pub(in crate::adapter) trait Cpu: Backend {
@@ -36,17 +36,17 @@ type Forward = fn(&dyn Any, &dyn Any) -> Option<Box<dyn Any>>;
 /// The layer on each of the backends, with and without autodiff.
 pub(super) const FORWARDS: &[Forward] = &[
     #[cfg(feature = "flex")]
-    forward_on::<Autodiff<burn_flex::Flex>>,
+    run_on::<Autodiff<burn_flex::Flex>>,
     #[cfg(feature = "flex")]
-    forward_on::<Autodiff<burn_flex::Flex, BalancedCheckpointing>>,
+    run_on::<Autodiff<burn_flex::Flex, BalancedCheckpointing>>,
     #[cfg(feature = "flex")]
-    forward_on::<burn_flex::Flex>,
+    run_on::<burn_flex::Flex>,
     #[cfg(feature = "ndarray")]
-    forward_on::<Autodiff<burn_ndarray::NdArray>>,
+    run_on::<Autodiff<burn_ndarray::NdArray>>,
     #[cfg(feature = "ndarray")]
-    forward_on::<Autodiff<burn_ndarray::NdArray, BalancedCheckpointing>>,
+    run_on::<Autodiff<burn_ndarray::NdArray, BalancedCheckpointing>>,
     #[cfg(feature = "ndarray")]
-    forward_on::<burn_ndarray::NdArray>,
+    run_on::<burn_ndarray::NdArray>,
 ];
 
 #[cfg(feature = "flex")]
