@@ -12,7 +12,9 @@ use crate::{LoraAdapter, peft::Targets};
 pub use combine::Combination;
 pub use low_rank::Approximation;
 
-/// The adapters of a whole model, by the paths of its layers, apart from the model.
+/// The adapters of a whole model, by the paths of its layers, apart from the model. A model that goes
+/// by other names in Python says so in [`LoraModule::peft_name`](crate::LoraModule::peft_name); those
+/// are then the paths here.
 ///
 /// This is what training produces, what a file holds, and what is swapped: taken from a model by
 /// [`LoraModule::adapters`](crate::LoraModule::adapters), put on one by

@@ -17,7 +17,7 @@ use crate::{
     walk,
 };
 
-use layers::{listed, paths};
+use layers::{listed, named, paths};
 
 pub use layers::LoraLayers;
 
@@ -66,6 +66,16 @@ pub use layers::LoraLayers;
 pub trait LoraModule<B: Backend>: Module<B> {
     /// Lists the fields that can carry adapters, or hold modules that can, by their names.
     fn lora_layers(&mut self) -> LoraLayers<'_, B>;
+
+    /// The name that the module or parameter at `path` has in [`LoraAdapters`] and their files: the
+    /// path itself, unless this is overridden.
+    ///
+    /// A model whose twin in Python calls its modules otherwise translates here, and exchanges
+    /// adapters with PEFT all the same. Parameters of norms come under PyTorch's names, `weight` and
+    /// `bias`. Of nested models the outermost is asked.
+    fn peft_name(path: &str) -> String {
+        path.to_owned()
+    }
 
     /// The model with fresh adapters on the layers that `config` chooses. Everything but the
     /// adapters and `config.modules_to_save` is frozen.
@@ -145,15 +155,16 @@ pub trait LoraModule<B: Backend>: Module<B> {
         if let Some(statistic) = statistics.find(|param| wanted(&param.path)) {
             return Err(running_statistic(&statistic.path));
         }
-        let extras = walk::read_extras(&model, &wanted);
+        let extras = walk::read_extras(&model, &wanted, Self::peft_name);
         let own = params.iter().filter(|param| !param.in_adapter);
         let modules = own.filter_map(|param| {
             let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
-            // Parameters by themselves go by their names in the file.
-            Some(if module == param.path { param.torch_name.clone() } else { module.to_owned() })
+            // A norm's parameters by themselves go by PyTorch's names.
+            let name = if module == param.path { &param.torch_name } else { module };
+            Some(Self::peft_name(name))
         });
         let modules: BTreeSet<_> = modules.collect();
-        let adapters = listed(&mut model).into_iter();
+        let adapters = named(&mut model).into_iter();
         let adapters = adapters.filter_map(|(path, layer)| Some((path, layer.adapter()?.clone())));
         let mut set = LoraAdapters::new(adapters);
         set.extras = extras;
@@ -183,7 +194,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
         let params = walk::visit(&model).params;
         for (name, extra) in &adapters.extras {
             let mut params = params.iter().filter(|param| !param.in_adapter);
-            match params.find(|param| param.torch_name == *name) {
+            match params.find(|param| Self::peft_name(&param.torch_name) == *name) {
                 None => mismatch.unexpected.push(name.clone()),
                 Some(param) if param.is_statistic => return Err(running_statistic(name)),
                 Some(param) if param.torch_shape != extra.shape => {
@@ -194,7 +205,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
                 Some(_) => {}
             }
         }
-        let layers = listed(&mut model);
+        let layers = named(&mut model);
         let known = |path: &str| layers.iter().any(|(it, _)| it == path);
         for path in adapters.adapters.keys().filter(|path| !known(path)) {
             mismatch.unexpected.push(path.clone());
@@ -231,7 +242,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
             let device = layer.device();
             layer.set_adapter(adapter.map(|adapter| adapter.fork(&device)));
         }
-        Ok(walk::write_extras(model, &adapters.extras))
+        Ok(walk::write_extras(model, &adapters.extras, Self::peft_name))
     }
 
     /// Adapters that turn this model into `tuned`, a version of it that was trained in full, as well
@@ -270,8 +281,9 @@ pub trait LoraModule<B: Backend>: Module<B> {
                 let delta = tuned - base;
                 let (adapter, share) = low_rank::extract(delta, rank);
                 let adapter = LoraAdapter { layout: layer.weight_layout(), ..adapter };
-                set.adapters.insert(path.clone(), Box::new(adapter));
-                kept.insert(path, share);
+                let name = Self::peft_name(&path);
+                set.adapters.insert(name.clone(), Box::new(adapter));
+                kept.insert(name, share);
             }
         }
         Ok(Approximation { adapters: set, kept })

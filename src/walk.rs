@@ -183,6 +183,7 @@ pub(crate) fn mark_trainable<B: Backend, M: Module<B>>(
 
 struct Reader<'a, B: Backend> {
     place: Place,
+    rename: Rename,
     wanted: &'a dyn Fn(&str) -> bool,
     found: BTreeMap<String, Extra<B>>,
 }
@@ -210,22 +211,27 @@ impl<B: Backend> ModuleVisitor<B> for Reader<'_, B> {
         }
         let tensor = if moves { tensor.swap_dims(0, 1) } else { tensor };
         let values = tensor.reshape([shape.iter().product::<usize>()]);
-        self.found.insert(layout.name, Extra { values, shape });
+        self.found.insert((self.rename)(&layout.name), Extra { values, shape });
     }
 }
 
-/// The parameters whose paths are `wanted`, by PyTorch's names and in PyTorch's layout.
+/// From PyTorch's names to those of files.
+type Rename = fn(&str) -> String;
+
+/// The parameters whose paths are `wanted`, by PyTorch's names, renamed, and in PyTorch's layout.
 pub(crate) fn read_extras<B: Backend, M: Module<B>>(
     model: &M,
     wanted: &dyn Fn(&str) -> bool,
+    rename: Rename,
 ) -> BTreeMap<String, Extra<B>> {
-    let mut reader = Reader { place: Place::default(), wanted, found: BTreeMap::new() };
+    let mut reader = Reader { place: Place::default(), rename, wanted, found: BTreeMap::new() };
     model.visit(&mut reader);
     reader.found
 }
 
 struct Writer<'a, B: Backend> {
     place: Place,
+    rename: Rename,
     extras: &'a BTreeMap<String, Extra<B>>,
 }
 
@@ -241,7 +247,7 @@ impl<B: Backend> ModuleMapper<B> for Writer<'_, B> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
         let layout = self.place.torch_layout();
         let adapted = self.place.adapted_layer().is_some();
-        let extra = self.extras.get(&layout.name).filter(|_| !adapted);
+        let extra = self.extras.get(&(self.rename)(&layout.name)).filter(|_| !adapted);
         let trains = (adapted || extra.is_some()) && !self.place.is_statistic();
         param.map(|tensor| {
             let Some(extra) = extra else { return tensor.detach().set_require_grad(trains) };
@@ -262,8 +268,9 @@ impl<B: Backend> ModuleMapper<B> for Writer<'_, B> {
 pub(crate) fn write_extras<B: Backend, M: Module<B>>(
     model: M,
     extras: &BTreeMap<String, Extra<B>>,
+    rename: Rename,
 ) -> M {
-    model.map(&mut Writer { place: Place::default(), extras })
+    model.map(&mut Writer { place: Place::default(), rename, extras })
 }
 
 /// The running statistics of a module, by path.

@@ -1,5 +1,7 @@
 //! How a model lists its layers, alone and in containers.
 
+use std::collections::BTreeSet;
+
 use burn::tensor::backend::Backend;
 
 use super::LoraModule;
@@ -70,6 +72,17 @@ pub(super) fn listed<B: Backend, M: LoraModule<B>>(model: &mut M) -> Listed<'_, 
         "`lora_layers` must list every LoRA layer under its field's name: \
          missing {missing:?}, unknown {unknown:?}"
     );
+    layers
+}
+
+/// The listed layers by [`LoraModule::peft_name`].
+pub(super) fn named<B: Backend, M: LoraModule<B>>(model: &mut M) -> Listed<'_, B> {
+    let layers: Listed<B> =
+        listed(model).into_iter().map(|(path, layer)| (M::peft_name(&path), layer)).collect();
+    let mut names = BTreeSet::new();
+    for (name, _) in &layers {
+        assert!(names.insert(name), "`peft_name` must not give two layers the name `{name}`");
+    }
     layers
 }
 
