@@ -16,6 +16,7 @@ mod suite {
     pub mod layers;
     pub mod measure;
     pub mod models;
+    pub mod text;
     pub mod train_step;
 }
 
@@ -33,6 +34,7 @@ use suite::{
     layers,
     measure::{self, print_header, print_row},
     models::{self, Mlp, Single},
+    text,
     train_step::{self, step},
 };
 
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
     println!("{}\n", measure::machine());
     held();
     peak();
+    text();
     other_layers();
     ExitCode::SUCCESS
 }
@@ -121,6 +124,23 @@ fn trained(model: impl FnOnce() -> Mlp<Train>) -> usize {
     let x = Tensor::<Train, 2>::random([256, 2048], Distribution::Default, &Default::default());
     let before = MEMORY.current_usage();
     peak_of(&mut *step(model(), move |model: &Mlp<Train>| model.forward(x.clone()))) - before
+}
+
+/// What training a text classifier takes at its peak, model and optimizer included.
+fn text() {
+    print_header(
+        "Training at its peak, model and optimizer included: text classifier of MiniLM's size, 32 x 32 \
+         tokens, rank 8",
+        &["method", "MB", "of full fine-tuning"],
+    );
+    let mut full = None;
+    for (method, adapted) in text::METHODS {
+        let before = MEMORY.current_usage();
+        let peak = (peak_of(&mut *text::work(adapted(&text::base()))) - before) as f64;
+        let ratio = peak / *full.get_or_insert(peak);
+        print_row(&[method.to_owned(), format!("{:.1}", peak / 1e6), format!("{ratio:.2}")]);
+    }
+    println!();
 }
 
 /// What a step of other layers takes beyond what is there before it.

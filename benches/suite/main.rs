@@ -5,7 +5,7 @@
 //! cargo bench --bench suite --no-default-features --features flex
 //! ```
 //!
-//! Names after `--` choose parts: `-- forward train_step layers growth adapters files`. `--plot FILE`
+//! Names after `--` choose parts: `-- forward train_step text layers growth adapters files`. `--plot FILE`
 //! draws the growth.
 
 // Only a main function.
@@ -20,6 +20,7 @@ mod growth;
 mod layers;
 mod measure;
 mod models;
+mod text;
 mod train_step;
 
 use std::{path::PathBuf, process::ExitCode};
@@ -49,9 +50,10 @@ struct Args {
 /// A part's name, and what runs it.
 type Part = (&'static str, fn(&Args));
 
-const PARTS: [Part; 6] = [
+const PARTS: [Part; 7] = [
     ("forward", |_| forward::run()),
     ("train_step", |_| train_step::run()),
+    ("text", |_| text::run()),
     ("layers", |_| layers::run()),
     ("growth", |args| growth::run(args.plot.as_deref())),
     ("adapters", |_| adapters::run()),

@@ -20,4 +20,5 @@ mod merging;
 mod overlay;
 mod peft;
 mod sizes;
+mod text;
 mod whole_model;

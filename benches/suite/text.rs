@@ -1,0 +1,73 @@
+//! A classifier of texts on an encoder of the size of MiniLM (6 layers, width 384), 32 texts of 32
+//! tokens.
+
+// The example loads weights and adapters; none of that is measured here.
+#[allow(dead_code)]
+#[path = "../../examples/text_classification/bert.rs"]
+mod bert;
+#[path = "../../examples/text_classification/model.rs"]
+mod model;
+
+use burn::tensor::{Distribution, Tensor};
+use burn_lora::{LoraConfig, LoraModule};
+
+use crate::{
+    backend::Train,
+    measure::{Work, medians, print_header, print_row},
+    train_step::step,
+};
+use bert::{BertConfig, Tokens};
+use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
+
+pub fn run() {
+    print_header(
+        "Training step of a text classifier of MiniLM's size, 32 x 32 tokens, rank 8",
+        &["method", "ms", "of full fine-tuning"],
+    );
+    let base = base();
+    let times = medians(METHODS.map(|(_, adapted)| work(adapted(&base))).into());
+    for ((method, _), time) in METHODS.iter().zip(&times) {
+        let ratio = time / times[0];
+        print_row(&[(*method).to_owned(), format!("{time:.0}"), format!("{ratio:.2}")]);
+    }
+    println!();
+}
+
+type Model = TextClassifier<Train>;
+
+/// How the model can be trained.
+pub const METHODS: [(&str, fn(&Model) -> Model); 4] = [
+    ("full fine-tuning", |base| base.unfreeze()),
+    ("LoRA, all linear layers", |base| with_adapters(base, &ALL_LINEAR)),
+    ("LoRA, query and value", |base| with_adapters(base, &QUERY_VALUE)),
+    ("head", |base| base.freeze(&[HEAD]).expect("there is a head")),
+];
+
+fn with_adapters(base: &Model, targets: &[&str]) -> Model {
+    let config = LoraConfig::new(8, 16.0).with_targets(targets.iter().copied());
+    base.attach(&config.with_modules_to_save([HEAD])).expect("it can be attached")
+}
+
+pub fn base() -> Model {
+    let config = BertConfig {
+        vocab_size: 30_522,
+        hidden_size: 384,
+        num_hidden_layers: 6,
+        num_attention_heads: 12,
+        intermediate_size: 1536,
+        max_position_embeddings: 512,
+        type_vocab_size: 2,
+        layer_norm_eps: 1e-12,
+    };
+    let device = Default::default();
+    TextClassifier::new(config.init(&device), &config, 2, &device)
+}
+
+/// A training step of the model.
+pub fn work(model: Model) -> Work<'static> {
+    let ids = Tensor::<Train, 2>::random([32, 32], Distribution::Default, &Default::default());
+    let ids = (ids * 30_522.0).int();
+    let padding = ids.zeros_like().bool();
+    let tokens = Tokens { ids, padding };
+    step(model, move |model: &Model| model.forward(&tokens))
+}

@@ -1,0 +1,180 @@
+//! BERT ([Devlin et al. 2018](https://arxiv.org/abs/1810.04805)), an encoder of text, with layers that
+//! can carry adapters.
+//!
+//! ```text
+//! ids ─► embeddings ─► block ─► … ─► block ─► one vector per token ─► mean ─► one per sentence
+//!
+//!         ┌──────────────────┐          ┌───────────────────────────┐
+//! block: x┴─► attention ─► + ─► norm ─┬─┴─► expand ─► GELU ─► contract ─► + ─► norm
+//! ```
+
+use burn::{
+    module::Module,
+    nn::{
+        Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig,
+        attention::MultiHeadAttentionConfig,
+    },
+    tensor::{Bool, Int, Tensor, activation::gelu, backend::Backend},
+};
+use burn_lora::{
+    LoraEmbedding, LoraLayers, LoraLinear, LoraMhaInput, LoraModule, LoraMultiHeadAttention,
+};
+use serde::Deserialize;
+
+/// The sizes of a BERT, by the names that Hugging Face's `config.json` has for them.
+#[derive(Clone, Debug, Deserialize)]
+pub struct BertConfig {
+    /// How many tokens there are.
+    pub vocab_size: usize,
+    /// The size of the vector that stands for a token.
+    pub hidden_size: usize,
+    pub num_hidden_layers: usize,
+    pub num_attention_heads: usize,
+    /// The size between the two layers of a feed-forward network.
+    pub intermediate_size: usize,
+    /// The longest text, in tokens.
+    pub max_position_embeddings: usize,
+    /// How many kinds of segments a text may have.
+    pub type_vocab_size: usize,
+    pub layer_norm_eps: f64,
+}
+
+/// The encoder.
+#[derive(Module, Debug)]
+pub struct Bert<B: Backend> {
+    embeddings: Embeddings<B>,
+    blocks: Vec<Block<B>>,
+}
+
+/// Turns each token into a vector that tells which one it is, where it stands and in which segment.
+#[derive(Module, Debug)]
+struct Embeddings<B: Backend> {
+    words: LoraEmbedding<B>,
+    positions: Embedding<B>,
+    segments: Embedding<B>,
+    norm: LayerNorm<B>,
+}
+
+/// Lets each token look at the others, and then at what it has found. The norms come after the sums.
+#[derive(Module, Debug)]
+struct Block<B: Backend> {
+    attention: LoraMultiHeadAttention<B>,
+    attention_norm: LayerNorm<B>,
+    expand: LoraLinear<B>,
+    contract: LoraLinear<B>,
+    output_norm: LayerNorm<B>,
+}
+
+/// Texts as the encoder reads them, filled up to the length of the longest.
+#[derive(Clone, Debug)]
+pub struct Tokens<B: Backend> {
+    /// The tokens' numbers: `[batch, length]`.
+    pub ids: Tensor<B, 2, Int>,
+    /// Which of them are there to fill up: `[batch, length]`.
+    pub padding: Tensor<B, 2, Bool>,
+}
+
+impl BertConfig {
+    /// The encoder with random weights. It has no dropout: a frozen base would drop, too.
+    pub fn init<B: Backend>(&self, device: &B::Device) -> Bert<B> {
+        let width = self.hidden_size;
+        let table = |rows| EmbeddingConfig::new(rows, width).init(device);
+        let norm = || LayerNormConfig::new(width).with_epsilon(self.layer_norm_eps).init(device);
+        let linear = |from, to| LinearConfig::new(from, to).init(device);
+        let attention = MultiHeadAttentionConfig::new(width, self.num_attention_heads);
+        let attention = attention.with_dropout(0.0);
+        let block = |_| Block {
+            attention: attention.init(device).into(),
+            attention_norm: norm(),
+            expand: linear(width, self.intermediate_size).into(),
+            contract: linear(self.intermediate_size, width).into(),
+            output_norm: norm(),
+        };
+        Bert {
+            embeddings: Embeddings {
+                words: table(self.vocab_size).into(),
+                positions: table(self.max_position_embeddings),
+                segments: table(self.type_vocab_size),
+                norm: norm(),
+            },
+            blocks: (0..self.num_hidden_layers).map(block).collect(),
+        }
+    }
+}
+
+impl<B: Backend> Bert<B> {
+    /// One vector for each token: `[batch, length, hidden_size]`.
+    pub fn forward(&self, tokens: &Tokens<B>) -> Tensor<B, 3> {
+        let x = self.embeddings.forward(tokens.ids.clone());
+        self.blocks.iter().fold(x, |x, block| block.forward(x, tokens.padding.clone()))
+    }
+
+    /// One vector for each text, the mean of its tokens': `[batch, hidden_size]`.
+    pub fn embed(&self, tokens: &Tokens<B>) -> Tensor<B, 2> {
+        let kept = tokens.padding.clone().bool_not().float().unsqueeze_dim::<3>(2);
+        let sum = (self.forward(tokens) * kept.clone()).sum_dim(1);
+        (sum / kept.sum_dim(1)).squeeze_dim(1)
+    }
+}
+
+impl<B: Backend> Embeddings<B> {
+    fn forward(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        let [_, length] = ids.dims();
+        let positions = Tensor::arange(0..length as i64, &ids.device()).unsqueeze();
+        // All of a text is its first segment.
+        let segments = Tensor::zeros([1, length], &ids.device());
+        let places = self.positions.forward(positions) + self.segments.forward(segments);
+        self.norm.forward(self.words.forward(ids) + places)
+    }
+}
+
+impl<B: Backend> Block<B> {
+    fn forward(&self, x: Tensor<B, 3>, padding: Tensor<B, 2, Bool>) -> Tensor<B, 3> {
+        let input = LoraMhaInput::self_attn(x.clone()).mask_pad(padding);
+        let x = self.attention_norm.forward(x + self.attention.forward(input).context);
+        let inner = gelu(self.expand.forward(x.clone()));
+        self.output_norm.forward(x + self.contract.forward(inner))
+    }
+}
+
+impl<B: Backend> LoraModule<B> for Bert<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("embeddings", &mut self.embeddings).with("blocks", &mut self.blocks)
+    }
+
+    /// What Hugging Face calls it.
+    fn peft_name(path: &str) -> String {
+        let names = path.split('.').map(|name| match name {
+            "words" => "word_embeddings",
+            "positions" => "position_embeddings",
+            "segments" => "token_type_embeddings",
+            "norm" => "LayerNorm",
+            "blocks" => "encoder.layer",
+            "query" => "self.query",
+            "key" => "self.key",
+            "value" => "self.value",
+            "output" => "output.dense",
+            "attention_norm" => "attention.output.LayerNorm",
+            "expand" => "intermediate.dense",
+            "contract" => "output.dense",
+            "output_norm" => "output.LayerNorm",
+            name => name,
+        });
+        names.collect::<Vec<_>>().join(".")
+    }
+}
+
+impl<B: Backend> LoraModule<B> for Embeddings<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("words", &mut self.words)
+    }
+}
+
+impl<B: Backend> LoraModule<B> for Block<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new()
+            .with("attention", &mut self.attention)
+            .with("expand", &mut self.expand)
+            .with("contract", &mut self.contract)
+    }
+}

@@ -1,0 +1,49 @@
+//! A classifier of texts: BERT, and a linear layer on the mean of its vectors.
+
+use burn::{
+    module::Module,
+    nn::{Linear, LinearConfig},
+    tensor::{Tensor, backend::Backend},
+};
+use burn_lora::{LoraLayers, LoraModule};
+
+use super::bert::{Bert, BertConfig, Tokens};
+
+/// What the paper adapts.
+pub const QUERY_VALUE: [&str; 2] = ["query", "value"];
+
+/// All linear layers of the encoder.
+pub const ALL_LINEAR: [&str; 6] = ["query", "key", "value", "output", "expand", "contract"];
+
+/// The layer that is new, and always trains.
+pub const HEAD: &str = "classifier";
+
+#[derive(Module, Debug)]
+pub struct TextClassifier<B: Backend> {
+    pub bert: Bert<B>,
+    classifier: Linear<B>,
+}
+
+impl<B: Backend> TextClassifier<B> {
+    /// On top of an encoder whose vectors have `config.hidden_size` elements.
+    pub fn new(bert: Bert<B>, config: &BertConfig, classes: usize, device: &B::Device) -> Self {
+        Self { bert, classifier: LinearConfig::new(config.hidden_size, classes).init(device) }
+    }
+
+    /// One logit per class for each text: `[batch, classes]`.
+    pub fn forward(&self, tokens: &Tokens<B>) -> Tensor<B, 2> {
+        self.classifier.forward(self.bert.embed(tokens))
+    }
+}
+
+impl<B: Backend> LoraModule<B> for TextClassifier<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("bert", &mut self.bert)
+    }
+
+    /// As if the encoder were by itself, so that its adapters fit Hugging Face's `AutoModel`.
+    fn peft_name(path: &str) -> String {
+        let of_bert = path.strip_prefix("bert.");
+        of_bert.map_or_else(|| path.to_owned(), <Bert<B> as LoraModule<B>>::peft_name)
+    }
+}

@@ -1,0 +1,251 @@
+//! The encoder of the `text_classification` example: it computes what PyTorch's `transformers` compute,
+//! and exchanges adapters with PEFT by Hugging Face's names. `tests/bert/make_fixtures.py` wrote what is
+//! compared.
+
+#[path = "../../examples/text_classification/bert.rs"]
+mod bert;
+#[path = "../../examples/text_classification/model.rs"]
+mod model;
+#[path = "../../examples/text_classification/pretrained.rs"]
+mod pretrained;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use burn::tensor::{Tensor, TensorData, backend::Backend};
+use burn_lora::{Init, LoraAdapters, LoraConfig, LoraModule};
+use safetensors::{SafeTensors, tensor::TensorView};
+use serde::Deserialize;
+
+use crate::{
+    model::{Plain, device},
+    oracle::{Matrix, assert_close, assert_identical},
+    peft::TempDir,
+};
+use bert::{Bert, Tokens};
+use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
+
+/// Texts, and what Python makes of them.
+#[derive(Deserialize)]
+struct Expected {
+    ids: Vec<Vec<i32>>,
+    mask: Vec<Vec<u8>>,
+    vectors: Vec<Vec<f64>>,
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/bert/fixtures").join(name)
+}
+
+fn tiny() -> Bert<Plain> {
+    pretrained::load(&fixture("tiny"), &device::<Plain>()).unwrap().0
+}
+
+fn tokens<B: Backend>(ids: &[Vec<i32>], mask: &[Vec<u8>]) -> Tokens<B> {
+    let shape = [ids.len(), ids[0].len()];
+    let int =
+        |values: Vec<i32>| Tensor::from_data(TensorData::new(values, shape), &Default::default());
+    let padding = int(mask.iter().flatten().map(|&kept| 1 - i32::from(kept)).collect());
+    Tokens { ids: int(ids.concat()), padding: padding.bool() }
+}
+
+#[track_caller]
+fn assert_embeds(bert: &Bert<Plain>, expected: &Path, tolerance: f64) {
+    let expected: Expected = serde_json::from_slice(&fs::read(expected).unwrap()).unwrap();
+    let vectors = bert.embed(&tokens(&expected.ids, &expected.mask));
+    let [rows, cols] = vectors.dims();
+    assert_eq!(rows, expected.vectors.len());
+    let expected = Matrix { rows, cols, data: expected.vectors.concat() };
+    assert_close(vectors, &expected, tolerance);
+}
+
+#[test]
+fn vectors_are_those_of_transformers() {
+    assert_embeds(&tiny(), &fixture("tiny/expected.json"), 1e-5);
+}
+
+/// Needs the model itself: `MINILM` is a directory with all-MiniLM-L6-v2.
+#[test]
+#[ignore = "needs the weights of all-MiniLM-L6-v2"]
+fn vectors_of_minilm_are_those_of_transformers() {
+    let dir = std::env::var("MINILM").expect("MINILM says where all-MiniLM-L6-v2 is");
+    let (bert, _) = pretrained::load(Path::new(&dir), &device::<Plain>()).unwrap();
+    assert_embeds(&bert, &fixture("minilm.json"), 1e-4);
+}
+
+#[test]
+fn what_fills_up_a_text_does_not_count() {
+    let bert = tiny();
+    let short = bert.embed(&tokens(&[vec![5, 2, 7]], &[vec![1, 1, 1]]));
+    let filled = bert.embed(&tokens(&[vec![5, 2, 7, 3, 1]], &[vec![1, 1, 1, 0, 0]]));
+    let expected: Vec<f64> = short.into_data().iter::<f64>().collect();
+    let expected = Matrix { rows: 1, cols: expected.len(), data: expected };
+    assert_close(filled, &expected, 1e-6);
+}
+
+#[test]
+fn an_adapter_that_peft_made_computes_the_same_here() {
+    let path = fixture("tiny/adapter");
+    let adapters = LoraAdapters::load(&path, &device::<Plain>()).unwrap();
+    let adapted = tiny().switch(&adapters).unwrap();
+    assert_embeds(&adapted, &path.join("expected.json"), 1e-5);
+    assert_embeds(&adapted.merge().unwrap(), &path.join("expected.json"), 1e-5);
+    assert_embeds(&adapted.detach(), &fixture("tiny/expected.json"), 1e-5);
+
+    // Taken from the model and saved, it is the file that PEFT wrote.
+    let dir = TempDir::new("bert-round-trip");
+    adapted.adapters(&LoraConfig::new(3, 5.0)).unwrap().save(dir.0.join("saved")).unwrap();
+    let read = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+    assert_eq!(read(&dir.0.join("saved")), read(&path));
+}
+
+fn classifier() -> TextClassifier<Plain> {
+    let (bert, config) = pretrained::load(&fixture("tiny"), &device::<Plain>()).unwrap();
+    TextClassifier::new(bert, &config, 2, &device::<Plain>())
+}
+
+#[test]
+fn adapters_of_the_classifier_go_by_the_names_of_hugging_face() {
+    let config = LoraConfig::new(2, 3.0)
+        .with_init(Init::RandomBoth)
+        .with_targets(QUERY_VALUE)
+        .with_modules_to_save([HEAD]);
+    let model = classifier().attach(&config).unwrap();
+    let set = model.adapters(&config).unwrap();
+    let dir = TempDir::new("bert-names");
+    set.save(dir.0.join("saved")).unwrap();
+    let bytes = fs::read(dir.0.join("saved/adapter_model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let mut names = tensors.names();
+    names.sort();
+    let mut expected = vec!["classifier.bias".to_owned(), "classifier.weight".to_owned()];
+    for layer in 0..2 {
+        for (projection, factor) in [("query", "A"), ("query", "B"), ("value", "A"), ("value", "B")]
+        {
+            let name = format!("encoder.layer.{layer}.attention.self.{projection}.lora_{factor}");
+            expected.push(format!("{name}.weight"));
+        }
+    }
+    assert_eq!(
+        names,
+        expected.iter().map(|it| format!("base_model.model.{it}")).collect::<Vec<_>>()
+    );
+
+    // The head comes along.
+    let again = LoraAdapters::load(dir.0.join("saved"), &device::<Plain>()).unwrap();
+    let texts = tokens(&[vec![5, 2, 7], vec![1, 9, 9]], &[vec![1, 1, 1], vec![1, 1, 0]]);
+    assert_identical(classifier().switch(&again).unwrap().forward(&texts), model.forward(&texts));
+}
+
+#[test]
+fn norms_that_train_in_full_go_by_the_names_of_hugging_face() {
+    let config = LoraConfig::new(2, 3.0)
+        .with_targets(ALL_LINEAR)
+        .with_modules_to_save(["attention_norm", "embeddings.norm.gamma"]);
+    let set = tiny().attach(&config).unwrap().adapters(&config).unwrap();
+    let text = set.to_string();
+    for name in [
+        "encoder.layer.1.attention.output.LayerNorm.weight",
+        "encoder.layer.0.attention.output.LayerNorm.bias",
+        "embeddings.LayerNorm.weight",
+        "encoder.layer.0.attention.output.dense",
+        "encoder.layer.0.output.dense",
+        "encoder.layer.1.intermediate.dense",
+    ] {
+        assert!(text.contains(&format!("{name} ")), "{name} is not in\n{text}");
+    }
+    assert!(!text.contains("embeddings.LayerNorm.bias"));
+    assert_identical(
+        tiny().switch(&set).unwrap().embed(&tokens(&[vec![5, 2]], &[vec![1, 1]])),
+        tiny().attach(&config).unwrap().embed(&tokens(&[vec![5, 2]], &[vec![1, 1]])),
+    );
+}
+
+#[test]
+fn adapters_of_another_depth_are_refused_by_name() {
+    let set = LoraAdapters::load(fixture("tiny/adapter"), &device::<Plain>()).unwrap();
+    let adapters = set.iter().filter(|(path, _)| !path.contains("layer.1.attention.self.query"));
+    let adapters =
+        adapters.map(|(path, it)| (path.replace("layer.1.output", "layer.7.output"), it.clone()));
+    let error = tiny().switch(&LoraAdapters::new(adapters)).unwrap_err().to_string();
+    assert!(error.contains("unexpected: encoder.layer.7.output.dense"), "{error}");
+}
+
+/// What loading says about the tiny model once `change` has been at its files.
+fn refused(name: &str, change: impl FnOnce(&Path)) -> String {
+    let dir = TempDir::new(name);
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(fixture("tiny").join(file), dir.0.join(file)).unwrap();
+    }
+    change(&dir.0);
+    pretrained::load::<Plain>(&dir.0, &device::<Plain>()).unwrap_err()
+}
+
+/// Replaces the tensors of the file by what `change` makes of them.
+fn rewrite<'a>(
+    dir: &Path,
+    bytes: &'a [u8],
+    change: impl FnOnce(&mut Vec<(String, TensorView<'a>)>),
+) {
+    let mut tensors = SafeTensors::deserialize(bytes).unwrap().tensors();
+    change(&mut tensors);
+    fs::write(dir.join("model.safetensors"), safetensors::serialize(tensors, None).unwrap())
+        .unwrap();
+}
+
+#[test]
+fn files_that_are_not_this_model_are_refused_by_name() {
+    let bytes = fs::read(fixture("tiny/model.safetensors")).unwrap();
+    let error = refused("bert-tensors", |dir| {
+        rewrite(dir, &bytes, |tensors| {
+            for (name, _) in tensors.iter_mut() {
+                match name.as_str() {
+                    "encoder.layer.0.attention.self.query.weight" => name.push_str("_orig"),
+                    // The same number of elements, in another shape.
+                    "encoder.layer.1.output.dense.weight" => {
+                        *name = "encoder.layer.1.intermediate.dense.weight".to_owned();
+                    }
+                    "encoder.layer.1.intermediate.dense.weight" => {
+                        *name = "encoder.layer.1.output.dense.weight".to_owned();
+                    }
+                    _ => {}
+                }
+            }
+        });
+    });
+    for part in [
+        "model.safetensors: ",
+        "`encoder.layer.0.attention.self.query.weight` is missing",
+        "`encoder.layer.0.attention.self.query.weight_orig` belongs to nothing",
+        "`encoder.layer.1.output.dense.weight` must be of shape [12, 20], and is [20, 12]",
+    ] {
+        assert!(error.contains(part), "{part} is not in {error}");
+    }
+
+    let config = |from: &'static str, to: &'static str| {
+        move |dir: &Path| {
+            let path = dir.join("config.json");
+            let text = fs::read_to_string(&path).unwrap();
+            assert!(text.contains(from));
+            fs::write(path, text.replace(from, to)).unwrap();
+        }
+    };
+    let error =
+        refused("bert-kind", config("\"model_type\": \"bert\"", "\"model_type\": \"gpt2\""));
+    assert!(
+        error.contains("config.json: `model_type` must be \"bert\", and is \"gpt2\""),
+        "{error}"
+    );
+    let error = refused("bert-heads", config("_heads\": 3", "_heads\": 5"));
+    assert!(error.contains("`hidden_size` 12 cannot be split"), "{error}");
+    let error = refused("bert-field", config("\"vocab_size\"", "\"vocab\""));
+    assert!(error.contains("missing field `vocab_size`"), "{error}");
+    let error = refused("bert-short", |dir| {
+        fs::write(dir.join("model.safetensors"), &bytes[..bytes.len() / 2]).unwrap();
+    });
+    assert!(error.contains("model.safetensors: "), "{error}");
+    let error = refused("bert-none", |dir| fs::remove_file(dir.join("model.safetensors")).unwrap());
+    assert!(error.contains("model.safetensors: "), "{error}");
+}
