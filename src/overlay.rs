@@ -9,7 +9,7 @@ use burn::{module::Module, tensor::backend::Backend};
 
 use crate::{LoraError, LoraLayers, LoraModule, walk};
 
-pub use module::{LoraRecord, PlacedAdapterRecord, TrainedRecord};
+pub use module::{LoraRecord, PlacedAdapterRecord};
 use slot::{Handle, Slot};
 
 /// Adapters over a module that knows nothing of them: a stock `TransformerEncoder`, `Lstm` or

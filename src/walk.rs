@@ -36,8 +36,18 @@ impl Place {
         self.names.join(".")
     }
 
+    /// The path of the module that the walk is at a parameter of.
+    pub fn module(&self) -> String {
+        self.names[..self.names.len().saturating_sub(1)].join(".")
+    }
+
+    /// The name of the parameter that the walk is at.
+    pub fn name(&self) -> &str {
+        self.names.last().map_or("", String::as_str)
+    }
+
     /// The path of the LoRA layer whose adapter the walk is in, if it is in one.
-    fn adapted_layer(&self) -> Option<String> {
+    pub fn adapted_layer(&self) -> Option<String> {
         let slot = |at: &usize| self.names[*at] == ADAPTER && self.containers[*at] == CONTAINER;
         (0..self.names.len()).find(slot).map(|at| self.names[..at].join("."))
     }
@@ -49,8 +59,7 @@ impl Place {
 
     /// Running statistics look like parameters to a walk, and no gradient may ever reach them.
     pub fn is_statistic(&self) -> bool {
-        self.container() == "Struct:BatchNorm"
-            && self.names.last().is_some_and(|name| name.starts_with("running_"))
+        self.container() == "Struct:BatchNorm" && self.name().starts_with("running_")
     }
 }
 

@@ -1,20 +1,14 @@
 //! What Burn asks of a module: the base stays frozen on every trip, and the record holds what trains.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    fmt,
-};
+use std::{collections::BTreeSet, fmt};
 
 use burn::{
     module::{
         AutodiffModule, Content, Devices, HasAutodiffModule, Module, ModuleDisplay,
-        ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+        ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
     },
     record::Record,
-    tensor::{
-        Tensor,
-        backend::{AutodiffBackend, Backend},
-    },
+    tensor::backend::{AutodiffBackend, Backend},
 };
 
 use super::{Lora, slot::Slot};
@@ -22,6 +16,7 @@ use crate::{
     LoraAdapter, LoraModule,
     adapter::LoraAdapterRecord,
     layer::{ADAPTER, CONTAINER},
+    trained::{self, TrainedRecord},
     walk,
 };
 
@@ -41,15 +36,6 @@ pub struct PlacedAdapterRecord<B: Backend> {
     pub path: String,
     /// The adapter.
     pub adapter: LoraAdapterRecord<B>,
-}
-
-/// A parameter that was trained in full.
-#[derive(Debug, Clone, Record)]
-pub struct TrainedRecord<B: Backend> {
-    /// The path of the parameter.
-    pub path: String,
-    /// The elements, row by row.
-    pub values: Param<Tensor<B, 1>>,
 }
 
 impl<B: Backend, M: Module<B>> Lora<B, M> {
@@ -147,84 +133,18 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
             layer.set_adapter(Some(LoraAdapter::from_record(adapter, &device)));
         }
         drop(layers);
-        let trained = record.trained.into_iter().map(|it| (it.path, it.values)).collect();
-        let mut loader = Loader { place: walk::Place::default(), trained };
-        let paths = loader.trained.keys().cloned().collect();
-        let base = model.base.map(&mut loader);
-        assert!(
-            loader.trained.is_empty(),
-            "the record has parameters that the module does not have: {:?}",
-            loader.trained.into_keys(),
-        );
+        let paths = record.trained.iter().map(|it| it.path.clone()).collect();
+        let base = trained::load(model.base, record.trained);
         Self { base, trained: paths, ..model }.refrozen()
     }
 
     fn into_record(self) -> Self::Record {
-        let mut saver =
-            Saver { trained: &self.trained, place: walk::Place::default(), found: vec![] };
-        self.base.visit(&mut saver);
-        let trained = saver.found;
+        let trained = trained::save(&self.base, &self.trained);
         let adapters = self.slots.into_iter().filter_map(|slot| {
             let adapter = slot.adapter?.into_record();
             Some(PlacedAdapterRecord { path: slot.path, adapter })
         });
         LoraRecord { adapters: adapters.collect(), trained }
-    }
-}
-
-/// Puts recorded parameters into the base.
-struct Loader<B: Backend> {
-    place: walk::Place,
-    /// Those that are still to be put there.
-    trained: BTreeMap<String, Param<Tensor<B, 1>>>,
-}
-
-impl<B: Backend> ModuleMapper<B> for Loader<B> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.place.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.place.exit();
-    }
-
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let path = self.place.path();
-        let Some(values) = self.trained.remove(&path) else { return param };
-        let (_, current, mapper) = param.consume();
-        let (expected, found) = (current.shape().num_elements(), values.shape().num_elements());
-        assert!(
-            expected == found,
-            "the record has {found} elements for `{path}`, and the module {expected}"
-        );
-        let value = values.val().to_device(&current.device()).reshape(current.dims());
-        Param::from_mapped_value(values.id, value.detach(), mapper)
-    }
-}
-
-/// Takes the parameters that train out of the base.
-struct Saver<'a, B: Backend> {
-    trained: &'a BTreeSet<String>,
-    place: walk::Place,
-    found: Vec<TrainedRecord<B>>,
-}
-
-impl<B: Backend> ModuleVisitor<B> for Saver<'_, B> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.place.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.place.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        let path = self.place.path();
-        if self.trained.contains(&path) {
-            let size = param.shape().num_elements();
-            let values = Param::initialized(param.id, param.val().reshape([size]));
-            self.found.push(TrainedRecord { path, values });
-        }
     }
 }
 

@@ -16,6 +16,7 @@ mod freezing;
 mod init;
 mod learner;
 mod loading;
+mod lora_plus;
 mod merging;
 mod overlay;
 mod peft;

@@ -1,0 +1,117 @@
+//! Checkpoints that are there as a whole or not at all.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    path::{Path, PathBuf},
+};
+
+use burn::{
+    record::{FileRecorder, Recorder, RecorderError},
+    tensor::backend::Backend,
+};
+use serde::{Serialize, de::DeserializeOwned};
+
+/// A recorder that writes a file beside its place, and puts it there once it is complete: a run that is
+/// killed while it writes leaves the old file, or none.
+///
+/// It takes the place of Burn's own file recorders, such as the one that it is made from. Checkpoints
+/// want full precision: half of it destroys the optimizer's second moments.
+///
+/// ```
+/// use burn::record::{FullPrecisionSettings, NamedMpkFileRecorder};
+/// use burn_lora::{AtomicRecorder, last_checkpoint};
+///
+/// # let dir = std::path::Path::new("nowhere");
+/// let recorder = AtomicRecorder::<NamedMpkFileRecorder<FullPrecisionSettings>>::default();
+/// // training.with_file_checkpointer(recorder), and to go on where it ended:
+/// if let Some(epoch) = last_checkpoint(dir).expect("the directory can be read") {
+///     // training.checkpoint(epoch)
+/// }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct AtomicRecorder<R> {
+    inner: R,
+}
+
+impl<R> AtomicRecorder<R> {
+    /// Writes as `inner` does.
+    pub fn new(inner: R) -> Self {
+        Self { inner }
+    }
+}
+
+impl<B: Backend, R: FileRecorder<B>> FileRecorder<B> for AtomicRecorder<R> {
+    fn file_extension() -> &'static str {
+        R::file_extension()
+    }
+}
+
+impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
+    type Settings = R::Settings;
+    type RecordArgs = PathBuf;
+    type RecordOutput = ();
+    type LoadArgs = PathBuf;
+
+    fn save_item<I: Serialize>(&self, item: I, mut file: PathBuf) -> Result<(), RecorderError> {
+        file.set_extension(R::file_extension());
+        // Recorders replace what comes after a dot.
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        let mut unfinished = file.with_file_name(format!("{name}{UNFINISHED}"));
+        let written = self.inner.save_item(item, unfinished.clone());
+        unfinished.set_extension(R::file_extension());
+        let moved = written.and_then(|()| {
+            // Else the name could reach the disk before the content.
+            let moved = File::open(&unfinished)
+                .and_then(|content| content.sync_all())
+                .and_then(|()| fs::rename(&unfinished, &file));
+            moved.map_err(|error| RecorderError::Unknown(format!("{}: {error}", file.display())))
+        });
+        if moved.is_err() {
+            // It may not even exist.
+            let _ = fs::remove_file(&unfinished);
+        }
+        moved
+    }
+
+    fn load_item<I: DeserializeOwned>(&self, file: &mut PathBuf) -> Result<I, RecorderError> {
+        self.inner.load_item(file)
+    }
+}
+
+/// What is added to the name of a file that is not complete.
+const UNFINISHED: &str = "~unfinished";
+
+/// The files that burn-train writes for an epoch.
+const PARTS: [&str; 3] = ["model", "optim", "scheduler"];
+
+/// The last epoch of which `directory` has the whole checkpoint: the model, the optimizer and the
+/// learning rate. `directory` is the one that burn-train's `SupervisedTraining::new` was given; one that
+/// does not exist has none.
+///
+/// A run that is killed between two files, or in the middle of one that an [`AtomicRecorder`] writes,
+/// leaves a checkpoint that is not whole: the one before it is found.
+///
+/// # Errors
+///
+/// If the directory is there and cannot be read.
+pub fn last_checkpoint(directory: impl AsRef<Path>) -> io::Result<Option<usize>> {
+    let files = match fs::read_dir(directory.as_ref().join("checkpoint")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        files => files?,
+    };
+    let mut found = BTreeMap::<usize, usize>::new();
+    for file in files {
+        let name = file?.file_name();
+        let name = name.to_string_lossy();
+        let stem = name.split('.').next().unwrap_or_default();
+        let part = stem.split_once('-').filter(|(part, _)| PARTS.contains(part));
+        if let Some((_, epoch)) = part
+            && let Ok(epoch) = epoch.parse()
+        {
+            *found.entry(epoch).or_default() += 1;
+        }
+    }
+    Ok(found.into_iter().rev().find(|(_, parts)| *parts == PARTS.len()).map(|(epoch, _)| epoch))
+}
