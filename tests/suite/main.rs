@@ -20,6 +20,7 @@ mod lora_plus;
 mod merging;
 mod overlay;
 mod peft;
+mod resuming;
 mod sizes;
 mod text;
 mod whole_model;

@@ -1,0 +1,339 @@
+//! A training that ended, or was killed, goes on from checkpoints that hold only what trains, and comes
+//! to the same bits as one that never ended.
+
+#[path = "../../examples/common/resume.rs"]
+mod resume;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+};
+
+use burn::{
+    data::{
+        dataloader::{DataLoader, DataLoaderBuilder, batcher::Batcher},
+        dataset::InMemDataset,
+    },
+    lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
+    module::{AutodiffModule, Module, Param},
+    nn::Linear,
+    optim::AdamWConfig,
+    record::{FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError},
+    tensor::{Tensor, TensorData, activation::relu, backend::Backend},
+    train::{
+        InferenceStep, Learner, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep,
+        metric::LossMetric,
+    },
+};
+use burn_lora::{
+    AtomicRecorder, LoraConfig, LoraLayer, LoraLayers, LoraLinear, LoraModule, LoraPlus, Tuned,
+    last_checkpoint,
+};
+use resume::Resumed;
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    model::{Plain, Train, device},
+    oracle::{Matrix, assert_identical, bits},
+    peft::TempDir,
+};
+
+const EPOCHS: usize = 5;
+
+#[derive(Module, Debug)]
+struct Net<B: Backend> {
+    fc: LoraLinear<B>,
+    frozen: Linear<B>,
+    head: Linear<B>,
+}
+
+impl<B: Backend> LoraModule<B> for Net<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("fc", &mut self.fc)
+    }
+}
+
+/// The same numbers each time, and in each process.
+fn base<B: Backend>() -> Net<B> {
+    let linear = |inputs, outputs, seed| Linear {
+        weight: Param::from_tensor(
+            Matrix::random(inputs, outputs, seed).tensor([inputs, outputs], &device::<B>()),
+        ),
+        bias: None,
+    };
+    Net { fc: linear(6, 40, 1).into(), frozen: linear(40, 30, 2), head: linear(30, 3, 3) }
+}
+
+fn config() -> LoraConfig {
+    LoraConfig::new(2, 3.0).with_modules_to_save(["head"]).with_seed(7)
+}
+
+#[derive(Module, Debug)]
+struct Task<B: Backend> {
+    net: Tuned<Net<B>>,
+}
+
+impl Task<Train> {
+    fn new(config: &LoraConfig) -> Self {
+        Self { net: Tuned::new(base::<Train>().attach(config).unwrap()) }
+    }
+}
+
+impl<B: Backend> Task<B> {
+    fn regression(&self, x: Tensor<B, 2>) -> RegressionOutput<B> {
+        let Net { fc, frozen, head } = &*self.net;
+        let output = head.forward(relu(frozen.forward(relu(fc.forward(x.clone())))));
+        let targets = x.narrow(1, 1, 3);
+        let loss = (output.clone() - targets.clone()).square().mean();
+        RegressionOutput::new(loss, output, targets)
+    }
+}
+
+impl TrainStep for Task<Train> {
+    type Input = Tensor<Train, 2>;
+    type Output = RegressionOutput<Train>;
+
+    fn step(&self, x: Self::Input) -> TrainOutput<Self::Output> {
+        let output = self.regression(x);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl InferenceStep for Task<Plain> {
+    type Input = Tensor<Plain, 2>;
+    type Output = RegressionOutput<Plain>;
+
+    fn step(&self, x: Self::Input) -> Self::Output {
+        self.regression(x)
+    }
+}
+
+#[derive(Clone)]
+struct Rows;
+
+impl<B: Backend> Batcher<B, Vec<f32>, Tensor<B, 2>> for Rows {
+    fn batch(&self, items: Vec<Vec<f32>>, device: &B::Device) -> Tensor<B, 2> {
+        let shape = [items.len(), 6];
+        Tensor::from_data(TensorData::new(items.concat(), shape), device)
+    }
+}
+
+/// Shuffled anew for each epoch.
+fn loader<B: Backend>() -> Arc<dyn DataLoader<B, Tensor<B, 2>>> {
+    let items = Matrix::random(90, 6, 4);
+    let rows = items.data.chunks(6).map(|row| row.iter().map(|&it| it as f32).collect()).collect();
+    DataLoaderBuilder::new(Rows).batch_size(8).shuffle(3).build(InMemDataset::new(rows))
+}
+
+type MessagePack = NamedMpkFileRecorder<FullPrecisionSettings>;
+
+/// Trains up to `epochs`, from the last checkpoint in `dir`.
+fn train<R: FileRecorder<Train> + FileRecorder<Plain> + 'static>(
+    dir: &Path,
+    epochs: usize,
+    recorder: R,
+) -> Net<Plain> {
+    let done = last_checkpoint(dir).unwrap();
+    let resumed = Resumed::new(loader::<Train>(), done.unwrap_or(0));
+    let mut training = SupervisedTraining::new(dir, Arc::new(resumed), loader::<Plain>())
+        .metrics((LossMetric::new(),))
+        .with_file_checkpointer(recorder)
+        .with_application_logger(None)
+        .num_epochs(epochs);
+    if let Some(epoch) = done {
+        training = training.checkpoint(epoch);
+    }
+    let optimizer = LoraPlus::new(AdamWConfig::new().init::<Train, Task<Train>>(), 4.0);
+    // All of the run, whenever it ends.
+    let steps = EPOCHS * 90_usize.div_ceil(8);
+    let schedule = CosineAnnealingLrSchedulerConfig::new(0.02, steps).init().unwrap();
+    let learner = Learner::new(Task::new(&config()), optimizer, schedule);
+    training.launch(learner).model.net.into_inner()
+}
+
+fn assert_same(one: &Net<Plain>, other: &Net<Plain>) {
+    let (a, b) = (one.fc.adapter().unwrap(), other.fc.adapter().unwrap());
+    assert_identical(a.a.val(), b.a.val());
+    assert_identical(a.b.val(), b.b.val());
+    assert_identical(one.head.weight.val(), other.head.weight.val());
+}
+
+#[test]
+fn a_resumed_training_comes_to_the_same_bits() {
+    let dir = TempDir::new("resumed");
+    let recorder = AtomicRecorder::<MessagePack>::default();
+    let straight = train(&dir.0.join("straight"), EPOCHS, recorder.clone());
+    for end in [2, 3, EPOCHS - 1] {
+        train(&dir.0.join("stopped"), end, recorder.clone());
+        assert_eq!(last_checkpoint(dir.0.join("stopped")).unwrap(), Some(end));
+    }
+    let resumed = train(&dir.0.join("stopped"), EPOCHS, recorder);
+    assert_same(&resumed, &straight);
+
+    // It has learnt, and what is frozen did not move.
+    let start = base::<Plain>();
+    assert_ne!(bits(resumed.head.weight.val()), bits(start.head.weight.val()));
+    assert!(bits(resumed.fc.adapter().unwrap().b.val()).iter().any(|&bits| bits != 0));
+    assert_identical(resumed.fc.base.weight.val(), start.fc.base.weight.val());
+    assert_identical(resumed.frozen.weight.val(), start.frozen.weight.val());
+}
+
+/// Writes the first half of the optimizer of epoch 3, and is gone.
+#[derive(Clone, Debug, Default)]
+struct Killed(MessagePack);
+
+impl<B: Backend> FileRecorder<B> for Killed {
+    fn file_extension() -> &'static str {
+        <MessagePack as FileRecorder<B>>::file_extension()
+    }
+}
+
+impl<B: Backend> Recorder<B> for Killed {
+    type Settings = FullPrecisionSettings;
+    type RecordArgs = PathBuf;
+    type RecordOutput = ();
+    type LoadArgs = PathBuf;
+
+    fn save_item<I: Serialize>(&self, item: I, file: PathBuf) -> Result<(), RecorderError> {
+        Recorder::<B>::save_item(&self.0, item, file.clone())?;
+        if file.to_string_lossy().contains("optim-3") {
+            let file = file.with_extension(<Self as FileRecorder<B>>::file_extension());
+            let bytes = fs::read(&file).unwrap();
+            fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+            std::process::abort();
+        }
+        Ok(())
+    }
+
+    fn load_item<I: DeserializeOwned>(&self, file: &mut PathBuf) -> Result<I, RecorderError> {
+        Recorder::<B>::load_item(&self.0, file)
+    }
+}
+
+const DIRECTORY: &str = "BURN_LORA_KILLED_IN";
+
+#[test]
+fn a_training_that_was_killed_while_it_wrote_goes_on() {
+    let dir = TempDir::new("killed");
+    let killed = Command::new(std::env::current_exe().unwrap())
+        .args(["--ignored", "--exact", "resuming::is_killed_while_it_writes"])
+        .env(DIRECTORY, dir.0.join("killed"))
+        .output()
+        .unwrap();
+    assert!(!killed.status.success(), "it must not come to its end");
+
+    // Half of a file is there, and not under its name.
+    let checkpoint = dir.0.join("killed/checkpoint");
+    let mut files: Vec<_> = fs::read_dir(&checkpoint)
+        .unwrap()
+        .map(|file| file.unwrap().file_name().into_string().unwrap())
+        .collect();
+    files.sort();
+    assert!(files.iter().any(|it| it.starts_with("optim-3~")), "{files:?}");
+    assert!(!files.contains(&"optim-3.mpk".to_owned()), "{files:?}");
+    assert_eq!(last_checkpoint(dir.0.join("killed")).unwrap(), Some(2));
+
+    let recorder = AtomicRecorder::<MessagePack>::default();
+    let resumed = train(&dir.0.join("killed"), EPOCHS, recorder.clone());
+    assert_same(&resumed, &train(&dir.0.join("straight"), EPOCHS, recorder));
+}
+
+#[test]
+#[ignore = "another test runs it in a process of its own"]
+fn is_killed_while_it_writes() {
+    let dir = std::env::var(DIRECTORY).expect("the other test says where");
+    train(Path::new(&dir), EPOCHS, AtomicRecorder::new(Killed::default()));
+}
+
+#[test]
+fn a_record_holds_what_trains_and_nothing_else() {
+    let record = Task::new(&config()).net.into_record();
+    let paths: Vec<_> = record.parameters.iter().map(|it| it.path.as_str()).collect();
+    assert_eq!(paths, ["fc.adapter.a", "fc.adapter.b", "head.weight"]);
+    let adapters: Vec<_> =
+        record.adapters.iter().map(|it| (it.path.as_str(), it.rank, it.scale)).collect();
+    assert_eq!(adapters, [("fc", 2, 3.0)]);
+
+    // The same from the model that infers, and the whole in a file.
+    let task = Task::new(&config());
+    let of = |net: Tuned<Net<Plain>>| net.into_record().parameters.len();
+    assert_eq!(of(task.net.valid()), 3);
+    let dir = TempDir::new("tuned-size");
+    task.save_file(dir.0.join("task"), &AtomicRecorder::<MessagePack>::default()).unwrap();
+    let size = fs::metadata(dir.0.join("task.mpk")).unwrap().len() as usize;
+    let values = 4 * (2 * (6 + 40) + 30 * 3);
+    assert!((values..values + 1000).contains(&size), "{size} bytes for {values} of values");
+}
+
+#[test]
+fn what_trains_does_so_after_every_trip() {
+    let trains = |net: &Tuned<Net<Train>>| {
+        let a = net.fc.adapter().unwrap().a.val().is_require_grad();
+        [a, net.head.weight.val().is_require_grad(), net.frozen.weight.val().is_require_grad()]
+    };
+    let device = device::<Train>();
+    let net = Task::new(&config()).net;
+    for trip in [
+        net.clone(),
+        net.clone().to_device(&device),
+        net.clone().fork(&device),
+        // Burn by itself forgets that the head trains, here.
+        net.valid().clone().train::<Train>(),
+        net.valid().to_device(&device).train::<Train>(),
+        net.clone().load_record(net.clone().into_record()),
+    ] {
+        assert_eq!(trains(&trip), [true, true, false]);
+    }
+}
+
+#[test]
+#[should_panic(expected = "the model has the adapters")]
+fn a_record_of_another_rank_is_refused() {
+    let other = LoraConfig::new(3, 3.0).with_modules_to_save(["head"]);
+    Task::new(&config()).load_record(Task::new(&other).into_record());
+}
+
+#[test]
+#[should_panic(expected = "lacks parameters that train: [\"head.weight\"]")]
+fn a_record_without_the_head_is_refused() {
+    let other = LoraConfig::new(2, 3.0);
+    Task::new(&config()).load_record(Task::new(&other).into_record());
+}
+
+#[test]
+fn a_save_that_fails_leaves_the_old_file() {
+    /// Serializes to an error.
+    struct Broken;
+    impl Serialize for Broken {
+        fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {
+            Err(serde::ser::Error::custom("broken"))
+        }
+    }
+    let dir = TempDir::new("atomic");
+    let (path, recorder) = (dir.0.join("file"), AtomicRecorder::<MessagePack>::default());
+    Recorder::<Plain>::save_item(&recorder, "old", path.clone()).unwrap();
+    assert!(Recorder::<Plain>::save_item(&recorder, Broken, path.clone()).is_err());
+    let content: String = Recorder::<Plain>::load_item(&recorder, &mut path.clone()).unwrap();
+    assert_eq!(content, "old");
+    Recorder::<Plain>::save_item(&recorder, "new", path.clone()).unwrap();
+    let content: String = Recorder::<Plain>::load_item(&recorder, &mut path.clone()).unwrap();
+    assert_eq!(content, "new");
+    assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 1, "nothing else is left");
+}
+
+#[test]
+fn only_whole_checkpoints_are_found() {
+    let dir = TempDir::new("whole");
+    let (path, last) = (dir.0.join("checkpoint"), || last_checkpoint(&dir.0).unwrap());
+    assert_eq!(last(), None);
+    fs::create_dir(&path).unwrap();
+    let touch = |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), []).unwrap());
+    touch(&["model-9.mpk", "optim-9.mpk", "scheduler-9.mpk"]);
+    touch(&["model-10.mpk", "optim-10~unfinished.mpk", "scheduler-10.mpk"]);
+    touch(&["model-11.mpk", "notes-11.mpk", "model-best.mpk", "README"]);
+    assert_eq!(last(), Some(9));
+    touch(&["optim-10.mpk"]);
+    assert_eq!(last(), Some(10));
+}
