@@ -111,7 +111,7 @@ fn run(args: Args) -> Result<()> {
 
     // 1. One base, and a set of adapters for each task.
     Plain::seed(&Default::default(), args.seed);
-    let base = train(&args, "base", Mlp::new(&Default::default()), 1e-3, &digits);
+    let base = train(&args, "base", Mlp::new(&Default::default()), 1e-3, &digits)?;
     let base_bytes = 4 * base.num_params();
     let changes: [(&str, fn(&_) -> _); 4] = [
         ("left", |image| rotate(image, 60.0)),
@@ -123,7 +123,7 @@ fn run(args: Args) -> Result<()> {
     for (name, change) in changes {
         let digits = digits.map(change);
         let model = base.clone().train::<Train>().attach(&config).context("attaching adapters")?;
-        let model = train(&args, name, model, 5e-3, &digits);
+        let model = train(&args, name, model, 5e-3, &digits)?;
         let adapters = model.adapters(&config).context("taking the adapters")?;
         tasks.push(Task { name, digits, adapters });
     }
@@ -199,7 +199,7 @@ fn run(args: Args) -> Result<()> {
 
     // 6. Fewer ranks: cut off the adapters, or taken from a model that was trained in full.
     let full = base.clone().train::<Train>().unfreeze();
-    let full = train(&args, "left, in full", full, 1e-3, &left.digits);
+    let full = train(&args, "left, in full", full, 1e-3, &left.digits)?;
     accuracies.insert("full fine-tuning on left".to_owned(), judge(&full, &left.digits));
     let mut by_rank = [Vec::new(), Vec::new()];
     for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= args.rank) {
@@ -288,11 +288,18 @@ fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-fn train(args: &Args, name: &str, model: Mlp<Train>, rate: f64, digits: &Digits) -> Mlp<Plain> {
-    let logs = args.out.join("logs");
-    let (epochs, seed) = (args.epochs, args.seed);
-    let recipe = Recipe { name, learning_rate: rate, epochs, seed, logs: &logs };
-    fit(&recipe, model, &digits.train, &digits.test).0
+fn train(
+    args: &Args,
+    name: &str,
+    model: Mlp<Train>,
+    learning_rate: f64,
+    digits: &Digits,
+) -> Result<Mlp<Plain>> {
+    let logs = &args.out.join("logs");
+    let &Args { epochs, seed, .. } = args;
+    let (lora_plus, start) = (1.0, None);
+    let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, start, logs };
+    Ok(fit(&recipe, model, &digits.train, &digits.test)?.0)
 }
 
 fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {

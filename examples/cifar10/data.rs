@@ -5,7 +5,12 @@ mod official;
 
 use std::path::Path;
 
-use crate::common::{Result, classifier::Picture};
+use burn::tensor::{Tensor, backend::Backend};
+
+use crate::common::{
+    Result,
+    classifier::{Sample, stack_images},
+};
 
 /// The side of an image, in pixels.
 pub const SIDE: usize = 32;
@@ -23,13 +28,15 @@ pub struct Photo {
     pub label: u8,
 }
 
-impl Picture for Photo {
-    fn pixels(&self) -> &[u8] {
-        &self.pixels
-    }
+impl Sample for Photo {
+    type Input<B: Backend> = Tensor<B, 2>;
 
     fn label(&self) -> u8 {
         self.label
+    }
+
+    fn stack<B: Backend>(samples: &[Self], device: &B::Device) -> Tensor<B, 2> {
+        stack_images(samples.iter().map(|it| &it.pixels[..]), device)
     }
 }
 

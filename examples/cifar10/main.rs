@@ -119,13 +119,16 @@ fn run(args: Args) -> Result<()> {
         out: &args.out,
         epochs: args.epochs,
         seed: args.seed,
+        lora_plus: 1.0,
+        start: None,
         old_test: &photos.test,
     };
 
     // 1. A base that knows photographs, and has never seen a negative.
     Plain::seed(&Default::default(), args.seed);
     let base = Cnn::<Train>::new(&Default::default());
-    let (base, _) = job.fit("base: photographs", base, LEARNING_RATE, &photos.train, &photos.test);
+    let (base, _) =
+        job.fit("base: photographs", base, LEARNING_RATE, &photos.train, &photos.test)?;
     let base_logits = logits(&base, &photos.test);
     let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
     let base_accuracy_new = accuracy(logits(&base, &negatives.test), &negatives.test);
@@ -141,9 +144,9 @@ fn run(args: Args) -> Result<()> {
     let last = train().freeze(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
     let (new, test) = (&negatives.train, &negatives.test);
-    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, new, test)?;
-    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, new, test)?;
-    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, new, test)?;
+    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, new, test, test)?;
+    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, new, test, test)?;
+    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, new, test, test)?;
 
     // 3. Merged into the kernels, the adapters cost nothing and compute the same; switched off, they
     // leave the base as it was, to the bit.

@@ -7,22 +7,13 @@ use burn::{
         conv::Conv2dConfig,
         pool::{AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig},
     },
-    tensor::{
-        Tensor,
-        activation::relu,
-        backend::{AutodiffBackend, Backend},
-    },
-    train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
+    tensor::{Tensor, activation::relu, backend::Backend},
 };
 use burn_lora::{LoraConv2d, LoraLayers, LoraLinear, LoraModule};
 
 use crate::{
-    common::{
-        adaptation::Learns,
-        backend::Train,
-        classifier::{Classifier, Images},
-    },
-    data::{CHANNELS, SIDE},
+    common::classifier::Classifier,
+    data::{CHANNELS, Photo, SIDE},
 };
 
 /// A convolutional network for images of 32×32 pixels.
@@ -67,6 +58,8 @@ impl<B: Backend> LoraModule<B> for Cnn<B> {
 }
 
 impl<B: Backend> Classifier<B> for Cnn<B> {
+    type Sample = Photo;
+
     fn logits(&self, pixels: Tensor<B, 2>) -> Tensor<B, 2> {
         let [batch, _] = pixels.dims();
         let image = pixels.reshape([batch, CHANNELS, SIDE, SIDE]).sub_scalar(0.5);
@@ -75,24 +68,3 @@ impl<B: Backend> Classifier<B> for Cnn<B> {
         self.head.forward(self.pool.forward(features).flatten::<2>(1, 3))
     }
 }
-
-impl<B: AutodiffBackend> TrainStep for Cnn<B> {
-    type Input = Images<B>;
-    type Output = ClassificationOutput<B>;
-
-    fn step(&self, images: Images<B>) -> TrainOutput<ClassificationOutput<B>> {
-        let output = self.classify(images);
-        TrainOutput::new(self, output.loss.backward(), output)
-    }
-}
-
-impl<B: Backend> InferenceStep for Cnn<B> {
-    type Input = Images<B>;
-    type Output = ClassificationOutput<B>;
-
-    fn step(&self, images: Images<B>) -> ClassificationOutput<B> {
-        self.classify(images)
-    }
-}
-
-impl Learns for Cnn<Train> {}

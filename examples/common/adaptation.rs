@@ -2,18 +2,14 @@
 
 use std::{path::Path, time::Duration};
 
-use burn::{
-    module::AutodiffModule,
-    tensor::Tensor,
-    train::{ClassificationOutput, InferenceStep, TrainStep},
-};
+use burn::tensor::Tensor;
 use burn_lora::{LoraConfig, LoraModule, ParameterReport};
 use serde::Serialize;
 
 use super::{
     Context, Result,
     backend::{Plain, Train},
-    classifier::{Classifier, Images, Picture, Recipe, accuracy, fit, logits},
+    classifier::{Classifier, Learns, Recipe, Sample, Start, accuracy, fit, logits},
     file_name,
     plot::{Panel, SeriesLabelPosition, draw},
     progress::History,
@@ -29,7 +25,8 @@ pub struct Method {
     pub total: usize,
     pub epoch_seconds: f64,
     pub accuracy_new: f64,
-    pub accuracy_old: f64,
+    /// The accuracy on the old task, where there is one.
+    pub accuracy_old: Option<f64>,
     /// The accuracy on the old task once the adapters are switched off, where there are any.
     pub accuracy_old_switched_off: Option<f64>,
     /// What has to be kept of the result, next to the base: the size of the adapters' files, or of
@@ -39,59 +36,53 @@ pub struct Method {
     pub history: History,
 }
 
-/// A model that an example trains and adapts.
-pub trait Learns: AutodiffModule<
-        Train,
-        InnerModule: LoraModule<Plain>
-                         + Classifier<Plain>
-                         + InferenceStep<Input = Images<Plain>, Output = ClassificationOutput<Plain>>
-                         + 'static,
-    > + LoraModule<Train>
-    + TrainStep<Input = Images<Train>, Output = ClassificationOutput<Train>>
-    + std::fmt::Display
-    + 'static
-{
-}
-
 /// What all trainings of an example have in common.
-pub struct Job<'a, P> {
+pub struct Job<'a, S> {
     pub config: &'a LoraConfig,
     /// Where logs and adapters go.
     pub out: &'a Path,
     pub epochs: usize,
     pub seed: u64,
-    /// Pictures of the task that the base was trained on.
-    pub old_test: &'a [P],
+    /// How much faster B learns than A (LoRA+); 1 for as fast.
+    pub lora_plus: f64,
+    /// Whether checkpoints are kept, and where to start.
+    pub start: Option<Start>,
+    /// Samples of the task that the base was trained on, where that is one of the same kind.
+    pub old_test: &'a [S],
 }
 
-impl<P: Picture> Job<'_, P> {
-    pub fn fit<M: Learns>(
+impl<S: Sample> Job<'_, S> {
+    pub fn fit<M: Learns + Classifier<Train, Sample = S>>(
         &self,
         name: &str,
         model: M,
         learning_rate: f64,
-        train: &[P],
-        test: &[P],
-    ) -> (M::InnerModule, History) {
-        let logs = self.out.join("logs");
-        let (epochs, seed) = (self.epochs, self.seed);
-        fit(&Recipe { name, learning_rate, epochs, seed, logs: &logs }, model, train, test)
+        train: &[S],
+        test: &[S],
+    ) -> Result<(M::InnerModule, History)> {
+        let logs = &self.out.join("logs");
+        let &Self { epochs, seed, lora_plus, start, .. } = self;
+        let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, start, logs };
+        fit(&recipe, model, train, test)
     }
 
-    /// Trains on the new task, and judges on both.
-    pub fn adapt<M: Learns>(
+    /// Trains on the new task, judges what is `watched` after each epoch, and in the end on both tasks.
+    pub fn adapt<M: Learns + Classifier<Train, Sample = S>>(
         &self,
         name: &'static str,
         model: M,
         learning_rate: f64,
-        train: &[P],
-        test: &[P],
+        train: &[S],
+        watched: &[S],
+        test: &[S],
     ) -> Result<(Method, M::InnerModule)> {
         let ParameterReport { trainable, total, layers, .. } = model.parameters();
         let adapted = layers.iter().any(|layer| layer.adapter.is_some());
-        let old_accuracy =
-            |model: &M::InnerModule| accuracy(logits(model, self.old_test), self.old_test);
-        let (model, history) = self.fit(name, model, learning_rate, train, test);
+        let old_accuracy = |model: &M::InnerModule| {
+            let old = (!self.old_test.is_empty()).then_some(self.old_test);
+            old.map(|test| accuracy(logits(model, test), test))
+        };
+        let (model, history) = self.fit(name, model, learning_rate, train, watched)?;
         let seconds = history.durations.iter().sum::<Duration>().as_secs_f64();
         let method = Method {
             name,
@@ -100,7 +91,7 @@ impl<P: Picture> Job<'_, P> {
             epoch_seconds: seconds / history.durations.len() as f64,
             accuracy_new: accuracy(logits(&model, test), test),
             accuracy_old: old_accuracy(&model),
-            accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())),
+            accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())).flatten(),
             bytes: match adapted {
                 true => self.save_adapters(name, &model)?,
                 false => (trainable * size_of::<f32>()) as u64,
@@ -133,6 +124,8 @@ pub fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {
 /// The table of what came of each way.
 pub fn results(methods: &[Method]) -> String {
     let full = methods[0].epoch_seconds;
+    let percent =
+        |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2} %"));
     let rows: Vec<_> = methods
         .iter()
         .map(|method| {
@@ -142,8 +135,8 @@ pub fn results(methods: &[Method]) -> String {
                 format!("{:.2} %", 100.0 * method.trainable as f64 / method.total as f64),
                 format!("{:.2}", method.epoch_seconds / full),
                 format!("{:.2} %", method.accuracy_new),
-                format!("{:.2} %", method.accuracy_old),
-                method.accuracy_old_switched_off.map_or("-".to_owned(), |it| format!("{it:.2} %")),
+                percent(method.accuracy_old),
+                percent(method.accuracy_old_switched_off),
                 grouped(method.bytes as usize),
             ]
         })

@@ -1,6 +1,9 @@
-//! Training and judging a classifier of images with burn-train.
+//! Training and judging a classifier with burn-train.
 
 use std::{
+    fmt::Debug,
+    fs,
+    marker::PhantomData,
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -11,68 +14,164 @@ use burn::{
         dataset::InMemDataset,
     },
     lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
-    module::AutodiffModule,
+    module::{AutodiffModule, Module, ModuleDisplay},
     nn::loss::CrossEntropyLossConfig,
     optim::AdamConfig,
+    record::{FullPrecisionSettings, NamedMpkFileRecorder},
     tensor::{Int, Tensor, TensorData, backend::Backend},
     train::{
-        ClassificationOutput, InferenceStep, Learner, SupervisedTraining, TrainStep,
+        ClassificationOutput, InferenceStep, Learner, SupervisedTraining, TrainOutput, TrainStep,
         metric::{AccuracyMetric, LossMetric},
     },
 };
+use burn_lora::{AtomicRecorder, LoraModule, LoraPlus, Tuned, last_checkpoint};
 
 use super::{
+    Context, Result,
     backend::{Plain, Train},
     file_name,
     progress::{History, Reporter, Timed},
+    resume::Resumed,
 };
 
-const BATCH: usize = 64;
+/// Something to classify.
+pub trait Sample: Clone + Send + Sync + Debug + 'static {
+    /// What a model reads of several samples.
+    type Input<B: Backend>: Clone + Send + Debug + 'static;
 
-/// An image and what it shows.
-pub trait Picture: Clone + Send + Sync + std::fmt::Debug + 'static {
-    /// The values of its pixels.
-    fn pixels(&self) -> &[u8];
+    /// How many samples a training step takes.
+    const BATCH: usize = 64;
 
     /// The class.
     fn label(&self) -> u8;
+
+    fn stack<B: Backend>(samples: &[Self], device: &B::Device) -> Self::Input<B>;
+
+    /// Batches of the samples, in an order that is drawn anew for each epoch if there is a seed.
+    fn batches<B: Backend>(
+        samples: &[Self],
+        seed: Option<u64>,
+    ) -> Arc<dyn DataLoader<B, Batch<B, Self>>> {
+        shuffled(DataLoaderBuilder::new(Stack).batch_size(Self::BATCH), seed)
+            .build(InMemDataset::new(samples.to_vec()))
+    }
 }
 
-/// Images and what they show.
+/// Samples to train on or to judge by.
 #[derive(Clone, Debug)]
-pub struct Images<B: Backend> {
-    /// Values from 0 to 1: `[batch, pixels]`.
-    pub pixels: Tensor<B, 2>,
+pub struct Batch<B: Backend, S: Sample> {
+    pub input: S::Input<B>,
     /// The classes: `[batch]`.
     pub labels: Tensor<B, 1, Int>,
+}
+
+impl<B: Backend, S: Sample> Batch<B, S> {
+    pub fn new(samples: &[S], device: &B::Device) -> Self {
+        let labels: Vec<i32> = samples.iter().map(|sample| i32::from(sample.label())).collect();
+        let labels = Tensor::from_data(TensorData::new(labels, [samples.len()]), device);
+        Self { input: S::stack(samples, device), labels }
+    }
 }
 
 #[derive(Clone)]
 struct Stack;
 
-impl<B: Backend, P: Picture> Batcher<B, P, Images<B>> for Stack {
-    fn batch(&self, items: Vec<P>, device: &B::Device) -> Images<B> {
-        let bytes = items.iter().flat_map(|picture| picture.pixels());
-        let pixels: Vec<f32> = bytes.map(|byte| f32::from(*byte) / 255.0).collect();
-        let labels: Vec<i32> = items.iter().map(|picture| i32::from(picture.label())).collect();
-        let shape = [items.len(), pixels.len() / items.len()];
-        Images {
-            pixels: Tensor::from_data(TensorData::new(pixels, shape), device),
-            labels: Tensor::from_data(TensorData::new(labels, [items.len()]), device),
-        }
+impl<B: Backend, S: Sample> Batcher<B, S, Batch<B, S>> for Stack {
+    fn batch(&self, samples: Vec<S>, device: &B::Device) -> Batch<B, S> {
+        Batch::new(&samples, device)
     }
 }
 
-/// A model that gives each image a logit per class: `[batch, pixels]` to `[batch, classes]`.
-pub trait Classifier<B: Backend> {
-    fn logits(&self, pixels: Tensor<B, 2>) -> Tensor<B, 2>;
-
-    fn classify(&self, images: Images<B>) -> ClassificationOutput<B> {
-        let logits = self.logits(images.pixels);
-        let loss = CrossEntropyLossConfig::new().init(&logits.device());
-        let loss = loss.forward(logits.clone(), images.labels.clone());
-        ClassificationOutput::new(loss, logits, images.labels)
+/// A loader with the seed, if there is one.
+pub fn shuffled<B: Backend, I, O>(
+    builder: DataLoaderBuilder<B, I, O>,
+    seed: Option<u64>,
+) -> DataLoaderBuilder<B, I, O>
+where
+    I: Send + Sync + Clone + Debug + 'static,
+    O: Send + Clone + Debug + 'static,
+{
+    match seed {
+        Some(seed) => builder.shuffle(seed),
+        None => builder,
     }
+}
+
+/// Images as rows of values from 0 to 1: `[batch, pixels]`.
+pub fn stack_images<'a, B: Backend>(
+    images: impl ExactSizeIterator<Item = &'a [u8]>,
+    device: &B::Device,
+) -> Tensor<B, 2> {
+    let rows = images.len();
+    let values: Vec<f32> = images.flatten().map(|byte| f32::from(*byte) / 255.0).collect();
+    let shape = [rows, values.len() / rows];
+    Tensor::from_data(TensorData::new(values, shape), device)
+}
+
+/// A model that gives each sample a logit per class.
+pub trait Classifier<B: Backend> {
+    type Sample: Sample;
+
+    /// The logits: `[batch, classes]`.
+    fn logits(&self, input: <Self::Sample as Sample>::Input<B>) -> Tensor<B, 2>;
+
+    fn classify(&self, batch: Batch<B, Self::Sample>) -> ClassificationOutput<B> {
+        let logits = self.logits(batch.input);
+        let loss = CrossEntropyLossConfig::new().init(&logits.device());
+        let loss = loss.forward(logits.clone(), batch.labels.clone());
+        ClassificationOutput::new(loss, logits, batch.labels)
+    }
+}
+
+/// A model in training, as burn-train takes it. Its checkpoints hold only what trains.
+#[derive(Module, Debug)]
+struct Task<B: Backend, M> {
+    model: Tuned<M>,
+    backend: PhantomData<B>,
+}
+
+impl<M: Learns> TrainStep for Task<Train, M> {
+    type Input = Batch<Train, M::Sample>;
+    type Output = ClassificationOutput<Train>;
+
+    fn step(&self, batch: Self::Input) -> TrainOutput<Self::Output> {
+        let output = self.model.classify(batch);
+        TrainOutput::new(self, output.loss.backward(), output)
+    }
+}
+
+impl<M: Classifier<Plain> + Module<Plain> + ModuleDisplay> InferenceStep for Task<Plain, M> {
+    type Input = Batch<Plain, M::Sample>;
+    type Output = ClassificationOutput<Plain>;
+
+    fn step(&self, batch: Self::Input) -> Self::Output {
+        self.model.classify(batch)
+    }
+}
+
+/// A model that can be trained here.
+pub trait Learns:
+    AutodiffModule<
+        Train,
+        InnerModule: LoraModule<Plain>
+                         + Classifier<Plain, Sample = <Self as Classifier<Train>>::Sample>
+                         + ModuleDisplay
+                         + 'static,
+    > + LoraModule<Train>
+    + Classifier<Train>
+    + ModuleDisplay
+    + 'static
+{
+}
+
+impl<M> Learns for M
+where
+    M: LoraModule<Train> + Classifier<Train> + AutodiffModule<Train> + ModuleDisplay + 'static,
+    M::InnerModule: LoraModule<Plain>
+        + Classifier<Plain, Sample = <M as Classifier<Train>>::Sample>
+        + ModuleDisplay
+        + 'static,
+{
 }
 
 /// How to train.
@@ -83,73 +182,92 @@ pub struct Recipe<'a> {
     pub learning_rate: f64,
     pub epochs: usize,
     pub seed: u64,
+    /// How much faster B learns than A (LoRA+); 1 for as fast.
+    pub lora_plus: f64,
+    /// Whether checkpoints are kept, and where to start.
+    pub start: Option<Start>,
     /// The directory in which burn-train gets one for its logs.
     pub logs: &'a Path,
 }
 
+/// Where a training starts, of which checkpoints are kept.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Start {
+    /// From the model as it is.
+    Fresh,
+    /// From the last checkpoint, if there is one.
+    Checkpoint,
+}
+
+type Recorder = AtomicRecorder<NamedMpkFileRecorder<FullPrecisionSettings>>;
+
 /// Trains what is trainable in `model`, with Adam.
-pub fn fit<M, P: Picture>(
+pub fn fit<M: Learns>(
     recipe: &Recipe,
     model: M,
-    pictures: &[P],
-    test: &[P],
-) -> (M::InnerModule, History)
-where
-    M: AutodiffModule<Train>
-        + TrainStep<Input = Images<Train>, Output = ClassificationOutput<Train>>
-        + std::fmt::Display
-        + 'static,
-    M::InnerModule:
-        InferenceStep<Input = Images<Plain>, Output = ClassificationOutput<Plain>> + 'static,
-{
-    let history = Arc::new(Mutex::new(History::default()));
+    samples: &[SampleOf<M>],
+    test: &[SampleOf<M>],
+) -> Result<(M::InnerModule, History)> {
     let dir = recipe.logs.join(file_name(recipe.name));
-    // burn-train adds to the logs that it finds.
-    let _ = std::fs::remove_dir_all(&dir);
-    let batches = loader::<Train, P>(pictures, Some(recipe.seed));
+    let (mut done, mut history) = (0, History::default());
+    if recipe.start == Some(Start::Checkpoint) {
+        let checkpoint = last_checkpoint(&dir).context(dir.display())?;
+        history = History::read(&dir)?;
+        // The history may be one epoch behind. Of the last two there are checkpoints.
+        done = checkpoint.unwrap_or(0).min(history.accuracies.len());
+        history.truncate(done);
+    }
+    if done == 0 {
+        // burn-train adds to the logs that it finds.
+        let _ = fs::remove_dir_all(&dir);
+    }
+    let history = Arc::new(Mutex::new(history));
+    let batches = SampleOf::<M>::batches::<Train>(samples, Some(recipe.seed));
+    let batches = Arc::new(Resumed::new(batches, done));
     let timed = Timed { loader: batches, history: history.clone() };
-    let training = SupervisedTraining::new(&dir, Arc::new(timed), loader::<Plain, P>(test, None))
+    let test = SampleOf::<M>::batches::<Plain>(test, None);
+    let mut training = SupervisedTraining::new(&dir, Arc::new(timed), test)
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_application_logger(None)
         .num_epochs(recipe.epochs);
-    let reporter = Reporter::new(recipe.name, training.interrupter(), history.clone());
-    let steps = recipe.epochs * pictures.len().div_ceil(BATCH);
+    if recipe.start.is_some() {
+        training = training.with_file_checkpointer(Recorder::default());
+    }
+    if done > 0 {
+        println!("{:<24} goes on after epoch {done}", recipe.name);
+        training = training.checkpoint(done);
+    }
+    let kept = recipe.start.is_some().then(|| dir.clone());
+    let reporter = Reporter::new(recipe.name, training.interrupter(), history.clone(), kept);
+    let steps = recipe.epochs * samples.len().div_ceil(SampleOf::<M>::BATCH);
     let schedule = CosineAnnealingLrSchedulerConfig::new(recipe.learning_rate, steps);
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
-    let learner = Learner::new(model, AdamConfig::new().init::<Train, M>(), schedule);
-    let result = training.renderer(reporter).launch(learner);
+    // With a ratio of 1 this is Adam itself.
+    let adam = LoraPlus::new(AdamConfig::new().init::<Train, Task<Train, M>>(), recipe.lora_plus);
+    let task = Task { model: Tuned::new(model), backend: PhantomData };
+    let result = training.renderer(reporter).launch(Learner::new(task, adam, schedule));
     // The renderer ends with its thread, and lets go of the terminal.
     drop(result.renderer);
     let history = history.lock().expect("nobody panics with the lock").clone();
-    (result.model, history)
+    Ok((result.model.model.into_inner(), history))
 }
 
-/// The logits of all images, one row each.
-pub fn logits<M: Classifier<Plain>>(model: &M, pictures: &[impl Picture]) -> Tensor<Plain, 2> {
-    let batches = pictures.chunks(500).map(|pictures| {
-        let images: Images<Plain> = Stack.batch(pictures.to_vec(), &Default::default());
-        model.logits(images.pixels)
-    });
+/// What the model classifies.
+pub type SampleOf<M> = <M as Classifier<Train>>::Sample;
+
+/// The logits of all samples, one row each.
+pub fn logits<M: Classifier<Plain>>(model: &M, samples: &[M::Sample]) -> Tensor<Plain, 2> {
+    let batches = samples.chunks(200);
+    let batches =
+        batches.map(|samples| model.logits(M::Sample::stack(samples, &Default::default())));
     Tensor::cat(batches.collect(), 0)
 }
 
-/// The share of images whose largest logit is that of their class, in percent.
-pub fn accuracy(logits: Tensor<Plain, 2>, pictures: &[impl Picture]) -> f64 {
+/// The share of samples whose largest logit is that of their class, in percent.
+pub fn accuracy(logits: Tensor<Plain, 2>, samples: &[impl Sample]) -> f64 {
     let classes = logits.argmax(1).into_data().convert::<i64>().to_vec::<i64>();
     let classes = classes.expect("the data was converted to this type");
-    let right = classes.iter().zip(pictures);
+    let right = classes.iter().zip(samples);
     let right = right.filter(|(class, it)| **class == i64::from(it.label()));
-    100.0 * right.count() as f64 / pictures.len() as f64
-}
-
-/// Batches of the images, shuffled anew for each epoch if there is a seed.
-fn loader<B: Backend, P: Picture>(
-    pictures: &[P],
-    seed: Option<u64>,
-) -> Arc<dyn DataLoader<B, Images<B>>> {
-    let mut builder = DataLoaderBuilder::new(Stack).batch_size(BATCH);
-    if let Some(seed) = seed {
-        builder = builder.shuffle(seed);
-    }
-    builder.build(InMemDataset::new(pictures.to_vec()))
+    100.0 * right.count() as f64 / samples.len() as f64
 }

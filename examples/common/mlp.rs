@@ -3,20 +3,13 @@
 use burn::{
     module::Module,
     nn::LinearConfig,
-    tensor::{
-        Tensor,
-        activation::relu,
-        backend::{AutodiffBackend, Backend},
-    },
-    train::{ClassificationOutput, InferenceStep, TrainOutput, TrainStep},
+    tensor::{Tensor, activation::relu, backend::Backend},
 };
 use burn_lora::{LoraLayers, LoraLinear, LoraModule};
 
 use super::{
-    adaptation::Learns,
-    backend::Train,
-    classifier::{Classifier, Images},
-    digits::PIXELS,
+    classifier::Classifier,
+    digits::{Digit, PIXELS},
 };
 
 /// A perceptron that reads digits: 784 pixels, 512 and 256 hidden units, 10 classes.
@@ -45,30 +38,11 @@ impl<B: Backend> LoraModule<B> for Mlp<B> {
 }
 
 impl<B: Backend> Classifier<B> for Mlp<B> {
+    type Sample = Digit;
+
     fn logits(&self, pixels: Tensor<B, 2>) -> Tensor<B, 2> {
         let x = relu(self.fc1.forward(pixels));
         let x = relu(self.fc2.forward(x));
         self.head.forward(x)
     }
 }
-
-impl<B: AutodiffBackend> TrainStep for Mlp<B> {
-    type Input = Images<B>;
-    type Output = ClassificationOutput<B>;
-
-    fn step(&self, images: Images<B>) -> TrainOutput<ClassificationOutput<B>> {
-        let output = self.classify(images);
-        TrainOutput::new(self, output.loss.backward(), output)
-    }
-}
-
-impl<B: Backend> InferenceStep for Mlp<B> {
-    type Input = Images<B>;
-    type Output = ClassificationOutput<B>;
-
-    fn step(&self, images: Images<B>) -> ClassificationOutput<B> {
-        self.classify(images)
-    }
-}
-
-impl Learns for Mlp<Train> {}

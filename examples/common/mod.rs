@@ -11,6 +11,7 @@ pub mod download;
 pub mod mlp;
 pub mod plot;
 pub mod progress;
+pub mod resume;
 pub mod table;
 
 use std::{fs, path::Path, process::ExitCode};

@@ -2,7 +2,9 @@
 //! elsewhere. Either way, what was seen is kept.
 
 use std::{
+    fs,
     io::{IsTerminal, stdout},
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -20,9 +22,12 @@ use burn::{
         },
     },
 };
+use serde::{Deserialize, Serialize};
+
+use super::{Context, Result, download::write_atomically};
 
 /// What a training left behind.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct History {
     /// The training loss of every step.
     pub losses: Vec<f64>,
@@ -32,6 +37,37 @@ pub struct History {
     pub durations: Vec<Duration>,
 }
 
+/// The file next to the checkpoints.
+const HISTORY: &str = "history.json";
+
+impl History {
+    /// What was kept in `dir`; nothing if it is not there.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(HISTORY);
+        match fs::read(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            bytes => {
+                let bytes = bytes.context(path.display())?;
+                serde_json::from_slice(&bytes).context(path.display())
+            }
+        }
+    }
+
+    fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(HISTORY);
+        let json = serde_json::to_vec(self).context(path.display())?;
+        write_atomically(&path, &json).context(path.display())
+    }
+
+    /// Forgets all but the first epochs.
+    pub fn truncate(&mut self, epochs: usize) {
+        let steps = self.losses.len() / self.accuracies.len().max(1);
+        self.losses.truncate(epochs * steps);
+        self.accuracies.truncate(epochs);
+        self.durations.truncate(epochs);
+    }
+}
+
 pub type SharedHistory = Arc<Mutex<History>>;
 
 /// Shows the progress of one training, and records its [`History`].
@@ -39,6 +75,8 @@ pub struct Reporter {
     name: String,
     dashboard: Option<TuiMetricsRendererWrapper>,
     history: SharedHistory,
+    /// Where the history is kept, if it is.
+    kept: Option<PathBuf>,
     /// The metrics' ids and names.
     metrics: Vec<(MetricId, String)>,
     /// Sums over the epoch, of values and of counts.
@@ -65,13 +103,19 @@ impl Mean {
 }
 
 impl Reporter {
-    pub fn new(name: &str, interrupter: Interrupter, history: SharedHistory) -> Self {
+    pub fn new(
+        name: &str,
+        interrupter: Interrupter,
+        history: SharedHistory,
+        kept: Option<PathBuf>,
+    ) -> Self {
         let dashboard =
             stdout().is_terminal().then(|| TuiMetricsRendererWrapper::new(interrupter, None));
         Self {
             name: name.to_owned(),
             dashboard,
             history,
+            kept,
             metrics: Vec::new(),
             accuracy: Mean::default(),
             loss: Mean::default(),
@@ -94,6 +138,11 @@ impl Reporter {
         let (accuracy, loss) = (self.accuracy.take(), self.loss.take());
         let mut history = self.history.lock().expect("nobody panics with the lock");
         history.accuracies.push(accuracy);
+        if let Some(dir) = &self.kept
+            && let Err(error) = history.write(dir)
+        {
+            eprintln!("warning: {error}");
+        }
         if self.dashboard.is_none() {
             let seconds = history.durations.last().map_or(0.0, Duration::as_secs_f64);
             println!(
@@ -142,7 +191,7 @@ impl MetricsRendererTraining for Reporter {
     fn on_train_end(
         &mut self,
         summary: Option<LearnerSummary>,
-    ) -> Result<(), Box<dyn std::error::Error>> {
+    ) -> std::result::Result<(), Box<dyn std::error::Error>> {
         self.dashboard.as_mut().map_or(Ok(()), |dashboard| dashboard.on_train_end(summary))
     }
 }

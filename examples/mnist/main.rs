@@ -110,6 +110,8 @@ fn run(args: Args) -> Result<()> {
         out: &args.out,
         epochs: args.epochs,
         seed: args.seed,
+        lora_plus: 1.0,
+        start: None,
         old_test: &digits.test,
     };
 
@@ -117,7 +119,7 @@ fn run(args: Args) -> Result<()> {
     Plain::seed(&Default::default(), args.seed);
     let base = Mlp::<Train>::new(&Default::default());
     let (base, _) =
-        job.fit("base: upright digits", base, LEARNING_RATE, &digits.train, &digits.test);
+        job.fit("base: upright digits", base, LEARNING_RATE, &digits.train, &digits.test)?;
     let base_logits = logits(&base, &digits.test);
     let base_accuracy_old = accuracy(base_logits.clone(), &digits.test);
     let base_accuracy_new = accuracy(logits(&base, &rotated.test), &rotated.test);
@@ -133,12 +135,12 @@ fn run(args: Args) -> Result<()> {
     let last = train().freeze(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
 
-    let (full, _) =
-        job.adapt("full fine-tuning", full, LEARNING_RATE, &rotated.train, &rotated.test)?;
-    let (lora, adapted) =
-        job.adapt("LoRA", lora, LORA_LEARNING_RATE, &rotated.train, &rotated.test)?;
-    let (last, _) =
-        job.adapt("last layer", last, LORA_LEARNING_RATE, &rotated.train, &rotated.test)?;
+    let adapt = |name, model, rate, digits: &Digits| {
+        job.adapt(name, model, rate, &digits.train, &digits.test, &digits.test)
+    };
+    let (full, _) = adapt("full fine-tuning", full, LEARNING_RATE, &rotated)?;
+    let (lora, adapted) = adapt("LoRA", lora, LORA_LEARNING_RATE, &rotated)?;
+    let (last, _) = adapt("last layer", last, LORA_LEARNING_RATE, &rotated)?;
 
     // 3. Merged into the base, the adapters cost nothing and compute the same.
     let merged = adapted.merge().context("merging")?;
@@ -153,13 +155,7 @@ fn run(args: Args) -> Result<()> {
     // 5. A second set of adapters for another task, on the same base.
     let mirrored = digits.map(mirror);
     let second = train().attach(&config).context("attaching adapters")?;
-    let (second, _) = job.adapt(
-        "LoRA, mirrored digits",
-        second,
-        LORA_LEARNING_RATE,
-        &mirrored.train,
-        &mirrored.test,
-    )?;
+    let (second, _) = adapt("LoRA, mirrored digits", second, LORA_LEARNING_RATE, &mirrored)?;
 
     println!();
     let largest = largest_difference(unmerged.clone(), unmerged.zeros_like());

@@ -5,7 +5,12 @@ mod mnist;
 
 use std::path::Path;
 
-use super::{Result, classifier::Picture};
+use burn::tensor::{Tensor, backend::Backend};
+
+use super::{
+    Result,
+    classifier::{Sample, stack_images},
+};
 
 /// The side of an image, in pixels.
 pub const SIDE: usize = 28;
@@ -20,13 +25,15 @@ pub struct Digit {
     pub label: u8,
 }
 
-impl Picture for Digit {
-    fn pixels(&self) -> &[u8] {
-        &self.pixels
-    }
+impl Sample for Digit {
+    type Input<B: Backend> = Tensor<B, 2>;
 
     fn label(&self) -> u8 {
         self.label
+    }
+
+    fn stack<B: Backend>(samples: &[Self], device: &B::Device) -> Tensor<B, 2> {
+        stack_images(samples.iter().map(|it| &it.pixels[..]), device)
     }
 }
 

@@ -1,0 +1,137 @@
+//! A small language about films, for an encoder and a task that need no files.
+//!
+//! The encoder is pretrained to guess a word that is missing. The task is to tell praise from blame,
+//! where single words mislead: "although the plot was clever , we were not amused".
+
+use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
+use tokenizers::{
+    Tokenizer, models::wordlevel::WordLevel, pre_tokenizers::whitespace::WhitespaceSplit,
+    processors::bert::BertProcessing,
+};
+
+use crate::{
+    bert::BertConfig,
+    common::{Context, Result},
+    text::{Text, Texts, encode},
+};
+
+const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];
+const MASK: u32 = 4;
+
+const NOUNS: [&str; 12] = [
+    "film", "story", "plot", "cast", "music", "ending", "script", "hero", "villain", "camera",
+    "dialogue", "set",
+];
+const ADVERBS: [&str; 4] = ["very", "really", "quite", "so"];
+const VIEWERS: [&str; 4] = ["we", "they", "critics", "people"];
+/// Of praise, and of blame.
+const ADJECTIVES: [[&str; 9]; 2] = [
+    ["dull", "awful", "boring", "clumsy", "cold", "terrible", "stale", "annoying", "weak"],
+    ["great", "moving", "funny", "clever", "warm", "brilliant", "fresh", "charming", "strong"],
+];
+const VERBS: [[&str; 4]; 2] =
+    [["hated", "left", "regretted", "mocked"], ["loved", "enjoyed", "praised", "admired"]];
+const OTHERS: [&str; 8] = ["the", "was", "not", "never", "and", "but", "although", ","];
+
+/// How many sentences there are to pretrain on, to train on, to watch and to judge by.
+const CLOZES: usize = 16_000;
+const TRAIN: usize = 3_200;
+const DEV: usize = 500;
+const TEST: usize = 1_000;
+
+/// A language, its sentences, and an encoder for it that knows nothing yet.
+pub struct Language {
+    pub config: BertConfig,
+    /// Sentences without one word; the class is the word.
+    pub clozes: Vec<Text>,
+    pub clozes_test: Vec<Text>,
+    pub texts: Texts,
+}
+
+/// The same for the same seed.
+pub fn language(seed: u64) -> Result<Language> {
+    let tokenizer = tokenizer()?;
+    let mut rng = StdRng::seed_from_u64(seed);
+    let config = BertConfig {
+        vocab_size: tokenizer.get_vocab_size(true),
+        hidden_size: 64,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        intermediate_size: 256,
+        max_position_embeddings: 32,
+        type_vocab_size: 2,
+        layer_norm_eps: 1e-12,
+    };
+    let mut texts = |count: usize| {
+        let samples: Vec<_> = (0..count).map(|_| sentence(&mut rng)).collect();
+        encode(&tokenizer, &samples)
+    };
+    let all =
+        Texts { name: "generated", train: texts(TRAIN)?, dev: texts(DEV)?, test: texts(TEST)? };
+    let (clozes, clozes_test) = (texts(CLOZES)?, texts(TEST)?);
+    let [clozes, clozes_test] = [clozes, clozes_test]
+        .map(|it| it.into_iter().map(|text| without_word(text, &mut rng)).collect());
+    Ok(Language { config, clozes, clozes_test, texts: all })
+}
+
+/// Words between spaces.
+fn tokenizer() -> Result<Tokenizer> {
+    let words = SPECIAL
+        .iter()
+        .chain(&NOUNS)
+        .chain(&ADVERBS)
+        .chain(&VIEWERS)
+        .chain(ADJECTIVES.as_flattened())
+        .chain(VERBS.as_flattened())
+        .chain(&OTHERS);
+    let vocabulary = words.zip(0..).map(|(word, id)| ((*word).to_owned(), id)).collect();
+    let model = WordLevel::builder().vocab(vocabulary).unk_token(SPECIAL[1].to_owned()).build();
+    let mut tokenizer = Tokenizer::new(model.context("the words")?);
+    tokenizer.with_pre_tokenizer(Some(WhitespaceSplit));
+    let [separator, start] = [(SPECIAL[3].to_owned(), 3), (SPECIAL[2].to_owned(), 2)];
+    tokenizer.with_post_processor(Some(BertProcessing::new(separator, start)));
+    Ok(tokenizer)
+}
+
+/// A sentence, and 1 for praise or 0 for blame: where two clauses disagree, the main one counts.
+fn sentence(rng: &mut StdRng) -> (String, u8) {
+    let praise = usize::from(rng.random_bool(0.5));
+    let main = clause(praise, rng);
+    let text = match rng.random_range(0..4) {
+        0 => main,
+        1 => format!("{} and {main}", clause(praise, rng)),
+        2 => format!("{} but {main}", clause(1 - praise, rng)),
+        _ => match rng.random_bool(0.5) {
+            true => format!("although {} , {main}", clause(1 - praise, rng)),
+            false => format!("{main} although {}", clause(1 - praise, rng)),
+        },
+    };
+    (text, praise as u8)
+}
+
+fn clause(praise: usize, rng: &mut StdRng) -> String {
+    let negated = rng.random_bool(0.4);
+    let said = if negated { 1 - praise } else { praise };
+    let mut one = |words: &[&'static str]| *words.choose(rng).expect("there are words");
+    let noun = one(&NOUNS);
+    match one(&["is", "feel"]) {
+        "is" => {
+            let (adverb, adjective) = (one(&ADVERBS), one(&ADJECTIVES[said]));
+            let not = if negated { "not " } else { "" };
+            format!("the {noun} was {not}{adverb} {adjective}")
+        }
+        _ => {
+            let (viewer, verb) = (one(&VIEWERS), one(&VERBS[said]));
+            let never = if negated { "never " } else { "" };
+            format!("{viewer} {never}{verb} the {noun}")
+        }
+    }
+}
+
+/// The text with a word to guess.
+fn without_word(mut text: Text, rng: &mut StdRng) -> Text {
+    // Neither the start nor the end.
+    let at = rng.random_range(1..text.ids.len() - 1);
+    let word = std::mem::replace(&mut text.ids[at], MASK);
+    Text { label: u8::try_from(word).expect("there are few words"), ..text }
+}

@@ -1,0 +1,315 @@
+//! Adapts a pretrained transformer to tell praise from blame, four ways side by side: full
+//! fine-tuning, LoRA on all linear layers, LoRA on queries and values, and a head on top of the frozen
+//! encoder.
+//!
+//! ```text
+//! cargo run --release --example text_classification --no-default-features --features flex,text -- \
+//!     --data sst2
+//! cargo run --release --example text_classification --no-default-features --features flex,text -- \
+//!     --generated
+//! ```
+//!
+//! [`bert`] is the model, and the file to read first.
+
+mod bert;
+#[path = "../common/mod.rs"]
+mod common;
+mod grammar;
+mod model;
+mod pretrained;
+mod sources;
+mod text;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use burn::{
+    module::Module,
+    tensor::{Tensor, backend::Backend},
+};
+use burn_lora::{LoraConfig, LoraModule, Scaling};
+use clap::Parser;
+use mimalloc::MiMalloc;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use bert::{Bert, BertConfig, Tokens};
+use common::{
+    Context, Result,
+    adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
+    backend::{self, Plain, Train},
+    classifier::{Classifier, Sample, Start, accuracy, logits},
+    download::write_atomically,
+    table::grouped,
+};
+use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
+use text::{Text, Texts};
+
+/// Keeps the memory of large tensors, which every training step asks for again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
+/// Adapt a pretrained transformer to tell praise from blame: full fine-tuning, LoRA and a head side by
+/// side.
+#[derive(Parser, Debug)]
+struct Args {
+    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2: a text, a tab and 0 or 1 per line
+    #[arg(
+        long,
+        value_name = "DIR",
+        required_unless_present = "generated",
+        conflicts_with = "generated"
+    )]
+    data: Option<PathBuf>,
+    /// Directory with config.json, tokenizer.json and model.safetensors of a BERT; otherwise the Hugging
+    /// Face cache, or a download of all-MiniLM-L6-v2
+    #[arg(long, value_name = "DIR", conflicts_with = "generated")]
+    model: Option<PathBuf>,
+    /// Use a small language and pretrain an encoder for it, which needs no files and no network
+    #[arg(long)]
+    generated: bool,
+    /// Rank of the adapters
+    #[arg(long, default_value = "8", value_parser = common::positive)]
+    rank: usize,
+    /// Strength of the adapters: the update counts alpha/rank
+    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    alpha: f64,
+    /// Adds a training by LoRA+, in which B learns so many times as fast as A
+    #[arg(long, value_name = "RATIO", value_parser = common::nonzero)]
+    lora_plus: Option<f64>,
+    /// Passes over the texts, for each training
+    #[arg(long, default_value = "2", value_parser = common::positive)]
+    epochs: usize,
+    /// Number of texts to train on
+    #[arg(long, value_name = "N", default_value = "12000", value_parser = common::positive)]
+    train_size: usize,
+    /// Seed of the head, adapters, shuffling and generated texts
+    #[arg(long, default_value = "42")]
+    seed: u64,
+    /// Go on where a run with the same arguments and the same --out ended
+    #[arg(long)]
+    resume: bool,
+    /// Directory for curves.svg, summary.json, the adapters, checkpoints and logs
+    #[arg(long, value_name = "DIR", default_value = "out/text_classification")]
+    out: PathBuf,
+}
+
+/// LoRA wants about ten times the learning rate of full fine-tuning, and the head alone still more.
+struct Rates {
+    full: f64,
+    lora: f64,
+    head: f64,
+}
+
+const PRETRAINED: Rates = Rates { full: 1e-4, lora: 1e-3, head: 1e-2 };
+const GENERATED: Rates = Rates { full: 1e-3, lora: 5e-3, head: 1e-2 };
+
+/// Of the pretraining of the small encoder.
+const PRETRAINING: f64 = 2e-3;
+
+/// How many texts are watched after each epoch.
+const WATCHED: usize = 1000;
+
+#[derive(Serialize)]
+struct Summary {
+    dataset: &'static str,
+    backend: &'static str,
+    rank: usize,
+    alpha: f64,
+    seed: u64,
+    train_size: usize,
+    epochs: usize,
+    /// Of guessing missing words, where the encoder was pretrained here.
+    base_accuracy_old: Option<f64>,
+    base_accuracy_new: f64,
+    methods: Vec<Method>,
+    max_abs_logit_diff_merged: f64,
+    base_restored_exactly: bool,
+    /// The size of the encoder's weights.
+    model_bytes: usize,
+}
+
+fn main() -> ExitCode {
+    common::main(run)
+}
+
+impl<B: Backend> Classifier<B> for TextClassifier<B> {
+    type Sample = Text;
+
+    fn logits(&self, tokens: Tokens<B>) -> Tensor<B, 2> {
+        self.forward(&tokens)
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    fs::create_dir_all(&args.out).context(args.out.display())?;
+    let start = start(&args)?;
+    let config = LoraConfig::new(args.rank, args.alpha)
+        .with_scaling(Scaling::AlphaOverRank)
+        .with_modules_to_save([HEAD])
+        .with_seed(args.seed);
+    let job = Job {
+        config: &config,
+        out: &args.out,
+        epochs: args.epochs,
+        seed: args.seed,
+        lora_plus: 1.0,
+        start: Some(start),
+        old_test: &[],
+    };
+    Plain::seed(&Default::default(), args.seed);
+
+    // 1. A pretrained encoder, and texts that it has never been told what to think of.
+    let device = Default::default();
+    let rates = if args.generated { GENERATED } else { PRETRAINED };
+    let (bert, sizes, mut texts, base_accuracy_old) = match &args.data {
+        None => pretrain(&job)?,
+        Some(data) => {
+            let dir = sources::find(args.model.as_deref())?;
+            println!("Model: {}\nData: {}", dir.display(), data.display());
+            let tokenizer = text::read_tokenizer(&dir.join("tokenizer.json"))?;
+            let texts = Texts::read(data, &tokenizer)?;
+            let (bert, sizes) = pretrained::load::<Plain>(&dir, &device)?;
+            (bert, sizes, texts, None)
+        }
+    };
+    texts.train.truncate(args.train_size);
+    texts.dev.truncate(WATCHED);
+    let Texts { name, train, dev, test } = &texts;
+    println!(
+        "Training on {} texts ({name}), testing on {}, with the {} backend\n",
+        grouped(train.len()),
+        grouped(test.len()),
+        backend::NAME,
+    );
+
+    // 2. A head with random weights on top, and four ways to train.
+    let base = TextClassifier::new(bert, &sizes, 2, &device);
+    let base_accuracy_new = accuracy(logits(&base, test), test);
+    let base_vectors = embeddings(&base, test);
+    let fresh = || base.clone().train::<Train>();
+    let with_adapters = |targets: &[&str]| {
+        let config = config.clone().with_targets(targets.iter().copied());
+        fresh().attach(&config).context("attaching adapters")
+    };
+    let all_linear = with_adapters(&ALL_LINEAR)?;
+    println!("{}\n", all_linear.parameters());
+    let adapt = |job: &Job<Text>, name, model, rate| job.adapt(name, model, rate, train, dev, test);
+    let (full, _) = adapt(&job, "full fine-tuning", fresh().unfreeze(), rates.full)?;
+    let (all, adapted) = adapt(&job, "LoRA, all linear", all_linear.clone(), rates.lora)?;
+    let query_value = with_adapters(&QUERY_VALUE)?;
+    let (some, _) = adapt(&job, "LoRA, query and value", query_value, rates.lora)?;
+    let head = fresh().freeze(&[HEAD]).context("freezing")?;
+    let (head, _) = adapt(&job, "head", head, rates.head)?;
+    let mut methods = vec![full, all, some, head];
+    if let Some(lora_plus) = args.lora_plus {
+        // The same mean of both rates.
+        let rate = rates.lora / lora_plus.sqrt();
+        let plus = Job { lora_plus, ..job };
+        methods.push(adapt(&plus, "LoRA+, all linear", all_linear, rate)?.0);
+    }
+
+    // 3. Merged, the adapters cost nothing and compute the same; switched off, they leave the encoder
+    // as it was, to the bit.
+    let merged = adapted.merge().context("merging")?;
+    let max_abs_logit_diff_merged =
+        largest_difference(logits(&*merged, test), logits(&adapted, test));
+    let base_restored_exactly = bits(embeddings(&adapted.detach(), test)) == bits(base_vectors);
+    let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
+    println!("\nMerged, the adapters give logits within {max_abs_logit_diff_merged:.1e}.");
+    println!("Switched off, they give back the encoder's vectors {exactly}.\n");
+
+    println!("{}\n", results(&methods));
+    let curves = args.out.join("curves.svg");
+    draw_curves(&curves, &methods, base_accuracy_new)?;
+    write_vectors(&args.out.join("vectors.json"), &adapted, test)?;
+    let summary = Summary {
+        dataset: name,
+        backend: backend::NAME,
+        rank: args.rank,
+        alpha: args.alpha,
+        seed: args.seed,
+        train_size: train.len(),
+        epochs: args.epochs,
+        base_accuracy_old,
+        base_accuracy_new,
+        methods,
+        max_abs_logit_diff_merged,
+        base_restored_exactly,
+        model_bytes: size_of::<f32>() * base.bert.num_params(),
+    };
+    let path = args.out.join("summary.json");
+    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
+    fs::write(&path, json + "\n").context(path.display())?;
+    let adapters = args.out.join("adapters");
+    println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
+    Ok(())
+}
+
+/// Whether to start anew, or from checkpoints, which must be those of a run with the same arguments.
+fn start(args: &Args) -> Result<Start> {
+    let path = args.out.join("arguments.json");
+    let arguments = json!({
+        "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
+        "alpha": args.alpha, "epochs": args.epochs, "train_size": args.train_size,
+        "seed": args.seed, "backend": backend::NAME,
+    });
+    if !args.resume {
+        let text = serde_json::to_vec_pretty(&arguments).context(path.display())?;
+        write_atomically(&path, &text).context(path.display())?;
+        return Ok(Start::Fresh);
+    }
+    let before =
+        fs::read(&path).context(format!("there is nothing to resume: {}", path.display()))?;
+    let before: Value = serde_json::from_slice(&before).context(path.display())?;
+    let fields = arguments.as_object().into_iter().flatten();
+    for (field, now) in fields {
+        if before[field] != *now {
+            let then = &before[field];
+            return Err(format!("{}: `{field}` was {then}, and is {now} now", path.display()));
+        }
+    }
+    Ok(Start::Checkpoint)
+}
+
+/// What there is to start from.
+type Given = (Bert<Plain>, BertConfig, Texts, Option<f64>);
+
+/// A small encoder that has learnt to guess missing words of a generated language.
+fn pretrain(job: &Job<Text>) -> Result<Given> {
+    let language = grammar::language(job.seed)?;
+    let (device, words) = (Default::default(), language.config.vocab_size);
+    let bert = language.config.init::<Train>(&device);
+    let model = TextClassifier::new(bert, &language.config, words, &device);
+    let job = Job { epochs: 6, ..*job };
+    let (clozes, test) = (&language.clozes, &language.clozes_test);
+    let name = "base: missing words";
+    let (model, _) = job.fit(name, model, PRETRAINING, clozes, test)?;
+    let right = accuracy(logits(&model, test), test);
+    println!("\nThe encoder guesses {right:.1} % of missing words among {words}.\n");
+    Ok((model.bert, language.config, language.texts, Some(right)))
+}
+
+/// What the encoder makes of the first texts: `[16, hidden_size]`.
+fn embeddings(model: &TextClassifier<Plain>, texts: &[Text]) -> Tensor<Plain, 2> {
+    model.bert.embed(&Text::stack(first(texts), &Default::default()))
+}
+
+fn first(texts: &[Text]) -> &[Text] {
+    &texts[..texts.len().min(16)]
+}
+
+/// Writes what the adapted encoder makes of some texts, to compare with what it makes of them in
+/// Python (`tests/bert/check_saved.py`).
+fn write_vectors(path: &Path, model: &TextClassifier<Plain>, texts: &[Text]) -> Result<()> {
+    let vectors = embeddings(model, texts);
+    let width = vectors.dims()[1];
+    let values: Vec<f32> = vectors.into_data().iter::<f32>().collect();
+    let vectors: Vec<_> = values.chunks(width).collect();
+    let ids: Vec<_> = first(texts).iter().map(|text| &text.ids).collect();
+    let json = json!({ "ids": ids, "vectors": vectors });
+    fs::write(path, json.to_string() + "\n").context(path.display())
+}
