@@ -34,8 +34,8 @@ const VERBS: [[&str; 4]; 2] =
 const OTHERS: [&str; 8] = ["the", "was", "not", "never", "and", "but", "although", ","];
 
 /// How many sentences there are to pretrain on, to train on, to watch and to judge by.
-const CLOZES: usize = 16_000;
-const TRAIN: usize = 3_200;
+const CLOZES: usize = 12_800;
+const TRAIN: usize = 6_400;
 const DEV: usize = 500;
 const TEST: usize = 1_000;
 
@@ -97,10 +97,10 @@ fn tokenizer() -> Result<Tokenizer> {
 fn sentence(rng: &mut StdRng) -> (String, u8) {
     let praise = usize::from(rng.random_bool(0.5));
     let main = clause(praise, rng);
-    let text = match rng.random_range(0..4) {
-        0 => main,
-        1 => format!("{} and {main}", clause(praise, rng)),
-        2 => format!("{} but {main}", clause(1 - praise, rng)),
+    let text = match rng.random_range(0..5) {
+        0 | 1 => main,
+        2 => format!("{} and {main}", clause(praise, rng)),
+        3 => format!("{} but {main}", clause(1 - praise, rng)),
         _ => match rng.random_bool(0.5) {
             true => format!("although {} , {main}", clause(1 - praise, rng)),
             false => format!("{main} although {}", clause(1 - praise, rng)),
@@ -110,7 +110,7 @@ fn sentence(rng: &mut StdRng) -> (String, u8) {
 }
 
 fn clause(praise: usize, rng: &mut StdRng) -> String {
-    let negated = rng.random_bool(0.4);
+    let negated = rng.random_bool(0.2);
     let said = if negated { 1 - praise } else { praise };
     let mut one = |words: &[&'static str]| *words.choose(rng).expect("there are words");
     let noun = one(&NOUNS);

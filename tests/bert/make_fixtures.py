@@ -5,8 +5,8 @@ compute it: a tiny BERT with random weights, sentence embeddings, and an adapter
     venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0
     venv/bin/python tests/bert/make_fixtures.py MINILM
 
-MINILM is a directory with all-MiniLM-L6-v2. Of it the fixture has no weights: only tokens, and the
-vectors that the model makes of them.
+MINILM is a directory with all-MiniLM-L6-v2. Of it the fixture has no weights: only tokens, the vectors
+that the model makes of them, and an adapter.
 """
 
 import json
@@ -58,10 +58,28 @@ def minilm(directory):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     tokens = tokenizer(SENTENCES, padding=True, return_tensors="pt")
     model = AutoModel.from_pretrained(directory).eval()
-    vectors = embed(model, tokens.input_ids, tokens.attention_mask)
-    write(FIXTURES / "minilm.json", tokens.input_ids, tokens.attention_mask, vectors,
-          sentences=SENTENCES)
-    print(f"minilm: {list(tokens.input_ids.shape)} tokens")
+    ids, mask = tokens.input_ids, tokens.attention_mask
+    path = FIXTURES / "minilm"
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir()
+    with torch.no_grad():
+        vectors = embed(model, ids, mask)
+    write(path / "expected.json", ids, mask, vectors, sentences=SENTENCES)
+
+    # An adapter as it comes out of training: each sentence moves to where the one before it was.
+    config = LoraConfig(r=1, lora_alpha=3, target_modules=["query", "value"])
+    adapted = get_peft_model(model, config)
+    optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.01)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (embed(adapted, ids, mask) - vectors.roll(1, 0)).square().mean()
+        loss.backward()
+        optimizer.step()
+    adapted.save_pretrained(path / "adapter")
+    (path / "adapter" / "README.md").unlink()
+    with torch.no_grad():
+        write(path / "adapter" / "expected.json", ids, mask, embed(adapted, ids, mask))
+    print(f"minilm: {list(ids.shape)} tokens, loss {loss.item():.4f}")
 
 
 def tiny():
@@ -97,8 +115,7 @@ def tiny():
 def main():
     torch.manual_seed(22)
     FIXTURES.mkdir(exist_ok=True)
-    with torch.no_grad():
-        minilm(sys.argv[1])
+    minilm(sys.argv[1])
     tiny()
 
 

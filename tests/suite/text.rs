@@ -72,7 +72,12 @@ fn vectors_are_those_of_transformers() {
 fn vectors_of_minilm_are_those_of_transformers() {
     let dir = std::env::var("MINILM").expect("MINILM says where all-MiniLM-L6-v2 is");
     let (bert, _) = pretrained::load(Path::new(&dir), &device::<Plain>()).unwrap();
-    assert_embeds(&bert, &fixture("minilm.json"), 1e-4);
+    assert_embeds(&bert, &fixture("minilm/expected.json"), 1e-4);
+
+    // With an adapter that PEFT trained.
+    let path = fixture("minilm/adapter");
+    let adapters = LoraAdapters::load(&path, &device::<Plain>()).unwrap();
+    assert_embeds(&bert.switch(&adapters).unwrap(), &path.join("expected.json"), 1e-4);
 }
 
 #[test]
