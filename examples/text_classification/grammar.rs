@@ -39,19 +39,18 @@ const TRAIN: usize = 6_400;
 const DEV: usize = 500;
 const TEST: usize = 1_000;
 
-/// A language, its sentences, and an encoder for it that knows nothing yet.
+/// What an encoder of the language is made of and pretrained on.
 pub struct Language {
+    pub tokenizer: Tokenizer,
     pub config: BertConfig,
     /// Sentences without one word; the class is the word.
     pub clozes: Vec<Text>,
     pub clozes_test: Vec<Text>,
-    pub texts: Texts,
 }
 
 /// The same for the same seed.
 pub fn language(seed: u64) -> Result<Language> {
     let tokenizer = tokenizer()?;
-    let mut rng = StdRng::seed_from_u64(seed);
     let config = BertConfig {
         vocab_size: tokenizer.get_vocab_size(true),
         hidden_size: 64,
@@ -62,16 +61,27 @@ pub fn language(seed: u64) -> Result<Language> {
         type_vocab_size: 2,
         layer_norm_eps: 1e-12,
     };
-    let mut texts = |count: usize| {
-        let samples: Vec<_> = (0..count).map(|_| sentence(&mut rng)).collect();
-        encode(&tokenizer, &samples)
+    // Other sentences than those of the task.
+    let mut rng = StdRng::seed_from_u64(seed + 1);
+    let mut clozes = |count| {
+        let texts = sentences(&tokenizer, count, &mut rng)?.into_iter();
+        Ok::<_, String>(texts.map(|text| without_word(text, &mut rng)).collect())
     };
-    let all =
-        Texts { name: "generated", train: texts(TRAIN)?, dev: texts(DEV)?, test: texts(TEST)? };
-    let (clozes, clozes_test) = (texts(CLOZES)?, texts(TEST)?);
-    let [clozes, clozes_test] = [clozes, clozes_test]
-        .map(|it| it.into_iter().map(|text| without_word(text, &mut rng)).collect());
-    Ok(Language { config, clozes, clozes_test, texts: all })
+    let (clozes, clozes_test) = (clozes(CLOZES)?, clozes(TEST)?);
+    Ok(Language { tokenizer, config, clozes, clozes_test })
+}
+
+/// The task: sentences and whether they praise.
+pub fn texts(tokenizer: &Tokenizer, seed: u64) -> Result<Texts> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let mut texts = |count| sentences(tokenizer, count, &mut rng);
+    let (train, dev, test) = (texts(TRAIN)?, texts(DEV)?, texts(TEST)?);
+    Ok(Texts { name: "generated", train, dev, test })
+}
+
+fn sentences(tokenizer: &Tokenizer, count: usize, rng: &mut StdRng) -> Result<Vec<Text>> {
+    let samples: Vec<_> = (0..count).map(|_| sentence(rng)).collect();
+    encode(tokenizer, &samples)
 }
 
 /// Words between spaces.

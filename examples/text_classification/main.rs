@@ -35,6 +35,7 @@ use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
 use serde_json::{Value, json};
+use tokenizers::Tokenizer;
 
 use bert::{Bert, BertConfig, Tokens};
 use common::{
@@ -56,19 +57,14 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// side.
 #[derive(Parser, Debug)]
 struct Args {
-    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2: a text, a tab and 0 or 1 per line
-    #[arg(
-        long,
-        value_name = "DIR",
-        required_unless_present = "generated",
-        conflicts_with = "generated"
-    )]
+    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2; otherwise generated sentences
+    #[arg(long, value_name = "DIR", conflicts_with = "generated")]
     data: Option<PathBuf>,
     /// Directory with config.json, tokenizer.json and model.safetensors of a BERT; otherwise the Hugging
     /// Face cache, or a download of all-MiniLM-L6-v2
     #[arg(long, value_name = "DIR", conflicts_with = "generated")]
     model: Option<PathBuf>,
-    /// Use a small language and pretrain an encoder for it, which needs no files and no network
+    /// Pretrain a small encoder on generated sentences, which needs no files and no network
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
@@ -80,7 +76,7 @@ struct Args {
     /// Adds a training by LoRA+, in which B learns so many times as fast as A
     #[arg(long, value_name = "RATIO", value_parser = common::nonzero)]
     lora_plus: Option<f64>,
-    /// Passes over the texts, for each training; 2 by default, and 5 over generated ones
+    /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
     #[arg(long, value_parser = common::positive)]
     epochs: Option<usize>,
     /// Number of texts to train on
@@ -166,16 +162,19 @@ fn run(args: Args) -> Result<()> {
     // 1. A pretrained encoder, and texts that it has never been told what to think of.
     let device = Default::default();
     let rates = if args.generated { GENERATED } else { PRETRAINED };
-    let (bert, sizes, mut texts, base_accuracy_old) = match &args.data {
-        None => pretrain(&job)?,
-        Some(data) => {
+    let (bert, sizes, tokenizer, base_accuracy_old) = match args.generated {
+        true => pretrain(&job)?,
+        false => {
             let dir = sources::find(args.model.as_deref())?;
-            println!("Model: {}\nData: {}", dir.display(), data.display());
+            println!("Model: {}", dir.display());
             let tokenizer = text::read_tokenizer(&dir.join("tokenizer.json"))?;
-            let texts = Texts::read(data, &tokenizer)?;
             let (bert, sizes) = pretrained::load::<Plain>(&dir, &device)?;
-            (bert, sizes, texts, None)
+            (bert, sizes, tokenizer, None)
         }
+    };
+    let mut texts = match &args.data {
+        Some(dir) => Texts::read(dir, &tokenizer)?,
+        None => grammar::texts(&tokenizer, args.seed)?,
     };
     texts.train.truncate(args.train_size);
     texts.dev.truncate(WATCHED);
@@ -256,7 +255,7 @@ fn start(args: &Args) -> Result<Start> {
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
         "alpha": args.alpha, "epochs": args.epochs, "train_size": args.train_size,
-        "seed": args.seed, "backend": backend::NAME,
+        "lora_plus": args.lora_plus, "seed": args.seed, "backend": backend::NAME,
     });
     if !args.resume {
         let text = serde_json::to_vec_pretty(&arguments).context(path.display())?;
@@ -277,7 +276,7 @@ fn start(args: &Args) -> Result<Start> {
 }
 
 /// What there is to start from.
-type Given = (Bert<Plain>, BertConfig, Texts, Option<f64>);
+type Given = (Bert<Plain>, BertConfig, Tokenizer, Option<f64>);
 
 /// A small encoder that has learnt to guess missing words of a generated language.
 fn pretrain(job: &Job<Text>) -> Result<Given> {
@@ -291,7 +290,7 @@ fn pretrain(job: &Job<Text>) -> Result<Given> {
     let (model, _) = job.fit(name, model, PRETRAINING, clozes, test)?;
     let right = accuracy(logits(&model, test), test);
     println!("\nThe encoder guesses {right:.1} % of missing words among {words}.\n");
-    Ok((model.bert, language.config, language.texts, Some(right)))
+    Ok((model.bert, language.config, language.tokenizer, Some(right)))
 }
 
 /// What the encoder makes of the first texts: `[16, hidden_size]`.

@@ -86,12 +86,20 @@ pub struct Texts {
 
 impl Texts {
     /// The Stanford Sentiment Treebank with two classes, from `train.tsv`, `dev.tsv` and `test.tsv`
-    /// in `dir`: a line of headers, then a text, a tab and 0 or 1 in each line.
+    /// in `dir`: the line `sentence`, tab, `label`, and then lines of a text, a tab and 0 or 1.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
         let read = |name: &str| {
             let path = dir.join(name);
             let content = fs::read_to_string(&path).context(path.display())?;
-            let lines = content.lines().enumerate().skip(1).filter(|(_, line)| !line.is_empty());
+            let mut lines = content.lines().enumerate();
+            if !lines.next().is_some_and(|(_, header)| header == "sentence\tlabel") {
+                return Err(format!(
+                    "{}: it must begin with a line of `sentence`, a tab and `label`. GLUE's test.tsv \
+                     has no labels: its dev.tsv serves to test, and a part of train.tsv to watch",
+                    path.display(),
+                ));
+            }
+            let lines = lines.filter(|(_, line)| !line.is_empty());
             let samples = lines.map(|(index, line)| match line.rsplit_once('\t') {
                 Some((text, "0")) => Ok((text, 0)),
                 Some((text, "1")) => Ok((text, 1)),
