@@ -1,9 +1,8 @@
 //! Checkpoints that are there as a whole or not at all.
 
 use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    io,
+    collections::{BTreeMap, BTreeSet},
+    fs, io,
     path::{Path, PathBuf},
 };
 
@@ -13,11 +12,14 @@ use burn::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-/// A recorder that writes a file beside its place, and puts it there once it is complete: a run that is
-/// killed while it writes leaves the old file, or none.
+use crate::files::sync;
+
+/// A recorder that writes a file beside its place, and puts it there once it is written: a run that is
+/// killed while it writes, or a save that fails, leaves the old file, or none.
 ///
 /// It takes the place of Burn's own file recorders, such as the one that it is made from. Checkpoints
-/// want full precision: half of it destroys the optimizer's second moments.
+/// want full precision: half of it destroys the optimizer's second moments. What Burn's recorders do not
+/// notice, such as a disk that is full when the last bytes are to be written, goes unnoticed here, too.
 ///
 /// ```
 /// use burn::record::{FullPrecisionSettings, NamedMpkFileRecorder};
@@ -55,24 +57,22 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
     type LoadArgs = PathBuf;
 
     fn save_item<I: Serialize>(&self, item: I, mut file: PathBuf) -> Result<(), RecorderError> {
-        file.set_extension(R::file_extension());
-        // Recorders replace what comes after a dot.
-        let name = file.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        // Recorders replace what comes after the last dot, so that this name must not have any.
+        let name = file.file_stem().unwrap_or_default().to_string_lossy().replace('.', "_");
         let mut unfinished = file.with_file_name(format!("{name}{UNFINISHED}"));
         let written = self.inner.save_item(item, unfinished.clone());
+        file.set_extension(R::file_extension());
         unfinished.set_extension(R::file_extension());
         let moved = written.and_then(|()| {
             // Else the name could reach the disk before the content.
-            let moved = File::open(&unfinished)
-                .and_then(|content| content.sync_all())
-                .and_then(|()| fs::rename(&unfinished, &file));
-            moved.map_err(|error| RecorderError::Unknown(format!("{}: {error}", file.display())))
+            let moved = sync(&unfinished).and_then(|()| fs::rename(&unfinished, &file));
+            moved.map_err(|error| RecorderError::Unknown(error.to_string()))
         });
-        if moved.is_err() {
+        moved.map_err(|error| {
             // It may not even exist.
             let _ = fs::remove_file(&unfinished);
-        }
-        moved
+            RecorderError::Unknown(format!("{}: {error}", file.display()))
+        })
     }
 
     fn load_item<I: DeserializeOwned>(&self, file: &mut PathBuf) -> Result<I, RecorderError> {
@@ -101,17 +101,18 @@ pub fn last_checkpoint(directory: impl AsRef<Path>) -> io::Result<Option<usize>>
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         files => files?,
     };
-    let mut found = BTreeMap::<usize, usize>::new();
+    let mut found = BTreeMap::<usize, BTreeSet<&str>>::new();
     for file in files {
         let name = file?.file_name();
         let name = name.to_string_lossy();
         let stem = name.split('.').next().unwrap_or_default();
-        let part = stem.split_once('-').filter(|(part, _)| PARTS.contains(part));
-        if let Some((_, epoch)) = part
+        if let Some((part, epoch)) = stem.split_once('-')
+            && let Some(part) = PARTS.into_iter().find(|it| *it == part)
             && let Ok(epoch) = epoch.parse()
         {
-            *found.entry(epoch).or_default() += 1;
+            found.entry(epoch).or_default().insert(part);
         }
     }
-    Ok(found.into_iter().rev().find(|(_, parts)| *parts == PARTS.len()).map(|(epoch, _)| epoch))
+    let whole = found.into_iter().rev().find(|(_, parts)| parts.len() == PARTS.len());
+    Ok(whole.map(|(epoch, _)| epoch))
 }

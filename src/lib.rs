@@ -5,6 +5,7 @@ mod adapters;
 mod checkpoint;
 mod config;
 mod error;
+mod files;
 mod layer;
 mod lora_plus;
 mod merged;

@@ -93,7 +93,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         );
         let has_statistics = found.params.iter().any(|param| param.is_statistic);
         if has_statistics {
-            sync_statistics::<B, M>(&base);
+            walk::sync_statistics::<B, M>(&base);
         }
         let slots = slot::find::<B, M>(&base);
         let base = walk::mark_trainable(base, |_| false);
@@ -112,7 +112,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         // The copy shares the cells that hold running statistics.
         let before = walk::statistics::<B, M>(&self.base);
         let result = pass(&effective);
-        sync_statistics::<B, M>(&self.base);
+        walk::sync_statistics::<B, M>(&self.base);
         walk::restore_statistics(self.base.clone(), before);
         result
     }
@@ -146,10 +146,4 @@ impl<B: Backend, M: Module<B>> LoraModule<B> for Lora<B, M> {
         });
         LoraLayers(handles.collect())
     }
-}
-
-/// Has running statistics take in what the last passes left for them.
-fn sync_statistics<B: Backend, M: Module<B>>(module: &M) {
-    // Burn does so, for all clones at once, when it makes a record.
-    drop(module.clone().into_record());
 }

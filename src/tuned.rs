@@ -60,11 +60,15 @@ use crate::{
 /// To load a record, make the same model again, with the same base and adapters of the same rank and
 /// scale; the record brings the values, and the ids by which an optimizer finds its state. What trains
 /// is what did when the model was [wrapped](Self::new), on all trips between backends and devices.
+///
+/// Running statistics of batch norms, which move although the base is frozen, are in the record, too.
 #[derive(Clone, Debug)]
 pub struct Tuned<M> {
     model: M,
     /// The paths of the parameters that train.
     paths: BTreeSet<String>,
+    /// The paths of running statistics.
+    statistics: BTreeSet<String>,
     adapters: Vec<AdapterShapeRecord>,
 }
 
@@ -73,7 +77,7 @@ pub struct Tuned<M> {
 pub struct TunedRecord<B: Backend> {
     /// The adapters' ranks and scales, to notice a model that has others.
     pub adapters: Vec<AdapterShapeRecord>,
-    /// The parameters that train.
+    /// The parameters that train, and running statistics.
     pub parameters: Vec<TrainedRecord<B>>,
 }
 
@@ -89,7 +93,8 @@ pub struct AdapterShapeRecord {
 }
 
 impl<M> Tuned<M> {
-    /// Wraps a model that is ready to be trained: what requires gradients now is what trains.
+    /// Wraps a model that is ready to be trained: what requires gradients now is what trains. On a backend
+    /// without autodiff nothing does, until a record is loaded, which says it.
     pub fn new<B: Backend>(model: M) -> Self
     where
         M: LoraModule<B>,
@@ -99,7 +104,12 @@ impl<M> Tuned<M> {
             let (rank, scale) = layer.adapter?;
             Some(AdapterShapeRecord { path: layer.path, rank, scale })
         });
-        Self { adapters: adapters.collect(), paths: flagged(&model), model }
+        let adapters = adapters.collect();
+        let params = walk::visit(&model).params.into_iter();
+        let (statistics, params): (Vec<_>, Vec<_>) = params.partition(|it| it.is_statistic);
+        let statistics = statistics.into_iter().map(|param| param.path).collect();
+        let trains = params.into_iter().filter(|param| param.requires_grad);
+        Self { paths: trains.map(|param| param.path).collect(), statistics, adapters, model }
     }
 
     /// The model itself.
@@ -112,16 +122,9 @@ impl<M> Tuned<M> {
     where
         M: Module<B>,
     {
-        let Self { model, paths, adapters } = self;
-        let model = walk::mark_trainable(model, |path| paths.contains(path));
-        Self { model, paths, adapters }
+        let model = walk::mark_exactly(self.model, |path| self.paths.contains(path));
+        Self { model, ..self }
     }
-}
-
-/// The paths of the parameters that require gradients.
-fn flagged<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
-    let params = walk::visit(model).params.into_iter();
-    params.filter(|param| param.requires_grad).map(|param| param.path).collect()
 }
 
 impl<M> Deref for Tuned<M> {
@@ -163,14 +166,23 @@ impl<B: Backend, M: Module<B>> Module<B> for Tuned<M> {
     fn load_record(self, record: Self::Record) -> Self {
         let (expected, found) = (&self.adapters, &record.adapters);
         assert!(expected == found, "the model has the adapters {expected:?}, the record {found:?}");
-        let recorded: BTreeSet<_> = record.parameters.iter().map(|it| it.path.clone()).collect();
-        let missing: Vec<_> = self.paths.difference(&recorded).collect();
-        assert!(missing.is_empty(), "the record lacks parameters that train: {missing:?}");
-        Self { model: trained::load(self.model, record.parameters), ..self }.refrozen()
+        let recorded = record.parameters.iter().map(|it| it.path.clone());
+        let paths: BTreeSet<_> = recorded.filter(|it| !self.statistics.contains(it)).collect();
+        let differ: Vec<_> = self.paths.symmetric_difference(&paths).collect();
+        assert!(
+            self.paths.is_empty() || differ.is_empty(),
+            "the model and the record disagree on whether these train: {differ:?}"
+        );
+        let model = trained::load(self.model, record.parameters);
+        Self { model, paths, ..self }.refrozen()
     }
 
     fn into_record(self) -> Self::Record {
-        let parameters = trained::save(&self.model, &self.paths);
+        if !self.statistics.is_empty() {
+            walk::sync_statistics::<B, M>(&self.model);
+        }
+        let paths = self.paths.union(&self.statistics).cloned().collect();
+        let parameters = trained::save(&self.model, &paths);
         TunedRecord { adapters: self.adapters, parameters }
     }
 }
@@ -179,13 +191,17 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Tuned<M> {
     type InnerModule = Tuned<M::InnerModule>;
 
     fn valid(&self) -> Self::InnerModule {
-        let (paths, adapters) = (self.paths.clone(), self.adapters.clone());
-        Tuned { model: self.model.valid(), paths, adapters }
+        Tuned {
+            model: self.model.valid(),
+            paths: self.paths.clone(),
+            statistics: self.statistics.clone(),
+            adapters: self.adapters.clone(),
+        }
     }
 
     fn from_inner(module: Self::InnerModule) -> Self {
-        let Tuned { model, paths, adapters } = module;
-        Self { model: M::from_inner(model), paths, adapters }.refrozen()
+        let Tuned { model, paths, statistics, adapters } = module;
+        Self { model: M::from_inner(model), paths, statistics, adapters }.refrozen()
     }
 }
 

@@ -162,6 +162,8 @@ pub(crate) fn visit<B: Backend, M: Module<B>>(model: &M) -> Findings {
 
 struct Marker<F> {
     place: Place,
+    /// Whether adapters train in any case.
+    adapters: bool,
     trains: F,
 }
 
@@ -175,7 +177,8 @@ impl<B: Backend, F: Fn(&str) -> bool> ModuleMapper<B> for Marker<F> {
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        let trains = self.place.adapted_layer().is_some() || (self.trains)(&self.place.path());
+        let in_adapter = self.adapters && self.place.adapted_layer().is_some();
+        let trains = in_adapter || (self.trains)(&self.place.path());
         let trains = trains && !self.place.is_statistic();
         param.map(|tensor| tensor.detach().set_require_grad(trains))
     }
@@ -187,7 +190,13 @@ pub(crate) fn mark_trainable<B: Backend, M: Module<B>>(
     model: M,
     trains: impl Fn(&str) -> bool,
 ) -> M {
-    model.map(&mut Marker { place: Place::default(), trains })
+    model.map(&mut Marker { place: Place::default(), adapters: true, trains })
+}
+
+/// Marks the parameters whose paths `trains` accepts as trainable, and all others as frozen, those of
+/// adapters among them.
+pub(crate) fn mark_exactly<B: Backend, M: Module<B>>(model: M, trains: impl Fn(&str) -> bool) -> M {
+    model.map(&mut Marker { place: Place::default(), adapters: false, trains })
 }
 
 struct Reader<'a, B: Backend> {
@@ -220,7 +229,9 @@ impl<B: Backend> ModuleVisitor<B> for Reader<'_, B> {
         }
         let tensor = if moves { tensor.swap_dims(0, 1) } else { tensor };
         let values = tensor.reshape([shape.iter().product::<usize>()]);
-        self.found.insert((self.rename)(&layout.name), Extra { values, shape });
+        let name = (self.rename)(&layout.name);
+        let before = self.found.insert(name.clone(), Extra { values, shape });
+        assert!(before.is_none(), "`peft_name` must not give two parameters the name `{name}`");
     }
 }
 
@@ -313,6 +324,12 @@ pub(crate) fn statistics<B: Backend, M: Module<B>>(model: &M) -> Statistics<B> {
     let mut reader = StatisticsReader { place: Place::default(), found: BTreeMap::new() };
     model.visit(&mut reader);
     reader.found
+}
+
+/// Has running statistics take in what the last passes left for them.
+pub(crate) fn sync_statistics<B: Backend, M: Module<B>>(module: &M) {
+    // Burn does so, for all clones at once, when it makes a record.
+    drop(module.clone().into_record());
 }
 
 struct StatisticsWriter<B: Backend> {

@@ -222,7 +222,7 @@ fn run(args: Args) -> Result<()> {
 
     let rows: Vec<_> =
         accuracies.iter().map(|(name, it)| [name.clone(), format!("{it:.2} %")]).collect();
-    println!("\n{}\n", table(["adapters", "accuracy"], &rows));
+    println!("\n{}\n", table(&["adapters", "accuracy"], &rows));
     let more = resident_bytes_with_64 - resident_bytes_with_1;
     let rows = [
         ("base", grouped(base_bytes)),
@@ -236,7 +236,7 @@ fn run(args: Args) -> Result<()> {
         ("switching, in microseconds", format!("{switch_micros:.0}")),
     ];
     let rows = rows.map(|(name, value)| [name.to_owned(), value]);
-    println!("{}\n", table(["", "bytes"], &rows));
+    println!("{}\n", table(&["", "bytes"], &rows));
 
     let figure = args.out.join("adapters.svg");
     let [on_left, on_mirrored] = mixtures;

@@ -121,37 +121,32 @@ pub fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {
     (a - b).abs().max().into_data().iter::<f64>().fold(0.0, f64::max)
 }
 
-/// The table of what came of each way.
+/// The table of what came of each way; with the old task, where there is one.
 pub fn results(methods: &[Method]) -> String {
     let full = methods[0].epoch_seconds;
-    let percent =
-        |value: Option<f64>| value.map_or("-".to_owned(), |value| format!("{value:.2} %"));
-    let rows: Vec<_> = methods
-        .iter()
-        .map(|method| {
-            [
-                method.name.to_owned(),
-                grouped(method.trainable),
-                format!("{:.2} %", 100.0 * method.trainable as f64 / method.total as f64),
-                format!("{:.2}", method.epoch_seconds / full),
-                format!("{:.2} %", method.accuracy_new),
-                percent(method.accuracy_old),
-                percent(method.accuracy_old_switched_off),
-                grouped(method.bytes as usize),
-            ]
-        })
-        .collect();
-    let headers = [
-        "method",
-        "trainable",
-        "share",
-        "time/epoch",
-        "new task",
-        "old task",
-        "switched off",
-        "bytes to store",
-    ];
-    table(headers, &rows)
+    let percent = |value: f64| format!("{value:.2} %");
+    let with_old = methods.iter().any(|method| method.accuracy_old.is_some());
+    let row = |method: &Method| {
+        let mut row = vec![
+            method.name.to_owned(),
+            grouped(method.trainable),
+            percent(100.0 * method.trainable as f64 / method.total as f64),
+            format!("{:.2}", method.epoch_seconds / full),
+            grouped(method.bytes as usize),
+            percent(method.accuracy_new),
+        ];
+        if with_old {
+            let old = [method.accuracy_old, method.accuracy_old_switched_off];
+            row.extend(old.map(|it| it.map_or("-".to_owned(), percent)));
+        }
+        row
+    };
+    let mut headers =
+        vec!["method", "trainable", "share", "time/epoch", "bytes to store", "new task"];
+    if with_old {
+        headers.extend(["old task", "switched off"]);
+    }
+    table(&headers, &methods.iter().map(row).collect::<Vec<_>>())
 }
 
 /// Draws the losses and the accuracies on the new task.

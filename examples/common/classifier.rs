@@ -209,17 +209,15 @@ pub fn fit<M: Learns>(
     test: &[SampleOf<M>],
 ) -> Result<(M::InnerModule, History)> {
     let dir = recipe.logs.join(file_name(recipe.name));
-    let (mut done, mut history) = (0, History::default());
-    if recipe.start == Some(Start::Checkpoint) {
-        let checkpoint = last_checkpoint(&dir).context(dir.display())?;
-        history = History::read(&dir)?;
-        // The history may be one epoch behind. Of the last two there are checkpoints.
-        done = checkpoint.unwrap_or(0).min(history.accuracies.len());
-        history.truncate(done);
-    }
-    if done == 0 {
-        // burn-train adds to the logs that it finds.
-        let _ = fs::remove_dir_all(&dir);
+    let (done, history) = match recipe.start {
+        Some(Start::Checkpoint) => last_epoch(&dir)?,
+        _ => (0, History::default()),
+    };
+    // burn-train reads the logs that it finds as its own, from the first epoch on.
+    let stale =
+        if done > 0 { vec![dir.join("train"), dir.join("valid")] } else { vec![dir.clone()] };
+    for dir in stale.into_iter().filter(|dir| dir.exists()) {
+        fs::remove_dir_all(&dir).context(dir.display())?;
     }
     let history = Arc::new(Mutex::new(history));
     let batches = SampleOf::<M>::batches::<Train>(samples, Some(recipe.seed));
@@ -234,11 +232,12 @@ pub fn fit<M: Learns>(
         training = training.with_file_checkpointer(Recorder::default());
     }
     if done > 0 {
-        println!("{:<24} goes on after epoch {done}", recipe.name);
+        println!("{:<24} goes on after epoch {done}/{}", recipe.name, recipe.epochs);
         training = training.checkpoint(done);
     }
     let kept = recipe.start.is_some().then(|| dir.clone());
-    let reporter = Reporter::new(recipe.name, training.interrupter(), history.clone(), kept);
+    let interrupter = training.interrupter();
+    let reporter = Reporter::new(recipe.name, interrupter.clone(), history.clone(), kept);
     let steps = recipe.epochs * samples.len().div_ceil(SampleOf::<M>::BATCH);
     let schedule = CosineAnnealingLrSchedulerConfig::new(recipe.learning_rate, steps);
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
@@ -248,8 +247,30 @@ pub fn fit<M: Learns>(
     let result = training.renderer(reporter).launch(Learner::new(task, adam, schedule));
     // The renderer ends with its thread, and lets go of the terminal.
     drop(result.renderer);
+    // By a person, or because a checkpoint could not be written.
+    if interrupter.should_stop() {
+        let reason = interrupter.get_message().unwrap_or_default();
+        return Err(format!("{}: stopped: {reason}", dir.display()));
+    }
     let history = history.lock().expect("nobody panics with the lock").clone();
     Ok((result.model.model.into_inner(), history))
+}
+
+/// The last epoch in `dir` to go on from, and what was seen up to there.
+fn last_epoch(dir: &Path) -> Result<(usize, History)> {
+    let checkpoint = last_checkpoint(dir).context(dir.display())?.unwrap_or(0);
+    let mut history = History::read(dir)?;
+    // It may be one epoch behind. Of the last two there are checkpoints.
+    let done = checkpoint.min(history.accuracies.len());
+    if done + 1 < checkpoint {
+        let known = history.accuracies.len();
+        return Err(format!(
+            "{}: there is a checkpoint of epoch {checkpoint}, and history.json knows {known} epochs",
+            dir.display(),
+        ));
+    }
+    history.truncate(done);
+    Ok((done, history))
 }
 
 /// What the model classifies.

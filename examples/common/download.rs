@@ -1,6 +1,11 @@
 //! Files from the network, checked before they are used.
 
-use std::{fs, path::Path, time::Duration};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::Path,
+    time::Duration,
+};
 
 use sha2::{Digest, Sha256};
 
@@ -26,7 +31,9 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().expect("the path has a directory");
     fs::create_dir_all(dir)?;
     let unfinished = path.with_extension(format!("{}.part", std::process::id()));
-    fs::write(&unfinished, bytes)?;
+    let mut file = File::create(&unfinished)?;
+    file.write_all(bytes)?;
+    file.sync_all()?;
     fs::rename(unfinished, path)
 }
 

@@ -63,7 +63,15 @@ pub fn nonzero(text: &str) -> Result<f64> {
     }
 }
 
-/// Parses a number of at least 1.
+/// Parses a finite number of at least 1.
+pub fn at_least_one(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value >= 1.0 => Ok(value),
+        _ => Err("a finite number of at least 1 is needed".to_owned()),
+    }
+}
+
+/// Parses a whole number of at least 1.
 pub fn positive(text: &str) -> Result<usize> {
     match text.parse() {
         Ok(value) if value > 0 => Ok(value),

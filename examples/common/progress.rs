@@ -31,7 +31,7 @@ use super::{Context, Result, download::write_atomically};
 pub struct History {
     /// The training loss of every step.
     pub losses: Vec<f64>,
-    /// The accuracy on the test images after each epoch, in percent.
+    /// The accuracy on what is watched after each epoch, in percent.
     pub accuracies: Vec<f64>,
     /// How long the steps of each epoch took; evaluation is not counted.
     pub durations: Vec<Duration>,

@@ -1,20 +1,21 @@
 //! Tables of text.
 
 /// The rows under their headers: the first column to the left, the others to the right.
-pub fn table<const N: usize>(headers: [&str; N], rows: &[[String; N]]) -> String {
-    let headers = headers.map(str::to_owned);
-    let lines = || std::iter::once(&headers).chain(rows);
+pub fn table(headers: &[&str], rows: &[impl AsRef<[String]>]) -> String {
+    let headers: Vec<_> = headers.iter().map(|&header| header.to_owned()).collect();
+    let lines = || std::iter::once(&headers[..]).chain(rows.iter().map(AsRef::as_ref));
     let width = |column: usize| lines().map(|row| row[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<_> = (0..N).map(width).collect();
-    let rule = "-".repeat(widths.iter().sum::<usize>() + 2 * (N - 1));
-    let line = |row: &[String; N]| {
+    let widths: Vec<_> = (0..headers.len()).map(width).collect();
+    let rule = "-".repeat(widths.iter().sum::<usize>() + 2 * (widths.len() - 1));
+    let line = |row: &[String]| {
         let cells = row.iter().zip(&widths).enumerate().map(|(column, (cell, &width))| {
             if column == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
         });
         cells.collect::<Vec<_>>().join("  ")
     };
-    let body: Vec<_> = rows.iter().map(line).collect();
-    format!("{}\n{rule}\n{}", line(&headers), body.join("\n"))
+    let mut lines = lines().map(line);
+    let head = lines.next().expect("there are headers");
+    format!("{head}\n{rule}\n{}", lines.collect::<Vec<_>>().join("\n"))
 }
 
 /// The number with a comma between thousands.

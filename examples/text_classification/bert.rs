@@ -2,10 +2,10 @@
 //! can carry adapters.
 //!
 //! ```text
-//! ids ─► embeddings ─► block ─► … ─► block ─► one vector per token ─► mean ─► one per sentence
+//! ids ─► embeddings ─► block ─► … ─► block ─► a vector per token ─► mean ─► a vector per text
 //!
-//!         ┌──────────────────┐          ┌───────────────────────────┐
-//! block: x┴─► attention ─► + ─► norm ─┬─┴─► expand ─► GELU ─► contract ─► + ─► norm
+//! block:  x ─┬─► attention ─► + ─► norm ─┬─► expand ─► GELU ─► contract ─► + ─► norm
+//!            └────────────────┘          └─────────────────────────────────┘
 //! ```
 
 use burn::{

@@ -35,7 +35,6 @@ use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokenizers::Tokenizer;
 
 use bert::{Bert, BertConfig, Tokens};
 use common::{
@@ -46,6 +45,7 @@ use common::{
     download::write_atomically,
     table::grouped,
 };
+use grammar::Language;
 use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
 use text::{Text, Texts};
 
@@ -74,7 +74,7 @@ struct Args {
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
     /// Adds a training by LoRA+, in which B learns so many times as fast as A
-    #[arg(long, value_name = "RATIO", value_parser = common::nonzero)]
+    #[arg(long, value_name = "RATIO", value_parser = common::at_least_one)]
     lora_plus: Option<f64>,
     /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
     #[arg(long, value_parser = common::positive)]
@@ -141,8 +141,8 @@ impl<B: Backend> Classifier<B> for TextClassifier<B> {
 }
 
 fn run(args: Args) -> Result<()> {
-    fs::create_dir_all(&args.out).context(args.out.display())?;
-    let start = start(&args)?;
+    // Whatever can be wrong with files is found before anything is replaced.
+    let given = if args.generated { None } else { Some(read(&args)?) };
     let epochs = args.epochs.unwrap_or(if args.generated { 5 } else { 2 });
     let config = LoraConfig::new(args.rank, args.alpha)
         .with_scaling(Scaling::AlphaOverRank)
@@ -154,7 +154,7 @@ fn run(args: Args) -> Result<()> {
         epochs,
         seed: args.seed,
         lora_plus: 1.0,
-        start: Some(start),
+        start: Some(start(&args, epochs)?),
         old_test: &[],
     };
     Plain::seed(&Default::default(), args.seed);
@@ -162,19 +162,9 @@ fn run(args: Args) -> Result<()> {
     // 1. A pretrained encoder, and texts that it has never been told what to think of.
     let device = Default::default();
     let rates = if args.generated { GENERATED } else { PRETRAINED };
-    let (bert, sizes, tokenizer, base_accuracy_old) = match args.generated {
-        true => pretrain(&job)?,
-        false => {
-            let dir = sources::find(args.model.as_deref())?;
-            println!("Model: {}", dir.display());
-            let tokenizer = text::read_tokenizer(&dir.join("tokenizer.json"))?;
-            let (bert, sizes) = pretrained::load::<Plain>(&dir, &device)?;
-            (bert, sizes, tokenizer, None)
-        }
-    };
-    let mut texts = match &args.data {
-        Some(dir) => Texts::read(dir, &tokenizer)?,
-        None => grammar::texts(&tokenizer, args.seed)?,
+    let Given { bert, sizes, mut texts, accuracy: base_accuracy_old } = match given {
+        Some(given) => given,
+        None => pretrain(&job)?,
     };
     texts.train.truncate(args.train_size);
     texts.dev.truncate(WATCHED);
@@ -250,14 +240,19 @@ fn run(args: Args) -> Result<()> {
 }
 
 /// Whether to start anew, or from checkpoints, which must be those of a run with the same arguments.
-fn start(args: &Args) -> Result<Start> {
+fn start(args: &Args, epochs: usize) -> Result<Start> {
     let path = args.out.join("arguments.json");
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
-        "alpha": args.alpha, "epochs": args.epochs, "train_size": args.train_size,
+        "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
         "lora_plus": args.lora_plus, "seed": args.seed, "backend": backend::NAME,
     });
     if !args.resume {
+        // The checkpoints of another run must never be taken for those of this one.
+        let logs = args.out.join("logs");
+        if logs.exists() {
+            fs::remove_dir_all(&logs).context(logs.display())?;
+        }
         let text = serde_json::to_vec_pretty(&arguments).context(path.display())?;
         write_atomically(&path, &text).context(path.display())?;
         return Ok(Start::Fresh);
@@ -276,21 +271,39 @@ fn start(args: &Args) -> Result<Start> {
 }
 
 /// What there is to start from.
-type Given = (Bert<Plain>, BertConfig, Tokenizer, Option<f64>);
+struct Given {
+    bert: Bert<Plain>,
+    sizes: BertConfig,
+    texts: Texts,
+    /// Of guessing missing words, in percent, where that was how the encoder was pretrained.
+    accuracy: Option<f64>,
+}
+
+/// A pretrained encoder from files, and texts from files if some were given.
+fn read(args: &Args) -> Result<Given> {
+    let dir = sources::find(args.model.as_deref())?;
+    let (bert, sizes) = pretrained::load::<Plain>(&dir, &Default::default())?;
+    println!("Model: {}", dir.display());
+    let tokenizer = text::read_tokenizer(&dir.join("tokenizer.json"), &sizes)?;
+    let texts = match &args.data {
+        Some(dir) => Texts::read(dir, &tokenizer)?,
+        None => grammar::texts(&tokenizer, args.seed)?,
+    };
+    Ok(Given { bert, sizes, texts, accuracy: None })
+}
 
 /// A small encoder that has learnt to guess missing words of a generated language.
 fn pretrain(job: &Job<Text>) -> Result<Given> {
-    let language = grammar::language(job.seed)?;
-    let (device, words) = (Default::default(), language.config.vocab_size);
-    let bert = language.config.init::<Train>(&device);
-    let model = TextClassifier::new(bert, &language.config, words, &device);
+    let Language { tokenizer, config: sizes, clozes, clozes_test: test } =
+        grammar::language(job.seed)?;
+    let (device, words) = (Default::default(), sizes.vocab_size);
+    let model = TextClassifier::new(sizes.init::<Train>(&device), &sizes, words, &device);
     let job = Job { epochs: 5, ..*job };
-    let (clozes, test) = (&language.clozes, &language.clozes_test);
-    let name = "base: missing words";
-    let (model, _) = job.fit(name, model, PRETRAINING, clozes, test)?;
-    let right = accuracy(logits(&model, test), test);
+    let (model, _) = job.fit("base: missing words", model, PRETRAINING, &clozes, &test)?;
+    let right = accuracy(logits(&model, &test), &test);
     println!("\nThe encoder guesses {right:.1} % of missing words among {words}.\n");
-    Ok((model.bert, language.config, language.tokenizer, Some(right)))
+    let texts = grammar::texts(&tokenizer, job.seed)?;
+    Ok(Given { bert: model.bert, sizes, texts, accuracy: Some(right) })
 }
 
 /// What the encoder makes of the first texts: `[16, hidden_size]`.

@@ -29,15 +29,43 @@ const UNUSED: [&str; 3] = ["embeddings.position_ids", "pooler.dense.weight", "po
 /// shape or type, or if one is left over that is not in [`UNUSED`]. All of that is told at once.
 pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Bert<B>, BertConfig), String> {
     let config = read_config(&dir.join("config.json"))?;
-    let mut bert = config.init(device);
     let path = dir.join("model.safetensors");
     let told = |error: &dyn Display| format!("{}: {error}", path.display());
     let mut file = SafetensorsStore::from_file(&path);
     let mut tensors = file.get_all_snapshots().map_err(|error| told(&error))?.clone();
+    check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
+    let mut bert = config.init(device);
     let found = match_up(&bert, &mut tensors).map_err(|problems| told(&problems.join("; ")))?;
     let result = bert.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
     let complete = result.errors.is_empty() && result.missing.is_empty();
-    if complete { Ok((bert, config)) } else { Err(told(&result)) }
+    let problem = || format!("{:?}, {:?}", result.errors, result.missing);
+    if complete { Ok((bert, config)) } else { Err(told(&problem())) }
+}
+
+/// That the file is as large as the configuration says, before memory is set aside for that.
+fn check_sizes(
+    config: &BertConfig,
+    tensors: &BTreeMap<String, TensorSnapshot>,
+) -> Result<(), String> {
+    let width = config.hidden_size;
+    for (name, shape) in [
+        ("embeddings.word_embeddings.weight", [config.vocab_size, width]),
+        ("embeddings.position_embeddings.weight", [config.max_position_embeddings, width]),
+        ("embeddings.token_type_embeddings.weight", [config.type_vocab_size, width]),
+        ("encoder.layer.0.intermediate.dense.weight", [config.intermediate_size, width]),
+    ] {
+        let found = tensors.get(name).map(|tensor| tensor.shape.to_vec());
+        if found.as_deref() != Some(&shape) {
+            let found = found.map_or("missing".to_owned(), |found| format!("{found:?}"));
+            return Err(format!("by config.json `{name}` is {shape:?}, and it is {found}"));
+        }
+    }
+    let ends = |name: &&String| name.ends_with(".intermediate.dense.weight");
+    let (layers, found) = (config.num_hidden_layers, tensors.keys().filter(ends).count());
+    match layers == found {
+        true => Ok(()),
+        false => Err(format!("by config.json it has {layers} layers, and it has {found}")),
+    }
 }
 
 /// The sizes, once it is certain that this is the kind of BERT that [`Bert`] computes.
@@ -57,8 +85,20 @@ fn read_config(path: &Path) -> Result<BertConfig, String> {
             }
         }
     }
+    if json.get("is_decoder") == Some(&Value::Bool(true)) {
+        return Err(told(&"`is_decoder` must be false: this is an encoder"));
+    }
     let config: BertConfig = serde_json::from_value(json).map_err(|error| told(&error))?;
     let (width, heads) = (config.hidden_size, config.num_attention_heads);
+    let sizes = [
+        config.vocab_size,
+        config.intermediate_size,
+        config.max_position_embeddings,
+        config.type_vocab_size,
+    ];
+    if sizes.contains(&0) {
+        return Err(told(&"a size is 0"));
+    }
     if heads == 0 || width == 0 || !width.is_multiple_of(heads) {
         let problem = "cannot be split into `num_attention_heads`";
         return Err(told(&format!("`hidden_size` {width} {problem} {heads}")));

@@ -12,7 +12,7 @@ use crate::common::{Context, Result};
 const MODEL: &str = "sentence-transformers/all-MiniLM-L6-v2";
 
 /// What is needed of it.
-pub const FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors"];
+const FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors"];
 
 /// The directory with the model: `given`, or the Hugging Face cache, or the same after a download.
 pub fn find(given: Option<&Path>) -> Result<PathBuf> {

@@ -12,7 +12,7 @@ use burn::{
 use tokenizers::{Tokenizer, TruncationParams};
 
 use crate::{
-    bert::Tokens,
+    bert::{BertConfig, Tokens},
     common::{
         Context, Result,
         classifier::{Batch, Sample, shuffled},
@@ -123,12 +123,21 @@ impl Texts {
     }
 }
 
-/// The tokenizer of a pretrained encoder.
-pub fn read_tokenizer(path: &Path) -> Result<Tokenizer> {
+/// The tokenizer in `path`, of an encoder of these sizes.
+pub fn read_tokenizer(path: &Path, sizes: &BertConfig) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_file(path).context(path.display())?;
-    let truncation = TruncationParams { max_length: LENGTH, ..Default::default() };
+    let last = tokenizer.get_vocab(true).into_values().max();
+    if let Some(last) = last.filter(|&last| last as usize >= sizes.vocab_size) {
+        let known = sizes.vocab_size;
+        return Err(format!(
+            "{}: there is a token {last}, and the model has {known}",
+            path.display()
+        ));
+    }
+    let max_length = LENGTH.min(sizes.max_position_embeddings);
+    let truncation = TruncationParams { max_length, ..Default::default() };
     tokenizer.with_truncation(Some(truncation)).context(path.display())?;
-    // What the longest of them all would need: batches are filled up one by one.
+    // Each batch is filled up to its own longest text.
     tokenizer.with_padding(None);
     Ok(tokenizer)
 }
@@ -141,4 +150,87 @@ pub fn encode(tokenizer: &Tokenizer, samples: &[(impl AsRef<str>, u8)]) -> Resul
     Ok(encodings
         .map(|(encoding, &(_, label))| Text { ids: encoding.get_ids().to_vec(), label })
         .collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{common::backend::Plain, grammar};
+    use serde_json::Value;
+
+    /// What `tests/bert/make_fixtures.py` wrote down of Hugging Face's tokenizer; `MINILM` is a directory
+    /// with all-MiniLM-L6-v2.
+    #[test]
+    #[ignore = "needs the tokenizer of all-MiniLM-L6-v2"]
+    fn tokens_of_minilm_are_those_of_transformers() {
+        let dir = std::env::var("MINILM").expect("MINILM says where all-MiniLM-L6-v2 is");
+        let sizes = grammar::language(1).unwrap().config;
+        let sizes = BertConfig { vocab_size: 30_522, max_position_embeddings: 512, ..sizes };
+        let path = Path::new(&dir).join("tokenizer.json");
+        let tokenizer = read_tokenizer(&path, &sizes).unwrap();
+        let expected = fs::read("tests/bert/fixtures/minilm/expected.json").unwrap();
+        let expected: Value = serde_json::from_slice(&expected).unwrap();
+        let rows = |key: &str| expected[key].as_array().unwrap().clone();
+        let samples: Vec<_> =
+            rows("sentences").iter().map(|it| (it.as_str().unwrap().to_owned(), 0)).collect();
+        let texts = encode(&tokenizer, &samples).unwrap();
+        let Tokens { ids, padding } = Text::stack::<Plain>(&texts, &Default::default());
+        let flat = |key: &str| {
+            let rows = rows(key).into_iter();
+            rows.flat_map(|row| row.as_array().unwrap().clone()).map(|it| it.as_i64().unwrap())
+        };
+        assert!(ids.into_data().iter::<i64>().eq(flat("ids")));
+        assert!(padding.int().into_data().iter::<i64>().eq(flat("mask").map(|kept| 1 - kept)));
+
+        // A tokenizer for more tokens than there are, and a model for shorter texts.
+        let few = BertConfig { vocab_size: 30_521, ..sizes.clone() };
+        let error = read_tokenizer(&path, &few).unwrap_err();
+        assert!(error.contains("there is a token 30521, and the model has 30521"), "{error}");
+        let short = BertConfig { max_position_embeddings: 7, ..sizes };
+        let tokenizer = read_tokenizer(&path, &short).unwrap();
+        let longest = encode(&tokenizer, &samples).unwrap().into_iter().map(|it| it.ids.len());
+        assert_eq!(longest.max(), Some(7));
+    }
+
+    #[test]
+    fn a_training_takes_texts_of_like_length_together_and_each_once() {
+        let text = |length: u32| Text { ids: (0..length).collect(), label: (length % 2) as u8 };
+        let texts: Vec<_> = (0..100).map(|index| text(1 + index * 37 % 100)).collect();
+        let loader = Text::batches::<Plain>(&texts, Some(3));
+        let (mut lengths, mut orders) = (Vec::new(), Vec::new());
+        for _ in 0..2 {
+            let widths = loader.iter().map(|batch| {
+                let kept = batch.input.padding.bool_not().int().sum_dim(1);
+                lengths.extend(kept.into_data().iter::<i64>());
+                batch.input.ids.dims()[1]
+            });
+            orders.push(widths.collect::<Vec<_>>());
+        }
+        lengths.sort_unstable();
+        assert_eq!(lengths, (2..=201).map(|twice| twice / 2).collect::<Vec<i64>>());
+        assert_ne!(orders[0], orders[1]);
+        orders.iter_mut().for_each(|order| order.sort_unstable());
+        assert_eq!(orders, [[32, 64, 96, 100]; 2]);
+    }
+
+    #[test]
+    fn files_that_are_not_sst2_are_refused_by_line() {
+        let dir = std::env::temp_dir().join(format!("burn-lora-sst2-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        let tokenizer = grammar::language(1).unwrap().tokenizer;
+        let read = |content: &str| {
+            fs::write(dir.join("train.tsv"), content).unwrap();
+            Texts::read(&dir, &tokenizer).err().unwrap()
+        };
+        for (content, expected) in [
+            ("index\tsentence\n0\tfine\n", "train.tsv: it must begin with"),
+            ("sentence\tlabel\nfine\t1\nbad\t2\n", "train.tsv:3: a text, a tab and 0 or 1"),
+            ("sentence\tlabel\n", "train.tsv: there are no texts in it"),
+            ("sentence\tlabel\r\nfine\t1\r\n", "dev.tsv: "),
+        ] {
+            let error = read(content);
+            assert!(error.contains(expected), "{error}");
+        }
+        fs::remove_dir_all(dir).unwrap();
+    }
 }

@@ -187,7 +187,7 @@ fn run(args: Args) -> Result<()> {
             ]
         })
         .collect();
-    println!("\n{}\n", table(["method", "trainable", "time/step", "loss", "right"], &rows));
+    println!("\n{}\n", table(&["method", "trainable", "time/step", "loss", "right"], &rows));
     println!(
         "A step of the overlay takes {overlay_to_layers_step_ratio:.2} times as long as one of the \
          layers. Its adapters,\nput on the layers, give logits within {max_abs_logit_diff:.1e}."

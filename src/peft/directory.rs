@@ -1,13 +1,12 @@
 //! Replacing a directory as a whole.
 
 use std::{
-    fs::{self, File},
-    io,
+    fs, io,
     path::{Path, PathBuf},
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use crate::LoraError;
+use crate::{LoraError, files::sync};
 
 /// Makes `dir` hold what `write` puts into the directory that it is given, as the files `names`,
 /// along with the other files that are in `dir` already. Until the very end `dir` is as it was.
@@ -99,17 +98,6 @@ fn keep_others(old: &Path, names: &[&str], new: &Path) -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-#[cfg(unix)]
-fn sync(path: &Path) -> io::Result<()> {
-    File::open(path)?.sync_all()
-}
-
-/// Elsewhere directories cannot be opened, and files only for writing be synced.
-#[cfg(not(unix))]
-fn sync(path: &Path) -> io::Result<()> {
-    if path.is_dir() { Ok(()) } else { File::options().append(true).open(path)?.sync_all() }
 }
 
 /// Gives `new` the name `dir`, in one step that is done or not done.

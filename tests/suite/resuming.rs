@@ -18,9 +18,12 @@ use burn::{
     },
     lr_scheduler::cosine::CosineAnnealingLrSchedulerConfig,
     module::{AutodiffModule, Module, Param},
-    nn::Linear,
+    nn::{BatchNorm, BatchNormConfig, Linear},
     optim::AdamWConfig,
-    record::{FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder, Recorder, RecorderError},
+    record::{
+        BinGzFileRecorder, FileRecorder, FullPrecisionSettings, NamedMpkFileRecorder,
+        NamedMpkGzFileRecorder, Recorder, RecorderError,
+    },
     tensor::{Tensor, TensorData, activation::relu, backend::Backend},
     train::{
         InferenceStep, Learner, RegressionOutput, SupervisedTraining, TrainOutput, TrainStep,
@@ -46,6 +49,8 @@ const EPOCHS: usize = 5;
 struct Net<B: Backend> {
     fc: LoraLinear<B>,
     frozen: Linear<B>,
+    /// Its running statistics move, although it is frozen.
+    norm: BatchNorm<B>,
     head: Linear<B>,
 }
 
@@ -63,7 +68,12 @@ fn base<B: Backend>() -> Net<B> {
         ),
         bias: None,
     };
-    Net { fc: linear(6, 40, 1).into(), frozen: linear(40, 30, 2), head: linear(30, 3, 3) }
+    Net {
+        fc: linear(6, 40, 1).into(),
+        frozen: linear(40, 30, 2),
+        norm: BatchNormConfig::new(30).init(&device::<B>()),
+        head: linear(30, 3, 3),
+    }
 }
 
 fn config() -> LoraConfig {
@@ -83,8 +93,9 @@ impl Task<Train> {
 
 impl<B: Backend> Task<B> {
     fn regression(&self, x: Tensor<B, 2>) -> RegressionOutput<B> {
-        let Net { fc, frozen, head } = &*self.net;
-        let output = head.forward(relu(frozen.forward(relu(fc.forward(x.clone())))));
+        let Net { fc, frozen, norm, head } = &*self.net;
+        let hidden = frozen.forward(relu(fc.forward(x.clone())));
+        let output = head.forward(relu(norm.forward(hidden)));
         let targets = x.narrow(1, 1, 3);
         let loss = (output.clone() - targets.clone()).square().mean();
         RegressionOutput::new(loss, output, targets)
@@ -158,6 +169,8 @@ fn assert_same(one: &Net<Plain>, other: &Net<Plain>) {
     assert_identical(a.a.val(), b.a.val());
     assert_identical(a.b.val(), b.b.val());
     assert_identical(one.head.weight.val(), other.head.weight.val());
+    assert_identical(one.norm.running_mean.value(), other.norm.running_mean.value());
+    assert_identical(one.norm.running_var.value(), other.norm.running_var.value());
 }
 
 #[test]
@@ -178,6 +191,8 @@ fn a_resumed_training_comes_to_the_same_bits() {
     assert!(bits(resumed.fc.adapter().unwrap().b.val()).iter().any(|&bits| bits != 0));
     assert_identical(resumed.fc.base.weight.val(), start.fc.base.weight.val());
     assert_identical(resumed.frozen.weight.val(), start.frozen.weight.val());
+    assert_identical(resumed.norm.gamma.val(), start.norm.gamma.val());
+    assert_ne!(bits(resumed.norm.running_mean.value()), bits(start.norm.running_mean.value()));
 }
 
 /// Writes the first half of the optimizer of epoch 3, and is gone.
@@ -199,6 +214,10 @@ impl<B: Backend> Recorder<B> for Killed {
     fn save_item<I: Serialize>(&self, item: I, file: PathBuf) -> Result<(), RecorderError> {
         Recorder::<B>::save_item(&self.0, item, file.clone())?;
         if file.to_string_lossy().contains("optim-3") {
+            // Another thread writes the end of the checkpoint before.
+            while !file.with_file_name("scheduler-2.mpk").exists() {
+                std::thread::yield_now();
+            }
             let file = file.with_extension(<Self as FileRecorder<B>>::file_extension());
             let bytes = fs::read(&file).unwrap();
             fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
@@ -251,7 +270,9 @@ fn is_killed_while_it_writes() {
 fn a_record_holds_what_trains_and_nothing_else() {
     let record = Task::new(&config()).net.into_record();
     let paths: Vec<_> = record.parameters.iter().map(|it| it.path.as_str()).collect();
-    assert_eq!(paths, ["fc.adapter.a", "fc.adapter.b", "head.weight"]);
+    let statistics = ["norm.running_mean", "norm.running_var"];
+    let expected = ["fc.adapter.a", "fc.adapter.b", statistics[0], statistics[1], "head.weight"];
+    assert_eq!(paths, expected);
     let adapters: Vec<_> =
         record.adapters.iter().map(|it| (it.path.as_str(), it.rank, it.scale)).collect();
     assert_eq!(adapters, [("fc", 2, 3.0)]);
@@ -259,12 +280,12 @@ fn a_record_holds_what_trains_and_nothing_else() {
     // The same from the model that infers, and the whole in a file.
     let task = Task::new(&config());
     let of = |net: Tuned<Net<Plain>>| net.into_record().parameters.len();
-    assert_eq!(of(task.net.valid()), 3);
+    assert_eq!(of(task.net.valid()), 5);
     let dir = TempDir::new("tuned-size");
     task.save_file(dir.0.join("task"), &AtomicRecorder::<MessagePack>::default()).unwrap();
     let size = fs::metadata(dir.0.join("task.mpk")).unwrap().len() as usize;
-    let values = 4 * (2 * (6 + 40) + 30 * 3);
-    assert!((values..values + 1000).contains(&size), "{size} bytes for {values} of values");
+    let values = 4 * (2 * (6 + 40) + 2 * 30 + 30 * 3);
+    assert!((values..values + 1500).contains(&size), "{size} bytes for {values} of values");
 }
 
 #[test]
@@ -289,6 +310,33 @@ fn what_trains_does_so_after_every_trip() {
 }
 
 #[test]
+fn a_factor_that_was_frozen_stays_frozen() {
+    let mut net = base::<Train>().attach(&config()).unwrap();
+    let mut adapter = net.fc.adapter().unwrap().clone();
+    adapter.a = adapter.a.no_grad();
+    net.fc.set_adapter(Some(adapter));
+    let net = Tuned::new(net);
+    let device = device::<Train>();
+    for trip in [
+        net.clone().fork(&device),
+        net.clone().to_device(&device),
+        net.valid().train::<Train>(),
+        net.clone().load_record(net.clone().into_record()),
+    ] {
+        let adapter = trip.fc.adapter().unwrap();
+        assert!(!adapter.a.val().is_require_grad() && adapter.b.val().is_require_grad());
+        assert!(trip.into_record().parameters.iter().all(|it| it.path != "fc.adapter.a"));
+    }
+}
+
+#[test]
+fn a_model_that_only_infers_learns_from_the_record_what_trained() {
+    let record = Task::new(&config()).net.valid().into_record();
+    let net = Tuned::new(base::<Plain>().attach(&config()).unwrap()).load_record(record);
+    assert_eq!(net.into_record().parameters.len(), 5);
+}
+
+#[test]
 #[should_panic(expected = "the model has the adapters")]
 fn a_record_of_another_rank_is_refused() {
     let other = LoraConfig::new(3, 3.0).with_modules_to_save(["head"]);
@@ -296,14 +344,33 @@ fn a_record_of_another_rank_is_refused() {
 }
 
 #[test]
-#[should_panic(expected = "lacks parameters that train: [\"head.weight\"]")]
+#[should_panic(expected = "disagree on whether these train: [\"head.weight\"]")]
 fn a_record_without_the_head_is_refused() {
     let other = LoraConfig::new(2, 3.0);
     Task::new(&config()).load_record(Task::new(&other).into_record());
 }
 
 #[test]
+#[should_panic(expected = "disagree on whether these train: [\"head.weight\"]")]
+fn a_record_with_a_head_that_is_frozen_is_refused() {
+    let other = LoraConfig::new(2, 3.0);
+    Task::new(&other).load_record(Task::new(&config()).into_record());
+}
+
+#[test]
 fn a_save_that_fails_leaves_the_old_file() {
+    keeps_the_old_file(AtomicRecorder::<MessagePack>::default(), "file");
+    keeps_the_old_file(AtomicRecorder::<MessagePack>::default(), "file.of.many-1.dots");
+    // Extensions with a dot inside.
+    keeps_the_old_file(
+        AtomicRecorder::<BinGzFileRecorder<FullPrecisionSettings>>::default(),
+        "file",
+    );
+    type MessagePackGz = NamedMpkGzFileRecorder<FullPrecisionSettings>;
+    keeps_the_old_file(AtomicRecorder::<MessagePackGz>::default(), "file.mpk.gz");
+}
+
+fn keeps_the_old_file<R: FileRecorder<Plain>>(recorder: AtomicRecorder<R>, name: &str) {
     /// Serializes to an error.
     struct Broken;
     impl Serialize for Broken {
@@ -311,15 +378,15 @@ fn a_save_that_fails_leaves_the_old_file() {
             Err(serde::ser::Error::custom("broken"))
         }
     }
-    let dir = TempDir::new("atomic");
-    let (path, recorder) = (dir.0.join("file"), AtomicRecorder::<MessagePack>::default());
+    let dir = TempDir::new(&format!("atomic-{name}-{}", R::file_extension()));
+    let path = dir.0.join(name);
+    let content = || Recorder::<Plain>::load_item::<String>(&recorder, &mut path.clone()).unwrap();
     Recorder::<Plain>::save_item(&recorder, "old", path.clone()).unwrap();
-    assert!(Recorder::<Plain>::save_item(&recorder, Broken, path.clone()).is_err());
-    let content: String = Recorder::<Plain>::load_item(&recorder, &mut path.clone()).unwrap();
-    assert_eq!(content, "old");
+    let error = Recorder::<Plain>::save_item(&recorder, Broken, path.clone()).unwrap_err();
+    assert!(error.to_string().contains(&dir.0.display().to_string()), "{error}");
+    assert_eq!(content(), "old");
     Recorder::<Plain>::save_item(&recorder, "new", path.clone()).unwrap();
-    let content: String = Recorder::<Plain>::load_item(&recorder, &mut path.clone()).unwrap();
-    assert_eq!(content, "new");
+    assert_eq!(content(), "new");
     assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 1, "nothing else is left");
 }
 
@@ -332,7 +399,8 @@ fn only_whole_checkpoints_are_found() {
     let touch = |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), []).unwrap());
     touch(&["model-9.mpk", "optim-9.mpk", "scheduler-9.mpk"]);
     touch(&["model-10.mpk", "optim-10~unfinished.mpk", "scheduler-10.mpk"]);
-    touch(&["model-11.mpk", "notes-11.mpk", "model-best.mpk", "README"]);
+    touch(&["model-11.mpk", "model-11.bin", "optim-11.mpk", "notes-11.mpk"]);
+    touch(&["model-best.mpk", "README"]);
     assert_eq!(last(), Some(9));
     touch(&["optim-10.mpk"]);
     assert_eq!(last(), Some(10));

@@ -168,10 +168,49 @@ fn norms_that_train_in_full_go_by_the_names_of_hugging_face() {
     );
 }
 
+/// Layers that go by one name in Python.
+#[derive(burn::module::Module, Debug)]
+struct Alike<B: Backend> {
+    one: burn_lora::LoraLinear<B>,
+    two: burn_lora::LoraLinear<B>,
+    norms: Vec<burn::nn::LayerNorm<B>>,
+}
+
+impl<B: Backend> LoraModule<B> for Alike<B> {
+    fn lora_layers(&mut self) -> burn_lora::LoraLayers<'_, B> {
+        burn_lora::LoraLayers::new().with("one", &mut self.one).with("two", &mut self.two)
+    }
+
+    fn peft_name(path: &str) -> String {
+        path.replace("two", "one").replace("norms.1", "norms.0")
+    }
+}
+
+impl Alike<Plain> {
+    fn new() -> Self {
+        let device = device::<Plain>();
+        let linear = || burn::nn::LinearConfig::new(3, 3).init(&device).into();
+        let norm = || burn::nn::LayerNormConfig::new(3).init(&device);
+        Self { one: linear(), two: linear(), norms: vec![norm(), norm()] }
+    }
+}
+
+#[test]
+#[should_panic(expected = "two layers the name `one`")]
+fn layers_of_one_name_are_refused() {
+    let _ = Alike::new().adapters(&LoraConfig::new(1, 1.0));
+}
+
+#[test]
+#[should_panic(expected = "two parameters the name `norms.0.weight`")]
+fn parameters_of_one_name_are_refused() {
+    let _ = Alike::new().adapters(&LoraConfig::new(1, 1.0).with_modules_to_save(["norms"]));
+}
+
 #[test]
 fn adapters_of_another_depth_are_refused_by_name() {
     let set = LoraAdapters::load(fixture("tiny/adapter"), &device::<Plain>()).unwrap();
-    let adapters = set.iter().filter(|(path, _)| !path.contains("layer.1.attention.self.query"));
+    let adapters = set.iter();
     let adapters =
         adapters.map(|(path, it)| (path.replace("layer.1.output", "layer.7.output"), it.clone()));
     let error = tiny().switch(&LoraAdapters::new(adapters)).unwrap_err().to_string();
@@ -243,6 +282,19 @@ fn files_that_are_not_this_model_are_refused_by_name() {
         error.contains("config.json: `model_type` must be \"bert\", and is \"gpt2\""),
         "{error}"
     );
+    let error = refused("bert-gelu", config("\"gelu\"", "\"relu\""));
+    assert!(error.contains("`hidden_act` must be \"gelu\", and is \"relu\""), "{error}");
+    let error = refused("bert-decoder", config("\"is_decoder\": false", "\"is_decoder\": true"));
+    assert!(error.contains("`is_decoder` must be false"), "{error}");
+    // Sizes that would take all memory.
+    let error = refused("bert-huge", config("\"vocab_size\": 23", "\"vocab_size\": 230000000000"));
+    let expected = "by config.json `embeddings.word_embeddings.weight` is [230000000000, 12], and it is [23, 12]";
+    assert!(error.contains(expected), "{error}");
+    let error = refused("bert-deep", config("_layers\": 2", "_layers\": 3000000000"));
+    assert!(error.contains("by config.json it has 3000000000 layers, and it has 2"), "{error}");
+    let error =
+        refused("bert-zero", config("\"intermediate_size\": 20", "\"intermediate_size\": 0"));
+    assert!(error.contains("a size is 0"), "{error}");
     let error = refused("bert-heads", config("_heads\": 3", "_heads\": 5"));
     assert!(error.contains("`hidden_size` 12 cannot be split"), "{error}");
     let error = refused("bert-field", config("\"vocab_size\"", "\"vocab\""));
