@@ -35,8 +35,10 @@ pub fn run() {
 
 type Model = TextClassifier<Train>;
 
-/// How the model can be trained.
-pub const METHODS: [(&str, fn(&Model) -> Model); 4] = [
+/// A way to train the model: its name, and what it makes of the base.
+type Method = (&'static str, fn(&Model) -> Model);
+
+pub const METHODS: [Method; 4] = [
     ("full fine-tuning", |base| base.unfreeze()),
     ("LoRA, all linear layers", |base| with_adapters(base, &ALL_LINEAR)),
     ("LoRA, query and value", |base| with_adapters(base, &QUERY_VALUE)),

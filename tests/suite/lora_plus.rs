@@ -191,11 +191,12 @@ fn the_overlay_is_split_as_the_layers_are() {
         let ids = Tensor::<Train, 2, Int>::from_ints([[1, 3, 0]], &Default::default());
         model.forward(|it| it.fc.forward(it.table.forward(ids))).square().mean()
     };
-    let step = |mut optimizer: Box<
-        dyn FnMut(Lora<Train, Stock<Train>>, GradientsParams) -> Lora<Train, Stock<Train>>,
-    >| {
-        let grads = GradientsParams::from_grads(loss(&model).backward(), &model);
-        let after = optimizer(model.clone(), grads).adapters(&config).unwrap();
+    let grads = || GradientsParams::from_grads(loss(&model).backward(), &model);
+    let sgd = SgdConfig::new().init::<Train, Lora<Train, Stock<Train>>>();
+    let plain = sgd.clone().step(0.1, model.clone(), grads());
+    let plus = LoraPlus::new(sgd, 5.0).step(0.1, model.clone(), grads());
+    let moves = |after: &Lora<Train, Stock<Train>>| {
+        let after = after.adapters(&config).unwrap();
         let before = model.adapters(&config).unwrap();
         let moved = |path: &str, b: bool| {
             let [after, before] = [&after, &before].map(|set| {
@@ -206,11 +207,8 @@ fn the_overlay_is_split_as_the_layers_are() {
         };
         [moved("table", false), moved("table", true), moved("fc", false), moved("fc", true)]
     };
-    let sgd = SgdConfig::new().init::<Train, Lora<Train, Stock<Train>>>();
-    let (mut plain, mut plus) = (sgd.clone(), LoraPlus::new(sgd, 5.0));
-    let plain = step(Box::new(move |model, grads| plain.step(0.1, model, grads)));
-    let plus = step(Box::new(move |model, grads| plus.step(0.1, model, grads)));
-    for ((plain, plus), factor) in plain.into_iter().zip(plus).zip([1.0, 1.0, 1.0, 5.0]) {
+    let moves = moves(&plain).into_iter().zip(moves(&plus));
+    for ((plain, plus), factor) in moves.zip([1.0, 1.0, 1.0, 5.0]) {
         assert!(plain > 1e-4 && (plus / plain - factor).abs() < 1e-2, "{plain} {plus} {factor}");
     }
 }
