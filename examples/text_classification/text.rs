@@ -92,7 +92,7 @@ impl Texts {
             let path = dir.join(name);
             let content = fs::read_to_string(&path).context(path.display())?;
             let mut lines = content.lines().enumerate();
-            if !lines.next().is_some_and(|(_, header)| header == "sentence\tlabel") {
+            if lines.next().is_none_or(|(_, header)| header != "sentence\tlabel") {
                 return Err(format!(
                     "{}: it must begin with a line of `sentence`, a tab and `label`. GLUE's test.tsv \
                      has no labels: its dev.tsv serves to test, and a part of train.tsv to watch",
