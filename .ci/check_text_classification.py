@@ -36,6 +36,7 @@ if generated:
 else:
     assert summary["base_accuracy_old"] is None
     assert every["trainable"] < 0.03 * every["total"]
+    assert every["accuracy_new"] > summary["base_accuracy_new"] + 10
     assert every["bytes"] < 1.5e6 and summary["model_bytes"] > 90e6
 vectors = json.loads((out / "vectors.json").read_text())
 assert len(vectors["vectors"]) == 16 and len(vectors["vectors"][0]) == width
