@@ -9,7 +9,7 @@ use burn::{
     },
     tensor::{
         Int, Tensor,
-        backend::{Backend, DeviceId},
+        backend::{Backend, DeviceOps},
     },
 };
 use burn_lora::{
@@ -163,7 +163,7 @@ fn gradients_from_several_devices_are_split_too() {
     let sgd = SgdConfig::new().init::<Train, Net<Train>>();
     let mut plus = LoraPlus::new(sgd.clone(), 5.0);
     let twice = trained(net.clone(), LoraPlus::new(sgd, 5.0), 0.2, 1);
-    let id = DeviceId::new(0, 0);
+    let id = device::<Train>().id();
     let both = MultiGradientsParams { grads: vec![(grads(&net), id), (grads(&net), id)] };
     let summed = plus.step_multi(0.1, net, both);
     for (twice, summed) in values(&twice).into_iter().zip(values(&summed)) {

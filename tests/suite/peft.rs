@@ -6,8 +6,10 @@ mod refused;
 mod saving;
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    sync::Mutex,
 };
 
 use burn::{
@@ -85,7 +87,11 @@ pub struct TempDir(pub PathBuf);
 impl TempDir {
     pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("burn-lora-{name}-{}", std::process::id()));
-        fs::create_dir_all(&path).unwrap();
+        // What a killed run with our number left behind; but two tests must not share one.
+        static NAMES: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
+        assert!(NAMES.lock().unwrap().insert(name.to_owned()), "two tests have a directory {name}");
+        let _ = fs::remove_dir_all(&path);
+        fs::create_dir(&path).unwrap();
         Self(path)
     }
 }

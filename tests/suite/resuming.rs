@@ -235,7 +235,7 @@ const DIRECTORY: &str = "BURN_LORA_KILLED_IN";
 
 #[test]
 fn a_training_that_was_killed_while_it_wrote_goes_on() {
-    let dir = TempDir::new("killed");
+    let dir = TempDir::new("killed-training");
     let killed = Command::new(std::env::current_exe().unwrap())
         .args(["--ignored", "--exact", "resuming::is_killed_while_it_writes"])
         .env(DIRECTORY, dir.0.join("killed"))
