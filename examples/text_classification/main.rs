@@ -88,7 +88,8 @@ struct Args {
     /// Go on where a run with the same arguments and the same --out ended
     #[arg(long)]
     resume: bool,
-    /// Directory for curves.svg, summary.json, the adapters, checkpoints and logs
+    /// Directory for curves.svg, summary.json, the adapters, logs, and the last two checkpoints of each
+    /// training
     #[arg(long, value_name = "DIR", default_value = "out/text_classification")]
     out: PathBuf,
 }
