@@ -27,7 +27,7 @@ use crate::walk::Place;
 /// adapter's bias goes with its B. What else trains has the learning rate `lr`, and so have both factors
 /// of an embedding's adapter, where not B starts at zero, but A.
 ///
-/// A good ratio is from 4 to 16, and the learning rate for A then lower than without it.
+/// The authors use a ratio of 16, and a learning rate for A that is about half of what LoRA would get.
 #[derive(Clone, Debug)]
 pub struct LoraPlus<O> {
     /// For B.

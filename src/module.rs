@@ -72,7 +72,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// A model whose twin in Python calls its modules otherwise translates here, and exchanges
     /// adapters with PEFT all the same. Parameters of norms come under PyTorch's names, `weight` and
-    /// `bias`. Of nested models the outermost is asked. Two layers or parameters of one name are refused
+    /// `bias`. Patterns in a [`LoraConfig`] mean the model's own paths, as ever. Of nested models the
+    /// outermost is asked. Two layers or parameters of one name are refused
     /// with a panic when a model's adapters are taken or switched.
     fn peft_name(path: &str) -> String {
         path.to_owned()
