@@ -19,7 +19,8 @@ pub struct Approximation<B: Backend> {
     /// The adapters.
     pub adapters: LoraAdapters<B>,
     /// The share of each layer's update that is kept, by the names in `adapters`, from 0 to 1: that of
-    /// the sum of its squared elements. The relative error of the update, in the Frobenius norm, is `√(1 - kept)`.
+    /// the sum of its squared elements. The relative error of the update, in the Frobenius norm, is
+    /// `√(1 - kept)`.
     pub kept: BTreeMap<String, f64>,
 }
 

@@ -75,6 +75,8 @@ def minilm(directory):
         loss = (embed(adapted, ids, mask) - vectors.flip(1)).square().mean()
         loss.backward()
         optimizer.step()
+    # Not where it happens to be on this machine.
+    config.base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
     adapted.save_pretrained(path / "adapter")
     (path / "adapter" / "README.md").unlink()
     with torch.no_grad():
