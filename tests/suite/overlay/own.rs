@@ -1,0 +1,256 @@
+//! The overlay over modules of one's own, in training, in records and beside layers that carry adapters
+//! themselves.
+
+use burn::{
+    module::{AutodiffModule, Module, Param},
+    nn::{
+        BatchNorm, BatchNormConfig, Embedding, EmbeddingConfig, Linear, LinearConfig,
+        conv::Conv2dConfig,
+    },
+    optim::{AdamWConfig, GradientsParams, Optimizer},
+    record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder},
+    tensor::{Int, Tensor, backend::Backend},
+};
+use burn_lora::{
+    Lora, LoraAdapters, LoraConfig, LoraError, LoraLayer, LoraLayers, LoraLinear, LoraModule,
+};
+
+use super::{config, input, values};
+use crate::{
+    model::{Mlp, Plain, PlainMlp, Train, device},
+    oracle::{Matrix, assert_close, assert_identical, bits},
+};
+
+/// A module of somebody's own, with a matrix that is no layer's.
+#[derive(Module, Debug)]
+struct Own<B: Backend> {
+    mixer: Param<Tensor<B, 3>>,
+    table: Embedding<B>,
+    norm: BatchNorm<B>,
+    head: Linear<B>,
+}
+
+impl<B: Backend> Own<B> {
+    fn new() -> Self {
+        let device = device::<B>();
+        Self {
+            mixer: Param::from_tensor(Matrix::random(1, 24, 4).tensor([4, 2, 3], &device)),
+            table: EmbeddingConfig::new(5, 4).init(&device),
+            norm: BatchNormConfig::new(6).init(&device),
+            head: LinearConfig::new(6, 3).init(&device),
+        }
+        .drawn()
+    }
+
+    /// Draws the weights, which clones of an unused module would each draw anew.
+    fn drawn(self) -> Self {
+        let _ = self.forward(ids());
+        self
+    }
+
+    fn forward(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 2> {
+        let x = self.table.forward(ids).flatten::<2>(0, 1);
+        let x = x.matmul(self.mixer.val().reshape([4, 6]));
+        self.head.forward(self.norm.forward(x))
+    }
+}
+
+fn ids<B: Backend>() -> Tensor<B, 2, Int> {
+    Tensor::from_data([[0, 3, 1], [2, 2, 4]], &device::<B>())
+}
+
+fn statistics(own: &Own<Train>) -> Vec<u32> {
+    [own.norm.running_mean.value_sync(), own.norm.running_var.value_sync()].map(bits).concat()
+}
+
+/// Trains for some steps.
+fn train<M>(mut model: Lora<Train, M>, pass: impl Fn(&M) -> Tensor<Train, 2>) -> Lora<Train, M>
+where
+    M: AutodiffModule<Train>,
+{
+    let mut optimizer = AdamWConfig::new().with_weight_decay(0.5).init::<Train, Lora<Train, M>>();
+    for _ in 0..5 {
+        let grads = model.forward(&pass).sin().sum().backward();
+        let grads = GradientsParams::from_grads(grads, &model);
+        model = optimizer.step(0.05, model, grads);
+    }
+    model
+}
+
+#[test]
+fn a_module_of_ones_own_with_running_statistics() {
+    let own = Own::<Train>::new();
+    // Statistics that are not those of a fresh norm, the last of them still to be taken in.
+    for _ in 0..3 {
+        let _ = own.forward(ids());
+    }
+    let before = statistics(&own);
+    let evaluated = own.valid().forward(ids());
+    let model = Lora::new(own.clone()).attach(&config()).unwrap();
+    let set = model.adapters(&config()).unwrap();
+    let paths: Vec<_> = set.iter().map(|(path, it)| (path, it.shape())).collect();
+    assert_eq!(paths, [("head", [6, 3]), ("mixer", [4, 6]), ("table", [5, 4])]);
+
+    let model = train(model, |own| own.forward(ids()));
+    assert_eq!(statistics(&own), before, "the statistics moved");
+    assert_eq!(statistics(model.base()), before);
+    assert_identical(own.valid().forward(ids()), evaluated.clone());
+    assert_identical(model.detach().valid().forward(|own| own.forward(ids())), evaluated);
+}
+
+#[test]
+fn records_hold_what_trains_and_nothing_else() {
+    let own = Own::<Train>::new();
+    let config = config().with_targets(["table", "mixer"]).with_modules_to_save(["head"]);
+    let model = Lora::new(own.clone()).attach(&config).unwrap();
+    let model = train(model, |own| own.forward(ids()));
+    assert_ne!(bits(model.base().head.weight.val()), bits(own.head.weight.val()));
+    assert_identical(model.base().mixer.val(), own.mixer.val());
+
+    let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
+    let record = model.clone().into_record();
+    let trained: Vec<_> = record.trained.iter().map(|it| it.path.clone()).collect();
+    assert_eq!(
+        (record.adapters.len(), trained),
+        (2, vec!["head.weight".into(), "head.bias".into()])
+    );
+    let bytes = recorder.record(record, ()).unwrap();
+    let load = || recorder.load(bytes.clone(), &device::<Train>()).unwrap();
+    let restored = Lora::new(own.clone()).load_record(load());
+    let y = |model: &Lora<Train, Own<Train>>| model.valid().forward(|own| own.forward(ids()));
+    assert_identical(y(&restored), y(&model));
+    // It trains on where the other would.
+    assert_eq!(restored.parameters().trainable, model.parameters().trainable);
+    let ids_of = |model: &Lora<Train, Own<Train>>| {
+        let record = model.clone().into_record();
+        (record.trained[0].values.id, record.adapters[0].adapter.a.id)
+    };
+    assert_eq!(ids_of(&restored), ids_of(&model));
+    // What the record does not have is taken off.
+    let other = Lora::new(own).attach(&LoraConfig::new(1, 1.0).with_targets(["head"])).unwrap();
+    assert_identical(y(&other.load_record(load())), y(&model));
+}
+
+#[test]
+#[should_panic = "the record has an adapter of `mixer`, and the module no such layer"]
+fn a_record_of_another_module_is_refused() {
+    let model = Lora::new(Own::<Train>::new()).attach(&config()).unwrap();
+    let other = Lora::new(LinearConfig::new(6, 3).init::<Train>(&device::<Train>()));
+    other.load_record(model.into_record());
+}
+
+#[test]
+fn adapters_go_from_the_overlay_to_layers_and_back() {
+    let plain = PlainMlp::<Plain>::new(&device::<Plain>());
+    let x = || input::<Plain, 2>([4, 6]);
+    let y = plain.forward(x());
+    let layers = Mlp::from(plain.clone());
+    assert_identical(layers.forward(x()), y);
+    let overlay = Lora::new(plain);
+
+    let adapted = overlay.attach(&config()).unwrap();
+    let expected = values(adapted.forward(|it| it.forward(x())));
+    let expected = Matrix { rows: 4, cols: 3, data: expected };
+    let set = adapted.adapters(&config()).unwrap();
+    assert_close(layers.switch(&set).unwrap().forward(x()), &expected, 1e-5);
+    // By way of a file, too.
+    let dir = std::env::temp_dir().join(format!("burn-lora-overlay-{}", std::process::id()));
+    set.save(&dir).unwrap();
+    let loaded = LoraAdapters::load(&dir, &device::<Plain>()).unwrap();
+    std::fs::remove_dir_all(&dir).unwrap();
+    assert_close(layers.switch(&loaded).unwrap().forward(x()), &expected, 1e-5);
+
+    let config = config().with_seed(7);
+    let adapted = layers.attach(&config.clone().with_bias(false)).unwrap();
+    let expected = values(adapted.forward(x()));
+    let expected = Matrix { rows: 4, cols: 3, data: expected };
+    let back = overlay.switch(&adapted.adapters(&config).unwrap()).unwrap();
+    assert_close(back.forward(|it| it.forward(x())), &expected, 1e-5);
+    assert_close(back.into_merged().unwrap().forward(x()), &expected, 1e-5);
+}
+
+#[test]
+fn a_bias_needs_one_to_be_added_to() {
+    // The head has none.
+    let overlay = Lora::new(PlainMlp::<Plain>::new(&device::<Plain>()));
+    let error = overlay.attach(&config().with_bias(true)).unwrap_err();
+    assert!(matches!(error, LoraError::InvalidConfig { field: "bias", .. }), "{error}");
+    let config = config().with_bias(true).with_targets(["blocks.*"]);
+    let adapted = overlay.attach(&config).unwrap();
+    let mut layers =
+        Mlp::from(overlay.base().clone()).switch(&adapted.adapters(&config).unwrap()).unwrap();
+    for block in layers.blocks.iter_mut() {
+        let mut adapter = block.adapter().unwrap().clone();
+        let size = adapter.shape()[1];
+        let bias = Matrix::random(1, size, 8).tensor([size], &device::<Plain>());
+        adapter.bias = Some(Param::from_tensor(bias));
+        block.set_adapter(Some(adapter));
+    }
+    let x = || input::<Plain, 2>([4, 6]);
+    let expected = Matrix { rows: 4, cols: 3, data: values(layers.forward(x())) };
+    let overlay = overlay.switch(&layers.adapters(&config).unwrap()).unwrap();
+    assert_close(overlay.forward(|it| it.forward(x())), &expected, 1e-5);
+    assert_close(overlay.into_merged().unwrap().forward(x()), &expected, 1e-5);
+}
+
+#[test]
+fn dropout_on_inputs_is_refused() {
+    let overlay = Lora::new(PlainMlp::<Plain>::new(&device::<Plain>()));
+    let error = overlay.attach(&config().with_dropout(0.1)).unwrap_err();
+    assert!(matches!(error, LoraError::InvalidConfig { field: "dropout", .. }), "{error}");
+}
+
+#[test]
+fn extracted_from_a_tuned_module() {
+    let device = device::<Plain>();
+    let base = Conv2dConfig::new([2, 5], [2, 3]).with_bias(false).init::<Plain>(&device);
+    let _ = base.weight.val();
+    let tuned = Lora::new(base.clone()).attach(&config()).unwrap().into_merged().unwrap();
+    let x = || input::<Plain, 4>([1, 2, 4, 4]);
+    let expected = values(tuned.forward(x()));
+    let expected = Matrix { rows: 1, cols: expected.len(), data: expected };
+    let (base, tuned) = (Lora::new(base), Lora::new(tuned));
+    let found = base.extract(&tuned, &LoraConfig::new(2, 1.0)).unwrap();
+    assert!(found.kept[""] > 0.9999);
+    let model = base.switch(&found.adapters).unwrap();
+    assert_close(model.forward(|it| it.forward(x())), &expected, 1e-4);
+}
+
+/// An overlay among other layers of a model.
+#[derive(Module, Debug)]
+struct Mixed<B: Backend> {
+    body: Lora<B, PlainMlp<B>>,
+    head: LoraLinear<B>,
+}
+
+impl<B: Backend> LoraModule<B> for Mixed<B> {
+    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
+        LoraLayers::new().with("body", &mut self.body).with("head", &mut self.head)
+    }
+}
+
+#[test]
+fn as_the_field_of_a_model() {
+    let device = device::<Train>();
+    let model = Mixed::<Train> {
+        body: Lora::new(PlainMlp::new(&device)),
+        head: LinearConfig::new(3, 2).init(&device).into(),
+    };
+    let config = config().with_targets(["body.blocks.*", "head"]);
+    let model = model.attach(&config).unwrap();
+    let report = model.parameters();
+    assert_eq!(report.trainable, 2 * (6 + 8 + 8 + 7 + 7 + 3 + 3 + 2));
+    // A name means every path that ends with it.
+    let paths: Vec<_> = report.layers.iter().map(|it| it.path.as_str()).collect();
+    assert_eq!(paths, ["body.blocks.0", "body.blocks.1", "body.head", "head"]);
+    assert_eq!(report.layers[0].total, 6 * 8 + 8);
+    let forward = |model: &Mixed<Train>| {
+        let x = input::<Train, 2>([4, 6]);
+        model.head.forward(model.body.forward(|it| it.forward(x)))
+    };
+    let expected = values(forward(&model));
+    let merged = model.merge().unwrap();
+    assert_close(forward(&merged), &Matrix { rows: 4, cols: 2, data: expected }, 1e-5);
+    assert_eq!(merged.into_plain().body.into_base().blocks.len(), 2);
+    assert!(model.to_string().contains("Lora"));
+}
