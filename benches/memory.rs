@@ -23,6 +23,7 @@ mod suite {
 use std::process::ExitCode;
 
 use burn::{
+    module::AutodiffModule,
     nn::LinearConfig,
     tensor::{Distribution, Tensor},
 };
@@ -61,7 +62,8 @@ fn held() {
     let base = LinearConfig::new(width, width).init::<Train>(&device);
     let config = LoraConfig::new(rank, 16.0);
     let lora: LoraLinear<Train> = config.init(base.clone());
-    let dense = Lora::new(Single { fc: base.clone() }).attach(&config).expect("it can be attached");
+    let dense =
+        Lora::overlay(Single { fc: base.clone() }).attach(&config).expect("it can be attached");
 
     print_header(
         &format!(
@@ -84,7 +86,7 @@ fn held() {
     for (method, held) in [
         ("full fine-tuning", bytes(&|x| base.forward(x))),
         ("LoRA", bytes(&|x| lora.forward(x))),
-        ("dense `W + s·A·B`", bytes(&|x| dense.forward(|single| single.fc.forward(x)))),
+        ("dense `W + s·A·B`", bytes(&|x| dense.with_adapters(|single| single.fc.forward(x)))),
     ] {
         print_row(&[
             method.to_owned(),
@@ -101,9 +103,9 @@ fn peak() {
     let config = LoraConfig::new(8, 16.0);
     let new = || Mlp::<Train>::new(4, 2048, &device);
     let peaks = [
-        ("full fine-tuning", trained(new)),
-        ("LoRA", trained(|| new().attach(&config).expect("it can be attached"))),
-        ("last layer", trained(|| new().only_head())),
+        ("full fine-tuning", trained(new, |model| model)),
+        ("LoRA", trained(|| new().attach(&config).expect("it can be attached"), |model| model)),
+        ("last layer", trained(|| new().train_only(&["head"]).expect("it has one"), |model| model)),
     ];
     print_header(
         "Training at its peak, model and optimizer included: MLP of 4 layers, the head among them, 256 tokens, width 2048, rank 8",
@@ -120,10 +122,13 @@ fn peak() {
 }
 
 /// The most bytes that were in use during training, beyond those before the model was made.
-fn trained(model: impl FnOnce() -> Mlp<Train>) -> usize {
+fn trained<M: AutodiffModule<Train>>(
+    model: impl FnOnce() -> M,
+    base: fn(&M) -> &Mlp<Train>,
+) -> usize {
     let x = Tensor::<Train, 2>::random([256, 2048], Distribution::Default, &Default::default());
     let before = MEMORY.current_usage();
-    peak_of(&mut *step(model(), move |model: &Mlp<Train>| model.forward(x.clone()))) - before
+    peak_of(&mut *step(model(), move |model| base(model).forward(x.clone()))) - before
 }
 
 /// What training a text classifier takes at its peak, model and optimizer included.
@@ -134,9 +139,9 @@ fn text() {
         &["method", "MB", "of full fine-tuning"],
     );
     let mut full = None;
-    for (method, adapted) in text::METHODS {
+    for (method, step) in text::METHODS {
         let before = MEMORY.current_usage();
-        let peak = (peak_of(&mut *text::work(adapted(&text::base()))) - before) as f64;
+        let peak = (peak_of(&mut *step(text::base())) - before) as f64;
         let ratio = peak / *full.get_or_insert(peak);
         print_row(&[method.to_owned(), format!("{:.1}", peak / 1e6), format!("{ratio:.2}")]);
     }

@@ -3,6 +3,7 @@
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod fused;
+mod layout;
 mod module;
 
 use burn::{
@@ -17,8 +18,9 @@ use burn::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Normal, StandardNormal, Uniform};
 
-use crate::{Init, LoraConfig, Scaling, WeightLayout};
+use crate::config::{Init, LoraConfig, Scaling};
 
+pub(crate) use layout::WeightLayout;
 pub use module::LoraAdapterRecord;
 
 /// A low-rank update of one weight matrix `W: [d_input, d_output]`.

@@ -2,36 +2,47 @@
 
 mod combine;
 pub(crate) mod low_rank;
+pub(crate) mod peft_targets;
+mod renaming;
 
 use std::{collections::BTreeMap, fmt};
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::{LoraAdapter, peft::Targets};
+use crate::{
+    adapter::LoraAdapter,
+    table::{grouped, table},
+};
+use peft_targets::Targets;
 
 pub use combine::Combination;
 pub use low_rank::Approximation;
+pub use renaming::Renaming;
 
-/// The adapters of a whole model, by the paths of its layers, apart from the model. A model that goes
-/// by other names in Python says so in [`LoraModule::peft_name`](crate::LoraModule::peft_name); those
-/// are then the paths here.
+/// The adapters of a whole model, by the paths of its layers, apart from the model.
 ///
 /// This is what training produces, what a file holds, and what is swapped: taken from a model by
-/// [`LoraModule::adapters`](crate::LoraModule::adapters), put on one by
+/// [`Lora::adapters`](crate::Lora::adapters), put on one by
 /// [`LoraModule::switch`](crate::LoraModule::switch), and stored as a directory that Python's PEFT
 /// library reads and writes ([`save`](Self::save), [`load`](Self::load)). Besides the adapters it
 /// holds the parameters that were trained in full, such as a new head.
 ///
 /// ```no_run
-/// use burn::tensor::backend::Backend;
-/// use burn_lora::{LoraAdapters, LoraError, LoraModule};
+/// use burn::{module::Module, tensor::backend::Backend};
+/// use burn_lora::{Lora, LoraAdapters, LoraError, LoraModule};
 ///
-/// fn adapted<B: Backend, M: LoraModule<B>>(base: &M, device: &B::Device) -> Result<M, LoraError> {
+/// fn adapted<B: Backend, M: Module<B>>(
+///     base: &M,
+///     device: &B::Device,
+/// ) -> Result<Lora<B, M>, LoraError> {
 ///     let adapters = LoraAdapters::load("adapters/rotated", device)?;
 ///     println!("{adapters}");
 ///     base.switch(&adapters)
 /// }
 /// ```
+///
+/// A model whose twin in Python calls its modules otherwise exchanges adapters with it by a
+/// [`Renaming`].
 #[derive(Clone, Debug)]
 pub struct LoraAdapters<B: Backend> {
     /// Boxed, since the nodes of a map leave room for more values than they hold.
@@ -43,6 +54,8 @@ pub struct LoraAdapters<B: Backend> {
     pub(crate) modules_to_save: Vec<String>,
     /// The layers that the adapters were made for, if a file said so.
     pub(crate) targets: Option<Targets>,
+    /// From the paths here to the names in the file, by which the targets are given.
+    pub(crate) names_in_file: Vec<Renaming>,
     /// What a file said beyond what this crate uses, to be saved again.
     pub(crate) config: BTreeMap<String, serde_json::Value>,
 }
@@ -63,6 +76,7 @@ impl<B: Backend> LoraAdapters<B> {
             extras: BTreeMap::new(),
             modules_to_save: Vec::new(),
             targets: None,
+            names_in_file: Vec::new(),
             config: BTreeMap::new(),
         }
     }
@@ -75,6 +89,22 @@ impl<B: Backend> LoraAdapters<B> {
     /// The layers' paths and adapters, in alphabetical order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &LoraAdapter<B>)> {
         self.adapters.iter().map(|(path, adapter)| (path.as_str(), adapter.as_ref()))
+    }
+
+    /// Whether the file that the set came from says that the layer at `path` has an adapter.
+    pub(crate) fn is_target(&self, path: &str) -> bool {
+        self.targets.as_ref().is_some_and(|targets| targets.matches(&self.name_in_file(path)))
+    }
+
+    /// The targets of the file that the set came from that are none of the layers at `paths`.
+    pub(crate) fn unmatched_targets(&self, paths: &[String]) -> Vec<String> {
+        let names: Vec<_> = paths.iter().map(|path| self.name_in_file(path)).collect();
+        let targets = self.targets.as_ref();
+        targets.map_or(vec![], |it| it.unmatched(names.iter().map(String::as_str)))
+    }
+
+    fn name_in_file(&self, path: &str) -> String {
+        self.names_in_file.iter().fold(path.to_owned(), |path, names| names.apply(&path))
     }
 
     /// The number of adapters.
@@ -111,41 +141,25 @@ impl<B: Backend> Extra<B> {
 impl<B: Backend> fmt::Display for LoraAdapters<B> {
     /// A table of the layers, and one line on the whole.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let names = self.adapters.keys().chain(self.extras.keys());
-        let width = names.map(String::len).max().unwrap_or(0).max(5);
-        writeln!(
-            f,
-            "{:<width$}  {:>15}  {:>4}  {:>9}  {:>11}",
-            "layer", "weight", "rank", "scale", "parameters"
-        )?;
+        let shape =
+            |dims: &[usize]| dims.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+        let mut rows = Vec::new();
         for (path, adapter) in &self.adapters {
-            let [d_input, d_output] = adapter.shape();
-            writeln!(
-                f,
-                "{path:<width$}  {:>15}  {:>4}  {:>9.4}  {:>11}",
-                format!("{d_input}x{d_output}"),
-                adapter.rank(),
-                adapter.scale(),
-                adapter.num_trainable(),
-            )?;
+            rows.push([
+                path.clone(),
+                shape(&adapter.shape()),
+                adapter.rank().to_string(),
+                format!("{:.4}", adapter.scale()),
+                grouped(adapter.num_trainable()),
+            ]);
         }
         for (name, extra) in &self.extras {
-            let shape: Vec<_> = extra.shape.iter().map(usize::to_string).collect();
-            writeln!(
-                f,
-                "{name:<width$}  {:>15}  {:>4}  {:>9}  {:>11}",
-                shape.join("x"),
-                "full",
-                "",
-                extra.num_elements(),
-            )?;
+            let (shape, parameters) = (shape(&extra.shape), grouped(extra.num_elements()));
+            rows.push([name.clone(), shape, "full".to_owned(), String::new(), parameters]);
         }
-        write!(
-            f,
-            "{} adapters, {} parameters, {} bytes",
-            self.len(),
-            self.num_params(),
-            self.num_bytes()
-        )
+        let headers = ["layer", "weight", "rank", "scale", "parameters"];
+        let (parameters, bytes) = (grouped(self.num_params()), grouped(self.num_bytes()));
+        writeln!(f, "{}", table(&headers, &rows))?;
+        write!(f, "{} adapters, {parameters} parameters, {bytes} bytes", self.len())
     }
 }

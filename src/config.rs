@@ -1,9 +1,13 @@
+//! The recipe for adapters.
+
+mod targets;
+
 use std::fmt;
 
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
-use crate::{LoraError, pattern::Pattern};
+use crate::{error::LoraError, pattern::Pattern};
 
 /// How strongly an adapter counts: the rule that turns `alpha` and the rank into the scale
 /// `s` of `s·A·B`.
@@ -123,7 +127,8 @@ pub struct LoraConfig {
 impl Config for LoraConfig {}
 
 impl LoraConfig {
-    /// A recipe with the given rank and strength, and defaults for the rest.
+    /// A recipe with the given rank and strength, and defaults for the rest. The scale `s` is `alpha`
+    /// itself; whoever comes from PEFT wants [`peft`](Self::peft).
     pub fn new(rank: usize, alpha: f64) -> Self {
         Self {
             rank,
@@ -139,6 +144,22 @@ impl LoraConfig {
             modules_to_save: Vec::new(),
             seed: 0,
         }
+    }
+
+    /// A recipe as PEFT has it: `alpha` counts in relation to the rank,
+    /// [`Scaling::AlphaOverRank`], so that the scale `s` is `lora_alpha / r`.
+    ///
+    /// ```
+    /// use burn_lora::{LoraConfig, Scaling};
+    ///
+    /// // LoraConfig(r=8, lora_alpha=16) in Python: s = 2.
+    /// let config = LoraConfig::peft(8, 16.0);
+    /// assert_eq!(config.scaling, Scaling::AlphaOverRank);
+    /// // The plain formula: s = 16.
+    /// assert_eq!(LoraConfig::new(8, 16.0).scaling, Scaling::Alpha);
+    /// ```
+    pub fn peft(rank: usize, alpha: f64) -> Self {
+        Self::new(rank, alpha).with_scaling(Scaling::AlphaOverRank)
     }
 
     /// Sets the rule for the scale `s`.

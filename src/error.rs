@@ -1,4 +1,6 @@
-use std::{fmt, path::PathBuf};
+//! What can go wrong.
+
+use std::{collections::BTreeSet, fmt, path::PathBuf};
 
 use thiserror::Error;
 
@@ -28,18 +30,25 @@ pub enum LoraError {
     },
 
     /// A pattern names nothing in the model: most often a misspelt target.
-    #[error(
-        "{field} matched nothing: {}; the model has: {}",
-        quoted(.patterns),
-        quoted(.available)
-    )]
+    #[error("{field} matched nothing: {}{}", quoted(.patterns), nearest(.patterns, .available))]
     Unmatched {
         /// The field of the configuration that holds the patterns.
         field: &'static str,
         /// The patterns without a match.
         patterns: Vec<String>,
-        /// The paths that they could have matched.
+        /// All paths that they could have matched; the message has those that are most alike.
         available: Vec<String>,
+    },
+
+    /// What should be adapted are stock modules, not layers of this crate.
+    #[error(
+        "{} cannot carry adapters: replace stock modules by this crate's layers, such as \
+         `LoraLinear` for `Linear`, or adapt them as they are by `Lora::overlay`",
+        quoted(.paths)
+    )]
+    StockLayers {
+        /// The modules' paths.
+        paths: Vec<String>,
     },
 
     /// Layers already carry an adapter, which attaching would throw away.
@@ -134,6 +143,16 @@ impl Mismatch {
     }
 }
 
+impl LoraError {
+    pub(crate) fn unmatched(
+        field: &'static str,
+        patterns: Vec<String>,
+        available: &[String],
+    ) -> Self {
+        Self::Unmatched { field, patterns, available: available.to_vec() }
+    }
+}
+
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for (name, keys) in [
@@ -143,16 +162,75 @@ impl fmt::Display for Mismatch {
             ("targets without a match", &self.unmatched_targets),
         ] {
             if !keys.is_empty() {
-                write!(f, "; {name}: {}", keys.join(", "))?;
+                write!(f, "; {name}: {}", some_of(keys))?;
             }
         }
         Ok(())
     }
 }
 
+/// The first names of a list that may be long, and how many more there are.
+pub(crate) fn some_of(names: &[String]) -> String {
+    const SHOWN: usize = 8;
+    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    match names.len().saturating_sub(SHOWN) {
+        0 => shown,
+        more => format!("{shown}, and {more} more"),
+    }
+}
+
 fn quoted(names: &[String]) -> String {
     match names {
         [] => "nothing".to_owned(),
-        names => names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", "),
+        names => some_of(&names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>()),
+    }
+}
+
+/// What a misspelt pattern most likely should be, and otherwise what there is.
+fn nearest(patterns: &[String], available: &[String]) -> String {
+    const SUGGESTED: usize = 3;
+    const ALIKE: f64 = 0.5;
+    let mut suggested: Vec<String> = Vec::new();
+    for pattern in patterns {
+        let segments = pattern.split('.').count();
+        // A pattern means a part of a path, so it is compared with parts that are as long.
+        let parts = available.iter().flat_map(|path| {
+            let names: Vec<_> = path.split('.').filter(|name| !name.is_empty()).collect();
+            names.windows(segments).map(|part| part.join(".")).collect::<Vec<_>>()
+        });
+        let parts: BTreeSet<_> = parts.collect();
+        let likeness = |part: String| (strsim::normalized_levenshtein(pattern, &part), part);
+        let mut alike: Vec<_> = parts.into_iter().map(likeness).collect();
+        alike.retain(|(likeness, _)| *likeness >= ALIKE);
+        alike.sort_by(|(one, _), (other, _)| other.total_cmp(one));
+        let names = alike.into_iter().take(SUGGESTED).map(|(_, part)| part);
+        suggested.extend(names.filter(|name| !suggested.contains(name)).collect::<Vec<_>>());
+    }
+    match suggested.as_slice() {
+        [] => format!("; the model has: {}", quoted(available)),
+        names => format!("; did you mean {}?", quoted(names)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_target_of_a_large_model_gets_a_short_answer() {
+        let layers = |name: &str| {
+            (0..100).map(|it| format!("encoder.layers.{it}.{name}")).collect::<Vec<_>>()
+        };
+        let paths =
+            [layers("attention.query"), layers("attention.value"), layers("dense")].concat();
+        let message =
+            |pattern: &str| LoraError::unmatched("targets", vec![pattern.to_owned()], &paths);
+        let expected = "targets matched nothing: `quary`; did you mean `query`?";
+        assert_eq!(message("quary").to_string(), expected);
+        let expected = "targets matched nothing: `atention.value`; did you mean `attention.value`, `attention.query`?";
+        assert_eq!(message("atention.value").to_string(), expected);
+        let far = message("conv1").to_string();
+        assert!(far.contains("the model has: `encoder.layers.0.attention.query`, "), "{far}");
+        assert!(far.ends_with("and 292 more") && far.len() < 400, "{far}");
     }
 }

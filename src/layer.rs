@@ -4,7 +4,7 @@
 mod attention;
 mod conv;
 mod embedding;
-mod layout;
+pub(crate) mod letter;
 mod linear;
 mod module;
 
@@ -14,42 +14,22 @@ use burn::{
 };
 
 use crate::{
-    LoraAdapter, LoraConfig,
-    adapter::{at_least_f32, frozen},
+    adapter::{LoraAdapter, WeightLayout, at_least_f32, frozen},
+    config::LoraConfig,
 };
 
-pub use attention::{
-    LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, LoraMultiHeadAttentionRecord,
-};
-pub use conv::{
-    LoraConv1d, LoraConv1dRecord, LoraConv2d, LoraConv2dRecord, LoraConvTranspose2d,
-    LoraConvTranspose2dRecord,
-};
-pub use embedding::{LoraEmbedding, LoraEmbeddingRecord};
-pub use layout::WeightLayout;
-pub use linear::{LoraLinear, LoraLinearRecord};
+pub use attention::{LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
+pub use conv::{LoraConv1d, LoraConv2d, LoraConvTranspose2d};
+pub use embedding::LoraEmbedding;
+pub use linear::LoraLinear;
 
-/// The name under which a layer shows its adapter, there or not, to visitors and mappers.
-pub(crate) const ADAPTER: &str = "adapter";
-
-/// The container that goes with [`ADAPTER`]: by it a walk through any model finds its LoRA layers.
-pub(crate) const CONTAINER: &str = "Struct:LoraLayer";
-
-/// A frozen base layer with at most one adapter.
-///
-/// Implemented by the layers of this crate; whole models go through
-/// [`LoraModule`](crate::LoraModule).
-pub trait LoraLayer<B: Backend> {
+/// A frozen base layer with at most one adapter, as a walk through a model sees it.
+pub(crate) trait LoraLayer<B: Backend> {
     /// The adapter, if there is one.
     fn adapter(&self) -> Option<&LoraAdapter<B>>;
 
     /// Puts an adapter on the base, and freezes the base; or takes the adapter off, and leaves the
-    /// base as it is.
-    ///
-    /// # Panics
-    ///
-    /// If the adapter's shape is not [`weight_shape`](Self::weight_shape), or if it has a bias that
-    /// the layer [cannot take](Self::takes_bias).
+    /// base as it is. Panics if the adapter [does not fit](check_fit).
     fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
@@ -78,66 +58,29 @@ pub trait LoraLayer<B: Backend> {
     fn merge_adapter(&mut self) -> bool;
 }
 
-impl<B: Backend, L: LoraLayer<B> + ?Sized> LoraLayer<B> for &mut L {
-    fn adapter(&self) -> Option<&LoraAdapter<B>> {
-        (**self).adapter()
-    }
-
-    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
-        (**self).set_adapter(adapter);
-    }
-
-    fn weight_shape(&self) -> [usize; 2] {
-        (**self).weight_shape()
-    }
-
-    fn weight_layout(&self) -> WeightLayout {
-        (**self).weight_layout()
-    }
-
-    fn weight_matrix(&self) -> Tensor<B, 2> {
-        (**self).weight_matrix()
-    }
-
-    fn takes_bias(&self) -> bool {
-        (**self).takes_bias()
-    }
-
-    fn takes_dropout(&self) -> bool {
-        (**self).takes_dropout()
-    }
-
-    fn device(&self) -> B::Device {
-        (**self).device()
-    }
-
-    fn merge_adapter(&mut self) -> bool {
-        (**self).merge_adapter()
-    }
-}
-
 /// A layer of Burn's that has a drop-in here: what [`LoraConfig::init`] takes.
 pub trait Adaptable<B: Backend>: Sized {
     /// The drop-in.
-    type Lora: LoraLayer<B> + From<Self>;
+    type Lora;
+
+    /// The drop-in with a fresh adapter.
+    fn with_fresh_adapter(self, config: &LoraConfig) -> Self::Lora;
 }
 
 impl LoraConfig {
-    /// Puts a fresh adapter on a trained layer. Everything that concerns a whole model, such as the
-    /// targets, is ignored.
+    /// Puts a fresh adapter on a trained layer: on a [`Linear`](burn::nn::Linear), for example, which
+    /// becomes a [`LoraLinear`]. Everything that concerns a whole model, such as the targets, is
+    /// ignored.
     ///
     /// # Panics
     ///
-    /// If a value of the configuration is invalid, or asks for a bias that the layer
-    /// [cannot take](LoraLayer::takes_bias).
+    /// If a value of the configuration is invalid, or asks for a bias on a layer that cannot have one:
+    /// an embedding, or a transposed convolution with groups.
     pub fn init<B: Backend, L: Adaptable<B>>(&self, base: L) -> L::Lora {
         if let Err(error) = self.validate() {
             panic!("{error}");
         }
-        let mut layer = L::Lora::from(base);
-        let adapter = fresh(self, &layer);
-        layer.set_adapter(Some(adapter));
-        layer
+        base.with_fresh_adapter(self)
     }
 }
 
@@ -164,7 +107,7 @@ pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdap
     );
     assert!(
         adapter.bias.is_none() || layer.takes_bias(),
-        "the adapter has a bias, and a layer with {layout:?} cannot take one"
+        "the adapter has a bias, and the layer, whose weight is {layout:?}, cannot take one"
     );
 }
 

@@ -1,38 +1,129 @@
-#![doc = include_str!("../README.md")]
+//! Low-rank adaptation ([LoRA, Hu et al. 2021](https://arxiv.org/abs/2106.09685)) for the
+//! [Burn](https://burn.dev) deep-learning framework.
+//!
+//! LoRA adapts a trained model to a new task without training it: the weights stay frozen, and each
+//! weight matrix W gets an update of low rank, the product of two thin matrices A and B, which is
+//! learnt in its place:
+//!
+//! ```text
+//! y = x·W + b + s·(x·A)·B
+//! ```
+//!
+//! The adapters are a few percent of the model. Training them takes less time and memory than training
+//! the model, they are kept as small files, many sets of them share one base, and merged into the
+//! weights they cost nothing.
+//!
+//! # A program
+//!
+//! Put this crate's layers where Burn's would stand. Nothing has to be implemented for the model:
+//!
+//! ```no_run
+//! use burn::{
+//!     backend::{Autodiff, Flex},
+//!     module::Module,
+//!     nn::{Linear, LinearConfig},
+//!     optim::{AdamConfig, GradientsParams, Optimizer},
+//!     tensor::{Distribution, Tensor, activation::relu, backend::Backend},
+//! };
+//! use burn_lora::{LoraAdapters, LoraConfig, LoraLinear, LoraModule};
+//!
+//! #[derive(Module, Debug)]
+//! struct Net<B: Backend> {
+//!     body: Vec<LoraLinear<B>>,
+//!     head: Linear<B>,
+//! }
+//!
+//! impl<B: Backend> Net<B> {
+//!     fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+//!         self.head.forward(self.body.iter().fold(x, |x, layer| relu(layer.forward(x))))
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), burn_lora::LoraError> {
+//! type B = Autodiff<Flex>;
+//! let device = Default::default();
+//! let base: Net<B> = Net {
+//!     body: vec![LinearConfig::new(784, 256).init(&device).into()],
+//!     head: LinearConfig::new(256, 10).init(&device),
+//! }; // and the weights from a checkpoint
+//!
+//! // Adapters of rank 8 on the LoRA layers. The head trains in full, and all else is frozen.
+//! let config = LoraConfig::new(8, 16.0).with_modules_to_save(["head"]);
+//! let mut model = base.attach(&config)?;
+//! println!("{}", model.parameters());
+//!
+//! // Any Burn training loop, or the Learner.
+//! let mut optimizer = AdamConfig::new().init();
+//! let x = Tensor::random([32, 784], Distribution::Default, &device);
+//! let loss = model.forward(x).square().mean();
+//! let grads = GradientsParams::from_grads(loss.backward(), &model);
+//! model = optimizer.step(1e-3, model, grads);
+//!
+//! // Everything that was trained, in a directory that Python's PEFT reads, too.
+//! model.adapters().save("adapters/digits")?;
+//! let served = base.switch(&LoraAdapters::load("adapters/digits", &device)?)?;
+//!
+//! let plain: Net<B> = served.merge()?; // a plain model, at no extra cost
+//! let original: Net<B> = served.detach(); // the base, to the bit
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Where to go from here
+//!
+//! - [`LoraConfig`]: rank, scale, which layers, what trains next to them.
+//! - [`LoraModule`] and [`Lora`]: what can be done with a model, and with an adapted one. [`Lora::overlay`]
+//!   adapts stock modules as they are.
+//! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
+//!   [`LoraMultiHeadAttention`]: the layers.
+//! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
+//! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training.
+//! - [`LoraAdapter`]: the formula itself.
+//! - [First steps](first_steps): checkpoints from elsewhere, nested models, threads, exporting, and what
+//!   PEFT's functions are called here.
+//!
+//! # Features
+//!
+//! The library is generic over Burn's [`Backend`](burn::tensor::backend::Backend) and needs none. `flex`
+//! and `ndarray` give linear layers a faster way on these CPU backends; name the one that you use.
 
 mod adapter;
 mod adapters;
-mod checkpoint;
 mod config;
 mod error;
 mod files;
 mod layer;
-mod lora_plus;
-mod merged;
-mod module;
-mod overlay;
+mod model;
 mod pattern;
 mod peft;
-mod report;
-mod trained;
-mod tuned;
-mod walk;
+mod table;
+mod train;
 
-pub use adapter::{LoraAdapter, LoraAdapterRecord};
-pub use adapters::{Approximation, Combination, LoraAdapters};
-pub use checkpoint::{AtomicRecorder, last_checkpoint};
+// A recipe, and what can be wrong with it.
 pub use config::{Init, LoraConfig, Scaling};
 pub use error::{LoraError, Mismatch};
+
+// Layers, for models of one's own.
+pub use adapter::LoraAdapter;
 pub use layer::{
-    Adaptable, LoraConv1d, LoraConv1dRecord, LoraConv2d, LoraConv2dRecord, LoraConvTranspose2d,
-    LoraConvTranspose2dRecord, LoraEmbedding, LoraEmbeddingRecord, LoraLayer, LoraLinear,
-    LoraLinearRecord, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention,
-    LoraMultiHeadAttentionRecord, WeightLayout,
+    LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLinear, LoraMhaCache,
+    LoraMhaInput, LoraMultiHeadAttention,
 };
-pub use lora_plus::LoraPlus;
-pub use merged::Merged;
-pub use module::{LoraLayers, LoraModule};
-pub use overlay::{Lora, LoraRecord, PlacedAdapterRecord};
-pub use report::{LayerReport, ParameterReport};
-pub use trained::TrainedRecord;
-pub use tuned::{AdapterShapeRecord, Tuned, TunedRecord};
+
+// Whole models.
+pub use model::{LayerReport, Lora, LoraModule, ParameterReport};
+
+// Adapters as values and files.
+pub use adapters::{Approximation, Combination, LoraAdapters, Renaming};
+
+// Training.
+pub use train::{AtomicRecorder, LoraPlus, last_checkpoint};
+
+#[cfg(any(doc, doctest))]
+#[doc = include_str!("../docs/first-steps.md")]
+pub mod first_steps {}
+
+/// So that the programs in the README are compiled and run as those here are.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+mod readme {}

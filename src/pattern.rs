@@ -1,13 +1,22 @@
-use regex::Regex;
+//! Patterns that mean paths in a model.
 
-use crate::LoraError;
+use regex::{Regex, RegexBuilder};
+
+use crate::error::LoraError;
+
+/// A regular expression of reasonable size. One that would take long to compile is refused: no name
+/// needs it, and it may come from a file.
+pub(crate) fn compile(expression: &str) -> Result<Regex, regex::Error> {
+    const SIZE_LIMIT: usize = 1 << 20;
+    RegexBuilder::new(expression).size_limit(SIZE_LIMIT).build()
+}
 
 /// A regular expression that a dotted path matches with its whole length, or with whole trailing
 /// segments: `query`, `layers\.[0-3]\.query` and `.*query` all match `layers.0.query`.
 ///
 /// Plain names thus behave as in PEFT's list of target modules, and any other expression as PEFT's
 /// rank and alpha patterns do.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Pattern {
     source: String,
     regex: Regex,
@@ -15,14 +24,16 @@ pub(crate) struct Pattern {
 
 impl Pattern {
     pub(crate) fn new(source: &str) -> Result<Self, LoraError> {
-        let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{source})$")).map_err(|error| {
+        let regex = compile(&format!(r"^(?:.*\.)?(?:{source})$")).map_err(|error| {
             LoraError::InvalidPattern { pattern: source.to_owned(), source: Box::new(error) }
         })?;
         Ok(Self { source: source.to_owned(), regex })
     }
 
-    pub(crate) fn all(sources: &[String]) -> Result<Vec<Self>, LoraError> {
-        sources.iter().map(|source| Self::new(source)).collect()
+    pub(crate) fn all<S: AsRef<str>>(
+        sources: impl IntoIterator<Item = S>,
+    ) -> Result<Vec<Self>, LoraError> {
+        sources.into_iter().map(|source| Self::new(source.as_ref())).collect()
     }
 
     pub(crate) fn matches(&self, path: &str) -> bool {
@@ -56,7 +67,7 @@ pub(crate) fn require_matches(
     if unmatched.is_empty() {
         return Ok(());
     }
-    Err(LoraError::Unmatched { field, patterns: unmatched, available: available.to_vec() })
+    Err(LoraError::unmatched(field, unmatched, available))
 }
 
 #[cfg(test)]

@@ -4,7 +4,6 @@
 mod config;
 mod directory;
 mod json;
-mod targets;
 mod tensors;
 
 use std::{
@@ -15,9 +14,7 @@ use std::{
 
 use burn::tensor::backend::Backend;
 
-use crate::{LoraAdapters, LoraError};
-
-pub(crate) use targets::Targets;
+use crate::{adapters::LoraAdapters, error::LoraError};
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";

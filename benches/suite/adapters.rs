@@ -15,7 +15,7 @@ pub fn run() {
     let base = Mlp::<Plain>::new(layers, width, &device);
     let config = LoraConfig::new(8, 16.0);
     let adapted = base.attach(&config).expect("it can be attached");
-    let adapters = adapted.adapters(&config).expect("they are there");
+    let adapters = adapted.adapters();
     let weights =
         Tensor::<Plain, 3>::random([layers - 1, width, width], Distribution::Default, &device);
     let names = ["one pass over the weights", "attach", "switch", "merge", "detach"];

@@ -4,7 +4,7 @@ use burn::{
     nn::LinearConfig,
     tensor::{Distribution, Tensor},
 };
-use burn_lora::{Init, LoraConfig, LoraLinear, LoraModule};
+use burn_lora::{Init, Lora, LoraConfig, LoraLinear};
 
 use crate::{
     backend::Plain,
@@ -23,7 +23,7 @@ pub fn run() {
         let base = LinearConfig::new(width, width).init::<Plain>(&device);
         let config = LoraConfig::new(rank, 16.0).with_init(Init::RandomBoth);
         let layer: LoraLinear<Plain> = config.init(base.clone());
-        let merged = layer.merge().expect("it is finite");
+        let merged = Lora::new(layer.clone()).merge().expect("it is finite");
         let works: Vec<Work> = vec![
             Box::new(|| drop(base.forward(x.clone()))),
             Box::new(|| drop(layer.forward(x.clone()))),

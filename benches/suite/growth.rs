@@ -8,7 +8,7 @@ use burn_lora::{LoraConfig, LoraModule};
 use crate::{
     backend::Train,
     common::plot::{Panel, SeriesLabelPosition, draw},
-    measure::{medians, print_header, print_row},
+    measure::{Work, medians, print_header, print_row},
     models::Mlp,
     train_step::step,
 };
@@ -83,9 +83,10 @@ fn measure(Size { rank, tokens, layers }: Size) -> Vec<f64> {
     let full = Mlp::new(layers, WIDTH, &device);
     let config = LoraConfig::new(rank, 16.0);
     let lora = full.attach(&config).expect("it can be attached");
-    let works = [full, lora].map(|model| {
-        let x = x.clone();
-        step(model, move |model: &Mlp<Train>| model.forward(x.clone()))
-    });
-    medians(works.into())
+    let by_lora = x.clone();
+    let works: Vec<Work> = vec![
+        step(full, move |model| model.forward(x.clone())),
+        step(lora, move |model| model.forward(by_lora.clone())),
+    ];
+    medians(works)
 }

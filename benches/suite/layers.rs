@@ -8,7 +8,7 @@ use burn::{
     },
     tensor::{Distribution, Tensor},
 };
-use burn_lora::{Lora, LoraConfig, LoraConv2d, LoraMhaInput, LoraModule};
+use burn_lora::{Lora, LoraConfig, LoraConv2d, LoraMhaInput};
 
 use crate::{
     backend::Train,
@@ -46,7 +46,7 @@ fn attention() -> Case {
     let device = Default::default();
     let base = MultiHeadAttentionConfig::new(512, 8).with_dropout(0.0).init::<Train>(&device);
     let config = LoraConfig::new(8, 16.0).with_targets(["query", "key", "value", "output"]);
-    let overlay = Lora::new(base.clone()).attach(&config).expect("the targets are there");
+    let overlay = Lora::overlay(base.clone()).attach(&config).expect("the targets are there");
     let layer = config.init_attention(base.clone());
     let x = Tensor::<Train, 3>::random([16, 32, 512], Distribution::Default, &device);
     // As in the middle of a model, where gradients go on to what is below.
@@ -55,7 +55,9 @@ fn attention() -> Case {
     let works = vec![
         step(base, move |it| it.forward(MhaInput::self_attn(x1())).context),
         step(layer, move |it| it.forward(LoraMhaInput::self_attn(x2())).context),
-        step(overlay, move |it| it.forward(|mha| mha.forward(MhaInput::self_attn(x3())).context)),
+        step(overlay, move |it| {
+            it.with_adapters(|mha| mha.forward(MhaInput::self_attn(x3())).context)
+        }),
     ];
     ("attention, 16 x 32 tokens, width 512, four projections", works)
 }

@@ -9,9 +9,7 @@ use burn::{
         backend::Backend,
     },
 };
-use burn_lora::{LoraLayers, LoraLinear, LoraMhaInput, LoraModule, LoraMultiHeadAttention};
-
-use crate::backend::Train;
+use burn_lora::{LoraLinear, LoraMhaInput, LoraMultiHeadAttention};
 
 /// A stock layer, for the overlay.
 #[derive(Module, Debug)]
@@ -38,12 +36,6 @@ impl<B: Backend> Mlp<B> {
             x = relu(layer.forward(x));
         }
         self.head.forward(x)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Mlp<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("layers", &mut self.layers).with("head", &mut self.head)
     }
 }
 
@@ -76,31 +68,5 @@ impl<B: Backend> Block<B> {
         let normed = self.norms[1].forward(x.clone());
         let x = x + self.outer.forward(gelu(self.inner.forward(normed)));
         self.head.forward(x)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Block<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("attention", &mut self.attention)
-            .with("inner", &mut self.inner)
-            .with("outer", &mut self.outer)
-            .with("head", &mut self.head)
-    }
-}
-
-impl Mlp<Train> {
-    /// The model with everything frozen but the head.
-    pub fn only_head(&self) -> Self {
-        let head = self.head.clone();
-        Self { head, ..self.clone().no_grad() }
-    }
-}
-
-impl Block<Train> {
-    /// The model with everything frozen but the head.
-    pub fn only_head(&self) -> Self {
-        let head = self.head.clone();
-        Self { head, ..self.clone().no_grad() }
     }
 }

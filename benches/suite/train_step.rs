@@ -67,7 +67,8 @@ fn single_layer([tokens, width, rank]: [usize; 3], later: bool) -> Vec<Work<'sta
     let weight = base.weight.val().inner();
     let config = LoraConfig::new(rank, 16.0);
     let lora: LoraLinear<Train> = config.init(base.clone());
-    let dense = Lora::new(Single { fc: base.clone() }).attach(&config).expect("it can be attached");
+    let dense =
+        Lora::overlay(Single { fc: base.clone() }).attach(&config).expect("it can be attached");
     vec![
         Box::new(move || drop::<Tensor<Plain, 2>>(plain.clone().matmul(weight.clone()))),
         step(base, {
@@ -78,7 +79,7 @@ fn single_layer([tokens, width, rank]: [usize; 3], later: bool) -> Vec<Work<'sta
             let x = x.clone();
             move |it| it.forward(x())
         }),
-        step(dense, move |it| it.forward(|single| single.fc.forward(x()))),
+        step(dense, move |it| it.with_adapters(|single| single.fc.forward(x()))),
     ]
 }
 
@@ -91,26 +92,26 @@ fn models() {
     let mlp = Mlp::new(4, 2048, &device);
     let x = Tensor::<Train, 2>::random([256, 2048], Distribution::Default, &device);
     let config = LoraConfig::new(8, 16.0);
-    let works = [mlp.clone(), mlp.attach(&config).expect("it can be attached"), mlp.only_head()]
-        .map(|model| {
-            step(model, {
-                let x = x.clone();
-                move |it: &Mlp<Train>| it.forward(x.clone())
-            })
-        });
+    let x = || x.clone();
+    let adapted = mlp.attach(&config).expect("it can be attached");
+    let head = mlp.train_only(&["head"]).expect("there is a head");
+    let works = [
+        step(mlp, |it| it.forward(x())),
+        step(adapted, |it| it.forward(x())),
+        step(head, |it| it.forward(x())),
+    ];
     print_model("MLP of 4 layers, the head among them, 256 tokens, width 2048, rank 8", works);
 
     let block = Block::new(512, 8, &device);
     let x = Tensor::<Train, 3>::random([16, 64, 512], Distribution::Default, &device);
-    let works =
-        [block.clone(), block.attach(&config).expect("it can be attached"), block.only_head()].map(
-            |model| {
-                step(model, {
-                    let x = x.clone();
-                    move |it: &Block<Train>| it.forward(x.clone())
-                })
-            },
-        );
+    let x = || x.clone();
+    let adapted = block.attach(&config).expect("it can be attached");
+    let head = block.train_only(&["head"]).expect("there is a head");
+    let works = [
+        step(block, |it| it.forward(x())),
+        step(adapted, |it| it.forward(x())),
+        step(head, |it| it.forward(x())),
+    ];
     print_model("transformer block, 16 x 64 tokens, width 512, rank 8", works);
     println!();
 }

@@ -18,7 +18,7 @@ use std::{
 };
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{Approximation, Combination, LoraAdapters, LoraConfig, LoraModule, Scaling};
+use burn_lora::{Approximation, Combination, Lora, LoraAdapters, LoraConfig, LoraModule};
 use clap::Parser;
 use serde::Serialize;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
@@ -104,14 +104,14 @@ fn run(args: Args) -> Result<()> {
         digits.name,
         backend::NAME,
     );
-    let config = LoraConfig::new(args.rank, args.alpha)
-        .with_scaling(Scaling::AlphaOverRank)
-        .with_seed(args.seed);
+    let config = LoraConfig::peft(args.rank, args.alpha).with_seed(args.seed);
     let mut accuracies = BTreeMap::new();
 
     // 1. One base, and a set of adapters for each task.
     Plain::seed(&Default::default(), args.seed);
-    let base = train(&args, "base", Mlp::new(&Default::default()), 1e-3, &digits)?;
+    let base = Mlp::<Train>::new(&Default::default());
+    let base = base.train_only(&[".*"]).context("training the base")?;
+    let base = train(&args, "base", base, 1e-3, &digits)?.into_inner();
     let base_bytes = 4 * base.num_params();
     let changes: [(&str, fn(&_) -> _); 4] = [
         ("left", |image| rotate(image, 60.0)),
@@ -124,8 +124,7 @@ fn run(args: Args) -> Result<()> {
         let digits = digits.map(change);
         let model = base.clone().train::<Train>().attach(&config).context("attaching adapters")?;
         let model = train(&args, name, model, 5e-3, &digits)?;
-        let adapters = model.adapters(&config).context("taking the adapters")?;
-        tasks.push(Task { name, digits, adapters });
+        tasks.push(Task { name, digits, adapters: model.adapters() });
     }
     println!("\n{}\n", tasks[0].adapters);
 
@@ -198,8 +197,8 @@ fn run(args: Args) -> Result<()> {
     }
 
     // 6. Fewer ranks: cut off the adapters, or taken from a model that was trained in full.
-    let full = base.clone().train::<Train>().unfreeze();
-    let full = train(&args, "left, in full", full, 1e-3, &left.digits)?;
+    let full = base.clone().train::<Train>().train_only(&[".*"]).context("full fine-tuning")?;
+    let full = train(&args, "left, in full", full, 1e-3, &left.digits)?.into_inner();
     accuracies.insert("full fine-tuning on left".to_owned(), judge(&full, &left.digits));
     let mut by_rank = [Vec::new(), Vec::new()];
     for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= args.rank) {
@@ -291,10 +290,10 @@ fn run(args: Args) -> Result<()> {
 fn train(
     args: &Args,
     name: &str,
-    model: Mlp<Train>,
+    model: Lora<Train, Mlp<Train>>,
     learning_rate: f64,
     digits: &Digits,
-) -> Result<Mlp<Plain>> {
+) -> Result<Lora<Plain, Mlp<Plain>>> {
     let logs = &args.out.join("logs");
     let &Args { epochs, seed, .. } = args;
     let (lora_plus, start) = (1.0, None);

@@ -16,7 +16,7 @@ mod model;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, Scaling};
+use burn_lora::{LoraConfig, LoraModule, Renaming};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -111,24 +111,24 @@ fn run(args: Args) -> Result<()> {
         grouped(photos.test.len()),
         backend::NAME,
     );
-    let config = LoraConfig::new(args.rank, args.alpha)
-        .with_scaling(Scaling::AlphaOverRank)
-        .with_seed(args.seed);
+    let config = LoraConfig::peft(args.rank, args.alpha).with_seed(args.seed);
     let job = Job {
-        config: &config,
         out: &args.out,
         epochs: args.epochs,
         seed: args.seed,
         lora_plus: 1.0,
         start: None,
+        names: Renaming::default(),
         old_test: &photos.test,
     };
 
     // 1. A base that knows photographs, and has never seen a negative.
     Plain::seed(&Default::default(), args.seed);
     let base = Cnn::<Train>::new(&Default::default());
+    let base = base.train_only(&[".*"]).context("training the base")?;
     let (base, _) =
         job.fit("base: photographs", base, LEARNING_RATE, &photos.train, &photos.test)?;
+    let base = base.into_inner();
     let base_logits = logits(&base, &photos.test);
     let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
     let base_accuracy_new = accuracy(logits(&base, &negatives.test), &negatives.test);
@@ -139,9 +139,9 @@ fn run(args: Args) -> Result<()> {
 
     // 2. The same base, adapted to negatives in three ways.
     let train = || base.clone().train::<Train>();
-    let full = train().unfreeze();
+    let full = train().train_only(&[".*"]).context("full fine-tuning")?;
     let lora = train().attach(&config).context("attaching adapters")?;
-    let last = train().freeze(&["head"]).context("freezing")?;
+    let last = train().train_only(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
     let (new, test) = (&negatives.train, &negatives.test);
     let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, new, test, test)?;
@@ -152,7 +152,7 @@ fn run(args: Args) -> Result<()> {
     // leave the base as it was, to the bit.
     let merged = adapted.merge().context("merging")?;
     let max_abs_logit_diff_merged =
-        largest_difference(logits(&*merged, test), logits(&adapted, test));
+        largest_difference(logits(&merged, test), logits(&*adapted, test));
     let restored = logits(&adapted.detach(), &photos.test);
     let base_restored_exactly = bits(restored) == bits(base_logits);
     let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };

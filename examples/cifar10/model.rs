@@ -9,7 +9,7 @@ use burn::{
     },
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraConv2d, LoraLayers, LoraLinear, LoraModule};
+use burn_lora::{LoraConv2d, LoraLinear};
 
 use crate::{
     common::classifier::Classifier,
@@ -47,13 +47,6 @@ impl<B: Backend> Cnn<B> {
             pool: AdaptiveAvgPool2dConfig::new([1, 1]).init(),
             head: LinearConfig::new(96, 10).init(device).into(),
         }
-    }
-}
-
-/// All that this crate asks of a model.
-impl<B: Backend> LoraModule<B> for Cnn<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("convs", &mut self.convs).with("head", &mut self.head)
     }
 }
 

@@ -3,13 +3,13 @@
 use std::{path::Path, time::Duration};
 
 use burn::tensor::Tensor;
-use burn_lora::{LoraConfig, LoraModule, ParameterReport};
+use burn_lora::{Lora, LoraAdapters, ParameterReport, Renaming};
 use serde::Serialize;
 
 use super::{
     Context, Result,
     backend::{Plain, Train},
-    classifier::{Classifier, Learns, Recipe, Sample, Start, accuracy, fit, logits},
+    classifier::{Classifier, Learns, Recipe, Sample, Start, Trained, accuracy, fit, logits},
     file_name,
     plot::{Panel, SeriesLabelPosition, draw},
     progress::History,
@@ -38,7 +38,6 @@ pub struct Method {
 
 /// What all trainings of an example have in common.
 pub struct Job<'a, S> {
-    pub config: &'a LoraConfig,
     /// Where logs and adapters go.
     pub out: &'a Path,
     pub epochs: usize,
@@ -47,6 +46,8 @@ pub struct Job<'a, S> {
     pub lora_plus: f64,
     /// Whether checkpoints are kept, and where to start.
     pub start: Option<Start>,
+    /// What the model's modules are called in Python.
+    pub names: Renaming,
     /// Samples of the task that the base was trained on, where that is one of the same kind.
     pub old_test: &'a [S],
 }
@@ -55,11 +56,11 @@ impl<S: Sample> Job<'_, S> {
     pub fn fit<M: Learns + Classifier<Train, Sample = S>>(
         &self,
         name: &str,
-        model: M,
+        model: Lora<Train, M>,
         learning_rate: f64,
         train: &[S],
         test: &[S],
-    ) -> Result<(M::InnerModule, History)> {
+    ) -> Result<(Trained<M>, History)> {
         let logs = &self.out.join("logs");
         let &Self { epochs, seed, lora_plus, start, .. } = self;
         let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, start, logs };
@@ -70,12 +71,12 @@ impl<S: Sample> Job<'_, S> {
     pub fn adapt<M: Learns + Classifier<Train, Sample = S>>(
         &self,
         name: &'static str,
-        model: M,
+        model: Lora<Train, M>,
         learning_rate: f64,
         train: &[S],
         watched: &[S],
         test: &[S],
-    ) -> Result<(Method, M::InnerModule)> {
+    ) -> Result<(Method, Trained<M>)> {
         let ParameterReport { trainable, total, layers, .. } = model.parameters();
         let adapted = layers.iter().any(|layer| layer.adapter.is_some());
         let old_accuracy = |model: &M::InnerModule| {
@@ -89,11 +90,11 @@ impl<S: Sample> Job<'_, S> {
             trainable,
             total,
             epoch_seconds: seconds / history.durations.len() as f64,
-            accuracy_new: accuracy(logits(&model, test), test),
+            accuracy_new: accuracy(logits(&*model, test), test),
             accuracy_old: old_accuracy(&model),
             accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())).flatten(),
             bytes: match adapted {
-                true => self.save_adapters(name, &model)?,
+                true => self.save(name, model.adapters())?,
                 false => (trainable * size_of::<f32>()) as u64,
             },
             history,
@@ -101,10 +102,10 @@ impl<S: Sample> Job<'_, S> {
         Ok((method, model))
     }
 
-    /// Saves the model's adapters, and returns the size of the files.
-    fn save_adapters(&self, name: &str, model: &impl LoraModule<Plain>) -> Result<u64> {
+    /// Saves the adapters by their names in Python, and returns the size of the files.
+    fn save(&self, name: &str, adapters: LoraAdapters<Plain>) -> Result<u64> {
         let dir = self.out.join("adapters").join(file_name(name));
-        let adapters = model.adapters(self.config).context("taking the adapters")?;
+        let adapters = adapters.renamed(&self.names).context("renaming the adapters")?;
         adapters.save(&dir).context("saving the adapters")?;
         size_of_files(&dir)
     }

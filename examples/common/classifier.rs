@@ -3,7 +3,6 @@
 use std::{
     fmt::Debug,
     fs,
-    marker::PhantomData,
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -24,7 +23,7 @@ use burn::{
         metric::{AccuracyMetric, LossMetric},
     },
 };
-use burn_lora::{AtomicRecorder, LoraModule, LoraPlus, Tuned, last_checkpoint};
+use burn_lora::{AtomicRecorder, Lora, LoraPlus, last_checkpoint};
 
 use super::{
     Context, Result,
@@ -126,8 +125,7 @@ pub trait Classifier<B: Backend> {
 /// A model in training, as burn-train takes it. Its checkpoints hold only what trains.
 #[derive(Module, Debug)]
 struct Task<B: Backend, M> {
-    model: Tuned<M>,
-    backend: PhantomData<B>,
+    model: Lora<B, M>,
 }
 
 impl<M: Learns> TrainStep for Task<Train, M> {
@@ -153,12 +151,10 @@ impl<M: Classifier<Plain> + Module<Plain> + ModuleDisplay> InferenceStep for Tas
 pub trait Learns:
     AutodiffModule<
         Train,
-        InnerModule: LoraModule<Plain>
-                         + Classifier<Plain, Sample = <Self as Classifier<Train>>::Sample>
+        InnerModule: Classifier<Plain, Sample = <Self as Classifier<Train>>::Sample>
                          + ModuleDisplay
                          + 'static,
-    > + LoraModule<Train>
-    + Classifier<Train>
+    > + Classifier<Train>
     + ModuleDisplay
     + 'static
 {
@@ -166,11 +162,9 @@ pub trait Learns:
 
 impl<M> Learns for M
 where
-    M: LoraModule<Train> + Classifier<Train> + AutodiffModule<Train> + ModuleDisplay + 'static,
-    M::InnerModule: LoraModule<Plain>
-        + Classifier<Plain, Sample = <M as Classifier<Train>>::Sample>
-        + ModuleDisplay
-        + 'static,
+    M: Classifier<Train> + AutodiffModule<Train> + ModuleDisplay + 'static,
+    M::InnerModule:
+        Classifier<Plain, Sample = <M as Classifier<Train>>::Sample> + ModuleDisplay + 'static,
 {
 }
 
@@ -204,10 +198,10 @@ type Recorder = AtomicRecorder<NamedMpkFileRecorder<FullPrecisionSettings>>;
 /// Trains what is trainable in `model`, with Adam.
 pub fn fit<M: Learns>(
     recipe: &Recipe,
-    model: M,
+    model: Lora<Train, M>,
     samples: &[SampleOf<M>],
     test: &[SampleOf<M>],
-) -> Result<(M::InnerModule, History)> {
+) -> Result<(Trained<M>, History)> {
     let dir = recipe.logs.join(file_name(recipe.name));
     let (done, history) = match recipe.start {
         Some(Start::Checkpoint) => last_epoch(&dir)?,
@@ -243,8 +237,8 @@ pub fn fit<M: Learns>(
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
     // With a ratio of 1 this is Adam itself.
     let adam = LoraPlus::new(AdamConfig::new().init::<Train, Task<Train, M>>(), recipe.lora_plus);
-    let task = Task { model: Tuned::new(model), backend: PhantomData };
-    let result = training.renderer(reporter).launch(Learner::new(task, adam, schedule));
+    let learner = Learner::new(Task { model }, adam, schedule);
+    let result = training.renderer(reporter).launch(learner);
     // The renderer ends with its thread, and lets go of the terminal.
     drop(result.renderer);
     // By a person, or because a checkpoint could not be written.
@@ -253,7 +247,7 @@ pub fn fit<M: Learns>(
         return Err(format!("{}: stopped: {reason}", dir.display()));
     }
     let history = history.lock().expect("nobody panics with the lock").clone();
-    Ok((result.model.model.into_inner(), history))
+    Ok((result.model.model, history))
 }
 
 /// The last epoch in `dir` to go on from, and what was seen up to there.
@@ -272,6 +266,9 @@ fn last_epoch(dir: &Path) -> Result<(usize, History)> {
     history.truncate(done);
     Ok((done, history))
 }
+
+/// What comes of training a model.
+pub type Trained<M> = Lora<Plain, <M as AutodiffModule<Train>>::InnerModule>;
 
 /// What the model classifies.
 pub type SampleOf<M> = <M as Classifier<Train>>::Sample;

@@ -1,13 +1,9 @@
 //! Files from the network, checked before they are used.
 
-use std::{
-    fs::{self, File},
-    io::Write,
-    path::Path,
-    time::Duration,
-};
+use std::{fs, io::Write, path::Path, time::Duration};
 
 use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
 
 use super::{Context, Result};
 
@@ -30,11 +26,11 @@ pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Ve
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().expect("the path has a directory");
     fs::create_dir_all(dir)?;
-    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
-    let mut file = File::create(&unfinished)?;
+    let mut file = NamedTempFile::new_in(dir)?;
     file.write_all(bytes)?;
-    file.sync_all()?;
-    fs::rename(unfinished, path)
+    file.as_file().sync_all()?;
+    file.persist(path)?;
+    Ok(())
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -5,7 +5,7 @@ use burn::{
     nn::LinearConfig,
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraLayers, LoraLinear, LoraModule};
+use burn_lora::LoraLinear;
 
 use super::{
     classifier::Classifier,
@@ -24,16 +24,6 @@ impl<B: Backend> Mlp<B> {
     pub fn new(device: &B::Device) -> Self {
         let layer = |d_input, d_output| LinearConfig::new(d_input, d_output).init(device).into();
         Self { fc1: layer(PIXELS, 512), fc2: layer(512, 256), head: layer(256, 10) }
-    }
-}
-
-/// All that this crate asks of a model.
-impl<B: Backend> LoraModule<B> for Mlp<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("fc1", &mut self.fc1)
-            .with("fc2", &mut self.fc2)
-            .with("head", &mut self.head)
     }
 }
 

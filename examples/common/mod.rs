@@ -12,6 +12,7 @@ pub mod mlp;
 pub mod plot;
 pub mod progress;
 pub mod resume;
+#[path = "../../src/table.rs"]
 pub mod table;
 
 use std::{fs, path::Path, process::ExitCode};

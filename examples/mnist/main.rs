@@ -13,7 +13,7 @@ mod common;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, Scaling};
+use burn_lora::{LoraConfig, LoraModule, Renaming};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -102,24 +102,24 @@ fn run(args: Args) -> Result<()> {
         grouped(digits.test.len()),
         backend::NAME,
     );
-    let config = LoraConfig::new(args.rank, args.alpha)
-        .with_scaling(Scaling::AlphaOverRank)
-        .with_seed(args.seed);
+    let config = LoraConfig::peft(args.rank, args.alpha).with_seed(args.seed);
     let job = Job {
-        config: &config,
         out: &args.out,
         epochs: args.epochs,
         seed: args.seed,
         lora_plus: 1.0,
         start: None,
+        names: Renaming::default(),
         old_test: &digits.test,
     };
 
     // 1. A base that reads upright digits, and fails at turned ones.
     Plain::seed(&Default::default(), args.seed);
     let base = Mlp::<Train>::new(&Default::default());
+    let base = base.train_only(&[".*"]).context("training the base")?;
     let (base, _) =
         job.fit("base: upright digits", base, LEARNING_RATE, &digits.train, &digits.test)?;
+    let base = base.into_inner();
     let base_logits = logits(&base, &digits.test);
     let base_accuracy_old = accuracy(base_logits.clone(), &digits.test);
     let base_accuracy_new = accuracy(logits(&base, &rotated.test), &rotated.test);
@@ -130,9 +130,9 @@ fn run(args: Args) -> Result<()> {
 
     // 2. The same base, adapted to turned digits in three ways.
     let train = || base.clone().train::<Train>();
-    let full = train().unfreeze();
+    let full = train().train_only(&[".*"]).context("full fine-tuning")?;
     let lora = train().attach(&config).context("attaching adapters")?;
-    let last = train().freeze(&["head"]).context("freezing")?;
+    let last = train().train_only(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
 
     let adapt = |name, model, rate, digits: &Digits| {
@@ -144,9 +144,9 @@ fn run(args: Args) -> Result<()> {
 
     // 3. Merged into the base, the adapters cost nothing and compute the same.
     let merged = adapted.merge().context("merging")?;
-    let unmerged = logits(&adapted, &rotated.test);
+    let unmerged = logits(&*adapted, &rotated.test);
     let max_abs_logit_diff_merged =
-        largest_difference(logits(&*merged, &rotated.test), unmerged.clone());
+        largest_difference(logits(&merged, &rotated.test), unmerged.clone());
 
     // 4. Switched off, they leave the base as it was, to the bit.
     let restored = logits(&adapted.detach(), &digits.test);

@@ -16,9 +16,7 @@ use burn::{
     },
     tensor::{Bool, Int, Tensor, activation::gelu, backend::Backend},
 };
-use burn_lora::{
-    LoraEmbedding, LoraLayers, LoraLinear, LoraMhaInput, LoraModule, LoraMultiHeadAttention,
-};
+use burn_lora::{LoraEmbedding, LoraLinear, LoraMhaInput, LoraMultiHeadAttention, Renaming};
 use serde::Deserialize;
 
 /// The sizes of a BERT, by the names that Hugging Face's `config.json` has for them.
@@ -137,44 +135,22 @@ impl<B: Backend> Block<B> {
     }
 }
 
-impl<B: Backend> LoraModule<B> for Bert<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("embeddings", &mut self.embeddings).with("blocks", &mut self.blocks)
-    }
+/// From this encoder's modules to what Hugging Face calls them.
+const NAMES: [(&str, &str); 10] = [
+    ("embeddings.words", "embeddings.word_embeddings"),
+    ("embeddings.positions", "embeddings.position_embeddings"),
+    ("embeddings.segments", "embeddings.token_type_embeddings"),
+    ("embeddings.norm", "embeddings.LayerNorm"),
+    ("blocks.*.attention.output", "encoder.layer.*.attention.output.dense"),
+    ("blocks.*.attention", "encoder.layer.*.attention.self"),
+    ("blocks.*.attention_norm", "encoder.layer.*.attention.output.LayerNorm"),
+    ("blocks.*.expand", "encoder.layer.*.intermediate.dense"),
+    ("blocks.*.contract", "encoder.layer.*.output.dense"),
+    ("blocks.*.output_norm", "encoder.layer.*.output.LayerNorm"),
+];
 
-    /// What Hugging Face calls it.
-    fn peft_name(path: &str) -> String {
-        let names = path.split('.').map(|name| match name {
-            "words" => "word_embeddings",
-            "positions" => "position_embeddings",
-            "segments" => "token_type_embeddings",
-            "norm" => "LayerNorm",
-            "blocks" => "encoder.layer",
-            "query" => "self.query",
-            "key" => "self.key",
-            "value" => "self.value",
-            "output" => "output.dense",
-            "attention_norm" => "attention.output.LayerNorm",
-            "expand" => "intermediate.dense",
-            "contract" => "output.dense",
-            "output_norm" => "output.LayerNorm",
-            name => name,
-        });
-        names.collect::<Vec<_>>().join(".")
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Embeddings<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("words", &mut self.words)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Block<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("attention", &mut self.attention)
-            .with("expand", &mut self.expand)
-            .with("contract", &mut self.contract)
-    }
+/// What Hugging Face calls the modules of an encoder at `path`; the encoder alone has an empty path.
+pub fn names(path: &str) -> Renaming {
+    let dot = if path.is_empty() { "" } else { "." };
+    Renaming::new(NAMES.map(|(here, there)| (format!("{path}{dot}{here}"), there)))
 }

@@ -30,7 +30,7 @@ use burn::{
     module::Module,
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraConfig, LoraModule, Scaling};
+use burn_lora::{LoraConfig, LoraModule};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -145,17 +145,15 @@ fn run(args: Args) -> Result<()> {
     // Whatever can be wrong with files is found before anything is replaced.
     let given = if args.generated { None } else { Some(read(&args)?) };
     let epochs = args.epochs.unwrap_or(if args.generated { 5 } else { 2 });
-    let config = LoraConfig::new(args.rank, args.alpha)
-        .with_scaling(Scaling::AlphaOverRank)
-        .with_modules_to_save([HEAD])
-        .with_seed(args.seed);
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_modules_to_save([HEAD]).with_seed(args.seed);
     let job = Job {
-        config: &config,
         out: &args.out,
         epochs,
         seed: args.seed,
         lora_plus: 1.0,
         start: Some(start(&args, epochs)?),
+        names: model::names(),
         old_test: &[],
     };
     Plain::seed(&Default::default(), args.seed);
@@ -189,11 +187,12 @@ fn run(args: Args) -> Result<()> {
     let all_linear = with_adapters(&ALL_LINEAR)?;
     println!("{}\n", all_linear.parameters());
     let adapt = |job: &Job<Text>, name, model, rate| job.adapt(name, model, rate, train, dev, test);
-    let (full, _) = adapt(&job, "full fine-tuning", fresh().unfreeze(), rates.full)?;
+    let full = fresh().train_only(&[".*"]).context("full fine-tuning")?;
+    let (full, _) = adapt(&job, "full fine-tuning", full, rates.full)?;
     let (all, adapted) = adapt(&job, "LoRA, all linear", all_linear.clone(), rates.lora)?;
     let query_value = with_adapters(&QUERY_VALUE)?;
     let (some, _) = adapt(&job, "LoRA, query and value", query_value, rates.lora)?;
-    let head = fresh().freeze(&[HEAD]).context("freezing")?;
+    let head = fresh().train_only(&[HEAD]).context("freezing")?;
     let (head, _) = adapt(&job, "head", head, rates.head)?;
     let mut methods = vec![full, all, some, head];
     if let Some(lora_plus) = args.lora_plus {
@@ -207,7 +206,7 @@ fn run(args: Args) -> Result<()> {
     // as it was, to the bit.
     let merged = adapted.merge().context("merging")?;
     let max_abs_logit_diff_merged =
-        largest_difference(logits(&*merged, test), logits(&adapted, test));
+        largest_difference(logits(&merged, test), logits(&*adapted, test));
     let base_restored_exactly = bits(embeddings(&adapted.detach(), test)) == bits(base_vectors);
     let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
     println!("\nMerged, the adapters give logits within {max_abs_logit_diff_merged:.1e}.");
@@ -299,12 +298,13 @@ fn pretrain(job: &Job<Text>) -> Result<Given> {
         grammar::language(job.seed)?;
     let (device, words) = (Default::default(), sizes.vocab_size);
     let model = TextClassifier::new(sizes.init::<Train>(&device), &sizes, words, &device);
-    let job = Job { epochs: 5, ..*job };
+    let model = model.train_only(&[".*"]).context("pretraining")?;
+    let job = Job { epochs: 5, names: job.names.clone(), ..*job };
     let (model, _) = job.fit("base: missing words", model, PRETRAINING, &clozes, &test)?;
-    let right = accuracy(logits(&model, &test), &test);
+    let right = accuracy(logits(&*model, &test), &test);
     println!("\nThe encoder guesses {right:.1} % of missing words among {words}.\n");
     let texts = grammar::texts(&tokenizer, job.seed)?;
-    Ok(Given { bert: model.bert, sizes, texts, accuracy: Some(right) })
+    Ok(Given { bert: model.into_inner().bert, sizes, texts, accuracy: Some(right) })
 }
 
 /// What the encoder makes of the first texts: `[16, hidden_size]`.

@@ -5,9 +5,9 @@ use burn::{
     nn::{Linear, LinearConfig},
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraLayers, LoraModule};
+use burn_lora::Renaming;
 
-use super::bert::{Bert, BertConfig, Tokens};
+use super::bert::{self, Bert, BertConfig, Tokens};
 
 /// What the paper adapts.
 pub const QUERY_VALUE: [&str; 2] = ["query", "value"];
@@ -36,14 +36,8 @@ impl<B: Backend> TextClassifier<B> {
     }
 }
 
-impl<B: Backend> LoraModule<B> for TextClassifier<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("bert", &mut self.bert)
-    }
-
-    /// As if the encoder were by itself, so that its adapters fit Hugging Face's `AutoModel`.
-    fn peft_name(path: &str) -> String {
-        let of_bert = path.strip_prefix("bert.");
-        of_bert.map_or_else(|| path.to_owned(), <Bert<B> as LoraModule<B>>::peft_name)
-    }
+/// What Hugging Face calls the modules, as if the encoder were by itself, so that its adapters fit
+/// `AutoModel`.
+pub fn names() -> Renaming {
+    bert::names("bert")
 }

@@ -8,14 +8,13 @@ use std::{
 };
 
 use burn::tensor::{DType, backend::Backend};
-use burn_lora::LoraModule;
 use burn_store::{
     BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
     TensorSnapshot,
 };
 use serde_json::Value;
 
-use super::bert::{Bert, BertConfig};
+use super::bert::{Bert, BertConfig, names};
 
 /// What files have and this encoder does not need: the numbers 0, 1, 2 …, and a layer on top of the
 /// first token, which the mean over all tokens replaces.
@@ -111,9 +110,10 @@ fn match_up<B: Backend>(
     bert: &Bert<B>,
     tensors: &mut BTreeMap<String, TensorSnapshot>,
 ) -> Result<Vec<TensorSnapshot>, Vec<String>> {
+    let names = names("");
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for wanted in bert.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
-        let name = <Bert<B> as LoraModule<B>>::peft_name(&wanted.full_path());
+        let name = names.apply(&wanted.full_path());
         let Some(mut tensor) = tensors.remove(&name) else {
             problems.push(format!("`{name}` is missing"));
             continue;

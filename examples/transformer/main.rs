@@ -18,7 +18,7 @@ use burn::{
     optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{Lora, LoraConfig, LoraModule, Scaling};
+use burn_lora::{Lora, LoraConfig, LoraModule};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -143,33 +143,33 @@ fn run(args: Args) -> Result<()> {
 
     // 2. The same weights, adapted to move sequences along: as they are, through the overlay, and in
     // layers that carry adapters. The adapters start as the same numbers.
-    let config = LoraConfig::new(args.rank, args.alpha)
-        .with_scaling(Scaling::AlphaOverRank)
+    let config = LoraConfig::peft(args.rank, args.alpha)
         .with_targets(["query", "value"])
         .with_seed(args.seed);
-    let overlay = Lora::new(base.clone()).attach(&config).context("attaching adapters")?;
+    let overlay = Lora::overlay(base.clone()).attach(&config).context("attaching adapters")?;
     let layers = Layered::from(base.clone()).attach(&config).context("attaching adapters")?;
     println!("{}\n", layers.parameters());
     let trainable = layers.parameters().trainable;
     let learning_rate = LORA_LEARNING_RATE;
-    let forward = |model: &Lora<Train, Stock<Train>>, x| model.forward(|stock| stock.forward(x));
+    let forward =
+        |model: &Lora<Train, Stock<Train>>, x| model.with_adapters(|stock| stock.forward(x));
     let overlay = Run { name: "LoRA, overlay", model: overlay, forward, learning_rate };
     let (overlay, by_overlay) = train(overlay, Task::Rotate, &args, trainable);
-    let layers =
-        Run { name: "LoRA, layers", model: layers, forward: Layered::forward, learning_rate };
+    let forward = |model: &Lora<Train, Layered<Train>>, x| model.forward(x);
+    let layers = Run { name: "LoRA, layers", model: layers, forward, learning_rate };
     let (layers, by_layers) = train(layers, Task::Rotate, &args, trainable);
     let (name, model) = ("full fine-tuning", base.clone());
     let full = Run { name, model, forward: Stock::forward, learning_rate: LEARNING_RATE };
     let (_, by_full) = train(full, Task::Rotate, &args, base.num_params());
 
     // 3. Adapters are values: those from the overlay, in the layers, compute the same.
-    let set = overlay.valid().adapters(&config).context("taking the adapters")?;
+    let set = overlay.valid().adapters();
     let exchanged = layers.valid().switch(&set).context("switching")?;
     let [x, _] = Task::Rotate.batch::<Plain>(&mut StdRng::seed_from_u64(args.seed));
-    let expected = overlay.valid().forward(|stock| stock.forward(x.clone()));
+    let expected = overlay.valid().forward(x.clone());
     let difference = (exchanged.forward(x.clone()) - expected).abs().max();
     let max_abs_logit_diff = difference.into_data().iter::<f64>().fold(0.0, f64::max);
-    let restored = overlay.detach().valid().forward(|stock| stock.forward(x.clone()));
+    let restored = overlay.detach().valid().forward(x.clone());
     let base_restored_exactly = restored.into_data() == plain.forward(x).into_data();
 
     let methods = vec![by_full, by_overlay, by_layers];

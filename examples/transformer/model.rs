@@ -11,7 +11,7 @@ use burn::{
     },
     tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::{LoraLayers, LoraMhaInput, LoraModule, LoraMultiHeadAttention};
+use burn_lora::{LoraMhaInput, LoraMultiHeadAttention};
 
 /// How many symbols there are, and how many a sequence has.
 pub const SYMBOLS: usize = 12;
@@ -96,24 +96,6 @@ impl<B: Backend> Layered<B> {
             layer.norm_2.forward(x.clone() + layer.pwff.forward(x))
         });
         self.head.forward(x)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Layered<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("encoder", &mut self.encoder)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Encoder<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("layers", &mut self.layers)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Layer<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("mha", &mut self.mha)
     }
 }
 

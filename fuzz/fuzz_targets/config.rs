@@ -7,7 +7,7 @@
 #![no_main]
 
 use burn::{backend::Flex, module::Module, nn::LinearConfig, tensor::backend::Backend};
-use burn_lora::{LoraAdapters, LoraLayers, LoraLinear, LoraModule};
+use burn_lora::{LoraAdapters, LoraLinear, LoraModule};
 use libfuzzer_sys::fuzz_target;
 
 #[derive(Module, Debug)]
@@ -18,18 +18,6 @@ struct Model<B: Backend> {
 #[derive(Module, Debug)]
 struct Block<B: Backend> {
     fc: LoraLinear<B>,
-}
-
-impl<B: Backend> LoraModule<B> for Model<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("layers", &mut self.layers)
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Block<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("fc", &mut self.fc)
-    }
 }
 
 /// Three blocks, for two of which there are adapters: whether the third is missing is up to the

@@ -16,8 +16,8 @@ use burn::{
     },
 };
 
-use super::LoraAdapter;
-use crate::{Scaling, WeightLayout};
+use super::{LoraAdapter, WeightLayout};
+use crate::config::Scaling;
 
 /// What a record keeps of a [`LoraAdapter`]: everything, so that it acts the same once restored.
 #[derive(Debug, Clone, Record)]

@@ -8,7 +8,11 @@ use burn::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::LoraAdapters;
-use crate::{LoraAdapter, LoraError, Scaling, adapter::frozen, config::fnv1a};
+use crate::{
+    adapter::{LoraAdapter, frozen},
+    config::{Scaling, fnv1a},
+    error::LoraError,
+};
 
 /// How [`LoraAdapters::combine`] forms one adapter of several, for each layer.
 ///

@@ -11,7 +11,10 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::StandardNormal;
 
 use super::LoraAdapters;
-use crate::{LoraAdapter, Scaling, adapter::frozen};
+use crate::{
+    adapter::{LoraAdapter, frozen},
+    config::Scaling,
+};
 
 /// Adapters that approximate updates of a higher rank.
 #[derive(Clone, Debug)]

@@ -11,7 +11,8 @@ use burn::{
     },
 };
 
-use crate::{LoraConfig, LoraLayers, LoraLinear, LoraModule};
+use super::{LoraLinear, fresh};
+use crate::{config::LoraConfig, error::LoraError};
 
 /// A drop-in for Burn's [`MultiHeadAttention`] whose four projections can carry adapters.
 ///
@@ -73,16 +74,6 @@ impl<B: Backend> From<MultiHeadAttention<B>> for LoraMultiHeadAttention<B> {
     }
 }
 
-impl<B: Backend> LoraModule<B> for LoraMultiHeadAttention<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("query", &mut self.query)
-            .with("key", &mut self.key)
-            .with("value", &mut self.value)
-            .with("output", &mut self.output)
-    }
-}
-
 impl LoraConfig {
     /// Puts fresh adapters on the projections of a trained attention layer: on those that
     /// [`targets`](Self::targets) name, or, if it is empty, on the queries and values, as the paper
@@ -100,8 +91,23 @@ impl LoraConfig {
             true => self.clone().with_targets(["query", "value"]),
             false => self.clone(),
         };
-        let attached = LoraMultiHeadAttention::from(base).attach(&config);
-        attached.unwrap_or_else(|error| panic!("{error}"))
+        let mut attention = LoraMultiHeadAttention::from(base.no_grad());
+        let LoraMultiHeadAttention { query, key, value, output, .. } = &mut attention;
+        let mut projections =
+            [("query", query), ("key", key), ("value", value), ("output", output)];
+        let paths = projections.each_ref().map(|(path, _)| (*path).to_owned());
+        let put_on = |projections: &mut [(&str, &mut LoraLinear<B>)]| {
+            config.validate()?;
+            let chosen = config.choose(&paths)?;
+            for (path, layer) in projections {
+                if chosen.iter().any(|it| it == path) {
+                    layer.set_adapter(Some(fresh(&config.for_layer(path)?, *layer)));
+                }
+            }
+            Ok::<_, LoraError>(())
+        };
+        put_on(&mut projections).unwrap_or_else(|error| panic!("{error}"));
+        attention
     }
 }
 

@@ -1,12 +1,11 @@
 use burn::{
     module::Param,
     nn::conv::{Conv1d, Conv2d, ConvTranspose2d},
-    record::Record,
     tensor::{Tensor, backend::Backend},
 };
 
-use super::{WeightLayout, constant, fixed, module::lora_layer};
-use crate::{LoraAdapter, adapter::LoraAdapterRecord};
+use super::{constant, fixed, module::lora_layer};
+use crate::adapter::{LoraAdapter, WeightLayout};
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter; see [`LoraConv2d`], of which it is the
 /// sibling with one spatial dimension.
@@ -63,56 +62,19 @@ pub struct LoraConvTranspose2d<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
 }
 
-/// What a record keeps of a [`LoraConv1d`]: the parameters of the base, and the adapter.
-#[derive(Debug, Clone, Record)]
-pub struct LoraConv1dRecord<B: Backend> {
-    /// The base's kernel: `[channels_out, channels_in / groups, kernel]`.
-    pub weight: Param<Tensor<B, 3>>,
-    /// The base's bias, if it has one: `[channels_out]`.
-    pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The adapter, if there is one.
-    pub adapter: Option<LoraAdapterRecord<B>>,
-}
-
-/// What a record keeps of a [`LoraConv2d`]: the parameters of the base, and the adapter.
-#[derive(Debug, Clone, Record)]
-pub struct LoraConv2dRecord<B: Backend> {
-    /// The base's kernel: `[channels_out, channels_in / groups, height, width]`.
-    pub weight: Param<Tensor<B, 4>>,
-    /// The base's bias, if it has one: `[channels_out]`.
-    pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The adapter, if there is one.
-    pub adapter: Option<LoraAdapterRecord<B>>,
-}
-
-/// What a record keeps of a [`LoraConvTranspose2d`]: the parameters of the base, and the adapter.
-#[derive(Debug, Clone, Record)]
-pub struct LoraConvTranspose2dRecord<B: Backend> {
-    /// The base's kernel: `[channels_in, channels_out / groups, height, width]`.
-    pub weight: Param<Tensor<B, 4>>,
-    /// The base's bias, if it has one: `[channels_out]`.
-    pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The adapter, if there is one.
-    pub adapter: Option<LoraAdapterRecord<B>>,
-}
-
 impl<B: Backend> LoraConv1d<B> {
     /// Applies the layer: `[batch, channels_in, length]` to `[batch, channels_out, length_out]`.
     pub fn forward(&self, input: Tensor<B, 3>) -> Tensor<B, 3> {
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
-        let like_base = |weight, bias| Conv1d { weight, bias, ..self.base.clone() };
-        let base = like_base(fixed(&self.base.weight), self.base.bias.as_ref().map(fixed));
-        let [_, channels, kernel] = self.base.weight.dims();
-        let update = adapter.forward_conv(input.clone(), self.base.groups, |x, a| {
-            let filters = self.layout().to_weight(a, [adapter.rank(), channels, kernel]);
-            like_base(constant(for_each_group(filters, self.base.groups)), None).forward(x)
-        });
-        base.forward(input) + update
+        let Conv1d { weight, bias, groups, .. } = &self.base;
+        forward(adapter, weight, bias.as_ref(), *groups, input, |x, weight, bias| {
+            Conv1d { weight, bias, ..self.base.clone() }.forward(x)
+        })
     }
 
     fn layout(&self) -> WeightLayout {
-        let [_, _, kernel] = self.base.weight.shape().dims();
-        WeightLayout::Conv { kernel: vec![kernel], groups: self.base.groups }
+        let kernel = self.base.weight.shape()[2..].to_vec();
+        WeightLayout::Conv { kernel, groups: self.base.groups }
     }
 
     fn can_take_bias(&self) -> bool {
@@ -125,19 +87,15 @@ impl<B: Backend> LoraConv2d<B> {
     /// `[batch, channels_out, height_out, width_out]`.
     pub fn forward(&self, input: Tensor<B, 4>) -> Tensor<B, 4> {
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
-        let like_base = |weight, bias| Conv2d { weight, bias, ..self.base.clone() };
-        let base = like_base(fixed(&self.base.weight), self.base.bias.as_ref().map(fixed));
-        let [_, channels, height, width] = self.base.weight.dims();
-        let update = adapter.forward_conv(input.clone(), self.base.groups, |x, a| {
-            let filters = self.layout().to_weight(a, [adapter.rank(), channels, height, width]);
-            like_base(constant(for_each_group(filters, self.base.groups)), None).forward(x)
-        });
-        base.forward(input) + update
+        let Conv2d { weight, bias, groups, .. } = &self.base;
+        forward(adapter, weight, bias.as_ref(), *groups, input, |x, weight, bias| {
+            Conv2d { weight, bias, ..self.base.clone() }.forward(x)
+        })
     }
 
     fn layout(&self) -> WeightLayout {
-        let [_, _, height, width] = self.base.weight.shape().dims();
-        WeightLayout::Conv { kernel: vec![height, width], groups: self.base.groups }
+        let kernel = self.base.weight.shape()[2..].to_vec();
+        WeightLayout::Conv { kernel, groups: self.base.groups }
     }
 
     fn can_take_bias(&self) -> bool {
@@ -150,25 +108,41 @@ impl<B: Backend> LoraConvTranspose2d<B> {
     /// `[batch, channels_out, height_out, width_out]`.
     pub fn forward(&self, input: Tensor<B, 4>) -> Tensor<B, 4> {
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
-        let like_base = |weight, bias| ConvTranspose2d { weight, bias, ..self.base.clone() };
-        let base = like_base(fixed(&self.base.weight), self.base.bias.as_ref().map(fixed));
-        let [channels, _, height, width] = self.base.weight.dims();
-        let update = adapter.forward_conv(input.clone(), self.base.groups, |x, a| {
-            let filters = self.layout().to_weight(a, [channels, adapter.rank(), height, width]);
-            like_base(constant(filters), None).forward(x)
-        });
-        base.forward(input) + update
+        let ConvTranspose2d { weight, bias, groups, .. } = &self.base;
+        forward(adapter, weight, bias.as_ref(), *groups, input, |x, weight, bias| {
+            ConvTranspose2d { weight, bias, ..self.base.clone() }.forward(x)
+        })
     }
 
     fn layout(&self) -> WeightLayout {
-        let [_, _, height, width] = self.base.weight.shape().dims();
-        WeightLayout::ConvTranspose { kernel: vec![height, width] }
+        WeightLayout::ConvTranspose { kernel: self.base.weight.shape()[2..].to_vec() }
     }
 
     /// The matrix has one column for a channel of all groups, where the bias has one for each.
     fn can_take_bias(&self) -> bool {
         self.base.groups == 1
     }
+}
+
+/// The output of a convolution with an adapter, where `convolve` is the base's with another kernel and
+/// bias: with W and b, which are constants, and with the filters that A is made into.
+fn forward<B: Backend, const D: usize>(
+    adapter: &LoraAdapter<B>,
+    weight: &Param<Tensor<B, D>>,
+    bias: Option<&Param<Tensor<B, 1>>>,
+    groups: usize,
+    input: Tensor<B, D>,
+    convolve: impl Fn(Tensor<B, D>, Param<Tensor<B, D>>, Option<Param<Tensor<B, 1>>>) -> Tensor<B, D>,
+) -> Tensor<B, D> {
+    let update = adapter.forward_conv(input.clone(), groups, |x, a| {
+        let transposed = matches!(adapter.layout, WeightLayout::ConvTranspose { .. });
+        let mut dims = weight.dims();
+        dims[usize::from(transposed)] = adapter.rank();
+        let filters = adapter.layout.to_weight(a, dims);
+        let filters = if transposed { filters } else { for_each_group(filters, groups) };
+        convolve(x, constant(filters), None)
+    });
+    convolve(input, fixed(weight), bias.map(fixed)) + update
 }
 
 /// The same filters for every group of channels.
@@ -180,6 +154,6 @@ fn for_each_group<B: Backend, const D: usize>(
     Tensor::cat(vec![filters; groups], 0)
 }
 
-lora_layer!(LoraConv1d, Conv1d, LoraConv1dRecord, weight, bias);
-lora_layer!(LoraConv2d, Conv2d, LoraConv2dRecord, weight, bias);
-lora_layer!(LoraConvTranspose2d, ConvTranspose2d, LoraConvTranspose2dRecord, weight, bias);
+lora_layer!(LoraConv1d, Conv1d, 3, weight, bias);
+lora_layer!(LoraConv2d, Conv2d, 4, weight, bias);
+lora_layer!(LoraConvTranspose2d, ConvTranspose2d, 4, weight, bias);

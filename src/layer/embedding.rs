@@ -1,15 +1,10 @@
 use burn::{
-    module::Param,
     nn::Embedding,
-    record::Record,
     tensor::{Int, Tensor, backend::Backend, module::embedding},
 };
 
-use super::{WeightLayout, module::lora_layer};
-use crate::{
-    LoraAdapter, LoraLayer,
-    adapter::{LoraAdapterRecord, frozen},
-};
+use super::{LoraLayer, module::lora_layer};
+use crate::adapter::{LoraAdapter, WeightLayout, frozen};
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.
 ///
@@ -39,15 +34,6 @@ pub struct LoraEmbedding<B: Backend> {
     /// The pretrained layer.
     pub base: Embedding<B>,
     adapter: Option<LoraAdapter<B>>,
-}
-
-/// What a record keeps of a [`LoraEmbedding`]: the table, and the adapter.
-#[derive(Debug, Clone, Record)]
-pub struct LoraEmbeddingRecord<B: Backend> {
-    /// The base's table: `[n_embedding, d_model]`.
-    pub weight: Param<Tensor<B, 2>>,
-    /// The adapter, if there is one.
-    pub adapter: Option<LoraAdapterRecord<B>>,
 }
 
 impl<B: Backend> LoraEmbedding<B> {
@@ -90,4 +76,4 @@ impl<B: Backend> LoraEmbedding<B> {
     }
 }
 
-lora_layer!(LoraEmbedding, Embedding, LoraEmbeddingRecord, weight);
+lora_layer!(LoraEmbedding, Embedding, 2, weight);

@@ -1,15 +1,10 @@
 use burn::{
-    module::Param,
     nn::Linear,
-    record::Record,
     tensor::{Tensor, backend::Backend},
 };
 
-use super::{WeightLayout, module::lora_layer};
-use crate::{
-    LoraAdapter, LoraLayer,
-    adapter::{LoraAdapterRecord, frozen},
-};
+use super::{LoraLayer, module::lora_layer};
+use crate::adapter::{LoraAdapter, WeightLayout, frozen};
 
 /// A drop-in for Burn's [`Linear`] that can carry an adapter: `y = x·W + b + s·(x·A)·B`, with W and
 /// b frozen.
@@ -44,17 +39,6 @@ pub struct LoraLinear<B: Backend> {
     /// The pretrained layer.
     pub base: Linear<B>,
     adapter: Option<LoraAdapter<B>>,
-}
-
-/// What a record keeps of a [`LoraLinear`]: the fields of a [`LinearRecord`](burn::nn::LinearRecord), and the adapter.
-#[derive(Debug, Clone, Record)]
-pub struct LoraLinearRecord<B: Backend> {
-    /// The base's weight: `[d_input, d_output]`.
-    pub weight: Param<Tensor<B, 2>>,
-    /// The base's bias, if it has one: `[d_output]`.
-    pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The adapter, if there is one.
-    pub adapter: Option<LoraAdapterRecord<B>>,
 }
 
 impl<B: Backend> LoraLinear<B> {
@@ -101,4 +85,4 @@ impl<B: Backend> LoraLinear<B> {
     }
 }
 
-lora_layer!(LoraLinear, Linear, LoraLinearRecord, weight, bias);
+lora_layer!(LoraLinear, Linear, 2, weight, bias);

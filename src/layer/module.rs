@@ -2,19 +2,20 @@
 //! hand, not derived, so that each has the parameter paths of its base, and the base stays frozen on
 //! every trip.
 
-/// Implements [`LoraLayer`](crate::LoraLayer), [`LoraModule`](crate::LoraModule) and Burn's module
-/// traits for a layer with the fields `base` and `adapter`, and the methods `layout` and
-/// `can_take_bias`. The record has the base's parameters, which are named last, and the adapter.
+/// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
+/// `base` and `adapter`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
+/// dimensions; the record has the parameters of the base, which are named last, and the adapter.
 macro_rules! lora_layer {
-    ($Layer:ident, $Base:ident, $Record:ident, $weight:ident $(, $bias:ident)?) => {
+    ($Layer:ident, $Base:ident, $D:literal, $weight:ident $(, $bias:ident)?) => {
         const _: () = {
             use std::fmt;
 
             use burn::{
                 module::{
                     AutodiffModule, Content, Devices, DisplaySettings, HasAutodiffModule, Module,
-                    ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+                    ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
                 },
+                record::Record,
                 tensor::{
                     Tensor,
                     backend::{AutodiffBackend, Backend},
@@ -22,12 +23,50 @@ macro_rules! lora_layer {
             };
 
             use crate::{
-                LoraAdapter, LoraLayer, LoraLayers, LoraModule, WeightLayout,
-                adapter::frozen,
-                layer::{self, ADAPTER, CONTAINER},
+                adapter::{LoraAdapter, LoraAdapterRecord, WeightLayout, frozen},
+                config::LoraConfig,
+                layer::{
+                    self, LoraLayer,
+                    letter::{self, ADAPTER, TAG},
+                },
             };
 
+            /// What a record keeps of a layer: the fields of the base's record, and the adapter.
+            #[derive(Debug, Clone, Record)]
+            pub struct LayerRecord<B: Backend> {
+                /// The base's weight.
+                pub $weight: Param<Tensor<B, $D>>,
+                $(
+                    /// The base's bias, if it has one.
+                    pub $bias: Option<Param<Tensor<B, 1>>>,
+                )?
+                /// The adapter, if there is one.
+                pub adapter: Option<LoraAdapterRecord<B>>,
+            }
+
             impl<B: Backend> $Layer<B> {
+                /// The adapter, if there is one.
+                pub fn adapter(&self) -> Option<&LoraAdapter<B>> {
+                    self.adapter.as_ref()
+                }
+
+                /// Puts an adapter on the base, and freezes the base; or, with `None`, takes the
+                /// adapter off, and leaves the base as it is.
+                ///
+                /// # Panics
+                ///
+                /// If the adapter was made for a weight of another shape, or has a bias that the layer
+                /// cannot take.
+                pub fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
+                    self.adapter = adapter.map(|adapter| {
+                        layer::check_fit(self, &adapter);
+                        LoraAdapter { layout: self.layout(), ..adapter }
+                    });
+                    if self.adapter.is_some() {
+                        self.base = self.base.clone().no_grad();
+                    }
+                }
+
                 /// Puts the parts back together, and freezes the base if there is an adapter.
                 fn assemble(base: $Base<B>, adapter: Option<LoraAdapter<B>>) -> Self {
                     let mut layer = Self::from(base);
@@ -45,6 +84,12 @@ macro_rules! lora_layer {
 
             impl<B: Backend> layer::Adaptable<B> for $Base<B> {
                 type Lora = $Layer<B>;
+
+                fn with_fresh_adapter(self, config: &LoraConfig) -> $Layer<B> {
+                    let mut layer = $Layer::from(self);
+                    layer.set_adapter(Some(layer::fresh(config, &layer)));
+                    layer
+                }
             }
 
             impl<B: Backend> LoraLayer<B> for $Layer<B> {
@@ -105,14 +150,8 @@ macro_rules! lora_layer {
                 }
             }
 
-            impl<B: Backend> LoraModule<B> for $Layer<B> {
-                fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-                    LoraLayers::of(self)
-                }
-            }
-
             impl<B: Backend> Module<B> for $Layer<B> {
-                type Record = $Record<B>;
+                type Record = LayerRecord<B>;
 
                 fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
                     let devices = self.base.collect_devices(devices);
@@ -129,17 +168,19 @@ macro_rules! lora_layer {
 
                 fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
                     self.base.visit(visitor);
-                    visitor.enter_module(ADAPTER, CONTAINER);
+                    visitor.enter_module(ADAPTER, TAG);
+                    letter::answer_look(self);
                     self.adapter.visit(visitor);
-                    visitor.exit_module(ADAPTER, CONTAINER);
+                    visitor.exit_module(ADAPTER, TAG);
                 }
 
                 fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
-                    let base = self.base.map(mapper);
-                    mapper.enter_module(ADAPTER, CONTAINER);
-                    let adapter = Module::map(self.adapter, mapper);
-                    mapper.exit_module(ADAPTER, CONTAINER);
-                    Self::assemble(base, adapter)
+                    let mut layer = Self { base: self.base.map(mapper), ..self };
+                    mapper.enter_module(ADAPTER, TAG);
+                    letter::answer_change(&mut layer);
+                    let adapter = Module::map(layer.adapter, mapper);
+                    mapper.exit_module(ADAPTER, TAG);
+                    Self::assemble(layer.base, adapter)
                 }
 
                 fn load_record(self, record: Self::Record) -> Self {
@@ -152,7 +193,7 @@ macro_rules! lora_layer {
                 }
 
                 fn into_record(self) -> Self::Record {
-                    $Record {
+                    LayerRecord {
                         $weight: self.base.$weight.into_record(),
                         $($bias: self.base.$bias.into_record(),)?
                         adapter: self.adapter.into_record(),

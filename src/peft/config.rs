@@ -3,15 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::backend::Backend;
-use regex::Regex;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{
-    json::{Entries, check_object},
-    targets::{Indices, Modules, Names, compile, within_any},
+use super::json::{Entries, check_object};
+use crate::{
+    adapter::WeightLayout,
+    adapters::{
+        LoraAdapters,
+        peft_targets::{Indices, Modules, Names, Targets, within_any},
+    },
+    config::Scaling,
+    error::LoraError,
+    pattern::Pattern,
 };
-use crate::{LoraAdapters, LoraError, Scaling, WeightLayout};
 
 /// Fields that change what an adapter computes, in ways that are not supported. Off, they are null,
 /// false or empty.
@@ -51,9 +56,9 @@ pub(crate) struct PeftConfig {
     alpha_pattern: Entries<f64>,
     /// The two above, compiled.
     #[serde(skip)]
-    ranks: Vec<(Regex, usize)>,
+    ranks: Vec<(Pattern, usize)>,
     #[serde(skip)]
-    alphas: Vec<(Regex, f64)>,
+    alphas: Vec<(Pattern, f64)>,
     #[serde(default)]
     pub lora_bias: bool,
     #[serde(default)]
@@ -143,17 +148,14 @@ fn is_on(value: &Value) -> bool {
     }
 }
 
-/// The keys of rank and alpha patterns: by PEFT's rule each matches the whole of a path, or its end.
-fn compile_keys<V: Copy>(patterns: &Entries<V>) -> Result<Vec<(Regex, V)>, String> {
-    let compiled = patterns.0.iter().map(|(key, value)| {
-        let regex = compile(&format!(r"^(?:(?:.*\.)?(?:{key})$)"));
-        Ok((regex.map_err(|error| format!("pattern `{key}`: {error}"))?, *value))
-    });
-    compiled.collect()
+/// The keys of rank and alpha patterns, of which each means the whole of a path, or its end.
+fn compile_keys<V: Copy>(patterns: &Entries<V>) -> Result<Vec<(Pattern, V)>, String> {
+    let compiled = patterns.0.iter().map(|(key, value)| Ok((Pattern::new(key)?, *value)));
+    compiled.collect::<Result<_, LoraError>>().map_err(|error| error.to_string())
 }
 
-fn first_match<V: Copy>(patterns: &[(Regex, V)], path: &str) -> Option<V> {
-    patterns.iter().find(|(key, _)| key.is_match(path)).map(|(_, value)| *value)
+fn first_match<V: Copy>(patterns: &[(Pattern, V)], path: &str) -> Option<V> {
+    patterns.iter().find(|(key, _)| key.matches(path)).map(|(_, value)| *value)
 }
 
 impl PeftConfig {
@@ -167,6 +169,17 @@ impl PeftConfig {
 
     pub fn scaling(&self) -> Scaling {
         if self.use_rslora { Scaling::AlphaOverSqrtRank } else { Scaling::AlphaOverRank }
+    }
+
+    /// The layers that the configuration means, if it says so.
+    pub fn targets(&self) -> Option<Targets> {
+        Targets::new(
+            self.target_modules.as_ref(),
+            self.exclude_modules.as_ref(),
+            self.layers_to_transform.as_ref(),
+            self.layers_pattern.as_ref(),
+            self.modules_to_save(),
+        )
     }
 
     pub fn modules_to_save(&self) -> &[String] {

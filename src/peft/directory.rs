@@ -1,12 +1,10 @@
 //! Replacing a directory as a whole.
 
-use std::{
-    fs, io,
-    path::{Path, PathBuf},
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::{ffi::OsString, fs, io, path::Path};
 
-use crate::{LoraError, files::sync};
+use tempfile::{Builder, TempDir};
+
+use crate::{error::LoraError, files::sync};
 
 /// Makes `dir` hold what `write` puts into the directory that it is given, as the files `names`,
 /// along with the other files that are in `dir` already. Until the very end `dir` is as it was.
@@ -21,52 +19,36 @@ pub(super) fn replace(
         Err(error) if error.kind() == io::ErrorKind::NotFound => dir.to_owned(),
         Err(source) => return Err(LoraError::Io { path: dir.to_owned(), source }),
     };
-    let unfinished = Unfinished::create_beside(&dir)?;
-    write(&unfinished.0)?;
     let io = |path: &Path| {
         let path = path.to_owned();
         move |source| LoraError::Io { path, source }
     };
+    let unfinished = create_beside(&dir).map_err(io(parent(&dir)))?;
+    // Whatever happens, it is removed in the end; what was exchanged for it goes in its place.
+    let unfinished = unfinished.path();
+    write(unfinished)?;
     if dir.exists() {
-        keep_others(&dir, names, &unfinished.0).map_err(io(&dir))?;
+        keep_others(&dir, names, unfinished).map_err(io(&dir))?;
     }
     for name in names {
-        sync(&unfinished.0.join(name)).map_err(io(&unfinished.0))?;
+        sync(&unfinished.join(name)).map_err(io(unfinished))?;
     }
-    sync(&unfinished.0).map_err(io(&unfinished.0))?;
-    exchange(&unfinished.0, &dir).map_err(io(&dir))?;
+    sync(unfinished).map_err(io(unfinished))?;
+    exchange(unfinished, &dir).map_err(io(&dir))?;
     sync(parent(&dir)).map_err(io(parent(&dir)))
-    // What was exchanged is the old directory, which goes with `unfinished`.
 }
 
-/// A directory that is removed in the end, whatever happens.
-struct Unfinished(PathBuf);
-
-impl Unfinished {
-    fn create_beside(dir: &Path) -> Result<Self, LoraError> {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let parent = parent(dir);
-        let io = |source| LoraError::Io { path: parent.to_owned(), source };
-        fs::create_dir_all(parent).map_err(io)?;
-        let name = dir.file_name().unwrap_or_default().to_string_lossy();
-        loop {
-            let count = COUNT.fetch_add(1, Ordering::Relaxed);
-            let path = parent.join(format!(".{name}.{}-{count}.tmp", std::process::id()));
-            match fs::create_dir(&path) {
-                Ok(()) => return Ok(Self(path)),
-                // Left behind by a process that had our number.
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
-                Err(source) => return Err(io(source)),
-            }
-        }
+/// An empty directory with the permissions of `dir`.
+fn create_beside(dir: &Path) -> io::Result<TempDir> {
+    fs::create_dir_all(parent(dir))?;
+    let mut prefix = OsString::from(".");
+    prefix.push(dir.file_name().unwrap_or_default());
+    let mut builder = Builder::new();
+    builder.prefix(&prefix).suffix(".tmp");
+    if let Ok(metadata) = fs::metadata(dir) {
+        builder.permissions(metadata.permissions());
     }
-}
-
-impl Drop for Unfinished {
-    fn drop(&mut self) {
-        // After a rename it is gone already; and what cannot be removed does no harm.
-        let _ = fs::remove_dir_all(&self.0);
-    }
+    builder.tempdir_in(parent(dir))
 }
 
 fn parent(dir: &Path) -> &Path {

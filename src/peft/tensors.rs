@@ -25,7 +25,11 @@ use safetensors::{
 };
 
 use super::{config::PeftConfig, json::check_object};
-use crate::{LoraAdapter, LoraAdapters, LoraError, WeightLayout, adapters::Extra, error::Mismatch};
+use crate::{
+    adapter::{LoraAdapter, WeightLayout},
+    adapters::{Extra, LoraAdapters},
+    error::{LoraError, Mismatch},
+};
 
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
@@ -198,7 +202,8 @@ pub(super) fn read<Bk: Backend>(
         adapters.insert(path.to_owned(), Box::new(adapter));
     }
     let modules_to_save = config.modules_to_save().to_vec();
-    Ok(LoraAdapters { adapters, extras, modules_to_save, targets, config: config.others })
+    let (config, names_in_file) = (config.others, Vec::new());
+    Ok(LoraAdapters { adapters, extras, modules_to_save, targets, names_in_file, config })
 }
 
 /// Reads the length of the header and the header, and checks that it describes all that follows.

@@ -2,8 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn_lora::{
-    Combination, Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLayer, LoraModule,
-    Scaling,
+    Combination, Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraModule, Scaling,
 };
 
 use crate::{
@@ -37,7 +36,7 @@ fn base() -> Mlp<Plain> {
 fn set(rank: usize, alpha: f64, seed: u64) -> LoraAdapters<Plain> {
     let config = LoraConfig::new(rank, alpha).with_seed(seed).with_init(Init::RandomBoth);
     let config = config.with_scaling(Scaling::AlphaOverRank).with_bias(true);
-    base().attach(&config).unwrap().adapters(&config).unwrap()
+    base().attach(&config).unwrap().adapters()
 }
 
 const PATHS: [&str; 3] = ["blocks.0", "blocks.1", "head"];
@@ -94,7 +93,7 @@ fn a_sum_computes_what_its_parts_do_biases_included() {
     let summed = base.switch(&sum.unwrap()).unwrap();
 
     // Merged into one base one after the other, sets add up as well.
-    let first = base.switch(&one.scaled(0.5)).unwrap().merge().unwrap().into_plain();
+    let first = base.switch(&one.scaled(0.5)).unwrap().merge().unwrap();
     let both = first.switch(&two.scaled(2.0)).unwrap().merge().unwrap();
     let x = || Matrix::random(4, 6, 9).tensor::<Plain, 2>([4, 6], &device::<Plain>());
     let expected = both.forward(x()).into_data().convert::<f64>().to_vec().unwrap();
@@ -181,7 +180,7 @@ fn sets_that_cannot_be_combined_are_refused() {
     let shapes = "`head`: shapes differ: ([7, 3], [6, 8])";
     refused(&[(&one, 1.0), (&other, 1.0)], Combination::Concatenate, shapes);
     let config = LoraConfig::new(2, 1.0).with_modules_to_save(["head"]);
-    let saved = base().attach(&config).unwrap().adapters(&config).unwrap();
+    let saved = base().attach(&config).unwrap().adapters();
     refused(&[(&saved, 1.0)], Combination::Concatenate, "`head.weight`: it was trained in full");
     assert!(LoraAdapters::<Plain>::combine(&[], Combination::Linear).unwrap().is_empty());
 }
@@ -266,7 +265,7 @@ fn truncation_to_nothing_is_refused() {
 fn extraction_finds_the_best_adapters_for_a_tuned_model() {
     let base = base();
     // A tuned model whose difference has rank 2 in one layer, and full rank in the others.
-    let tuned = base.switch(&set(2, 3.0, 4)).unwrap().merge().unwrap().into_plain();
+    let tuned = base.switch(&set(2, 3.0, 4)).unwrap().merge().unwrap();
     let noise = Mlp::<Plain>::new(&device::<Plain>());
     let mut tuned = Mlp { head: noise.head.clone(), ..tuned };
     tuned.blocks[1] = noise.blocks[1].clone();
@@ -279,7 +278,7 @@ fn extraction_finds_the_best_adapters_for_a_tuned_model() {
                 "head" => &model.head,
                 path => &model.blocks[path[7..].parse::<usize>().unwrap()],
             };
-            let weight = layer.weight_matrix();
+            let weight = layer.base.weight.val();
             let [rows, cols] = weight.dims();
             Matrix { rows, cols, data: weight.into_data().convert::<f64>().to_vec().unwrap() }
         });
@@ -316,7 +315,8 @@ fn extraction_is_good_beyond_the_directions_that_it_tries() {
         let data = tensor.into_data().convert::<f64>().to_vec().unwrap();
         Matrix { rows: 70, cols: 50, data }
     };
-    let difference = dense(tuned.weight_matrix()).plus(&dense(base.weight_matrix()).scaled(-1.0));
+    let difference =
+        dense(tuned.base.weight.val()).plus(&dense(base.base.weight.val()).scaled(-1.0));
     // Noise: the worst there can be, since no direction stands out.
     let values = squared_singular_values(&difference);
     let best = values.iter().take(4).sum::<f64>() / values.iter().sum::<f64>();

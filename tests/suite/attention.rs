@@ -8,9 +8,7 @@ use burn::{
     },
     tensor::{Bool, Tensor, backend::Backend},
 };
-use burn_lora::{
-    Init, LoraConfig, LoraLayer, LoraMhaCache, LoraMhaInput, LoraModule, LoraMultiHeadAttention,
-};
+use burn_lora::{Init, Lora, LoraConfig, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
 
 use crate::{
     model::{Plain, Train, device},
@@ -49,7 +47,7 @@ fn merged(
     layer: &LoraMultiHeadAttention<Plain>,
     like: &MultiHeadAttention<Plain>,
 ) -> MultiHeadAttention<Plain> {
-    let plain = layer.merge().unwrap().into_plain();
+    let plain = Lora::new(layer.clone()).merge().unwrap();
     MultiHeadAttention {
         query: plain.query.base,
         key: plain.key.base,

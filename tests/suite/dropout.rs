@@ -5,7 +5,7 @@ use burn::{
     nn::LinearConfig,
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Init, LoraConfig, LoraLayer, LoraLinear};
+use burn_lora::{Init, LoraConfig, LoraLinear};
 
 use crate::{
     model::{Train, device},

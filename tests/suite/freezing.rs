@@ -16,7 +16,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLayers,
+    Init, Lora, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding,
     LoraMhaInput, LoraModule, LoraMultiHeadAttention,
 };
 use burn_store::{ModuleSnapshot, SafetensorsStore};
@@ -28,12 +28,12 @@ use crate::{
 
 /// A kind of model, on any backend.
 trait Family {
-    type Model<B: Backend>: LoraModule<B>;
+    type Model<B: Backend>: Module<B>;
 
     /// How many parameters the adapters have that [`config`] asks for.
     const ADAPTERS: usize;
 
-    /// A model of its own, or the same again if its record does not hold all of it.
+    /// The same model each time, since records hold nothing of the base.
     fn new<B: Backend>(device: &B::Device) -> Self::Model<B>;
 
     fn config() -> LoraConfig;
@@ -50,7 +50,7 @@ impl Family for Mlps {
     const ADAPTERS: usize = 9;
 
     fn new<B: Backend>(device: &B::Device) -> Mlp<B> {
-        Mlp::new(device)
+        filled(Mlp::new(device))
     }
 
     fn config() -> LoraConfig {
@@ -73,18 +73,6 @@ struct Zoo<B: Backend> {
     overlay: Lora<B, Gru<B>>,
 }
 
-impl<B: Backend> LoraModule<B> for Zoo<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("table", &mut self.table)
-            .with("attention", &mut self.attention)
-            .with("line", &mut self.line)
-            .with("square", &mut self.square)
-            .with("up", &mut self.up)
-            .with("overlay", &mut self.overlay)
-    }
-}
-
 struct Zoos;
 
 impl Family for Zoos {
@@ -101,22 +89,9 @@ impl Family for Zoos {
             line: Conv1dConfig::new(4, 4, 2).init(device).into(),
             square: Conv2dConfig::new([1, 2], [2, 2]).init(device).into(),
             up: ConvTranspose2dConfig::new([2, 1], [2, 2]).init(device).into(),
-            overlay: Lora::new(GruConfig::new(4, 3, true).init(device)),
+            overlay: Lora::overlay(GruConfig::new(4, 3, true).init(device)),
         };
-        // The overlay's record has nothing of its base, which must be the same each time.
-        struct Fill(u64);
-        impl<B: Backend> ModuleMapper<B> for Fill {
-            fn map_float<const D: usize>(
-                &mut self,
-                param: Param<Tensor<B, D>>,
-            ) -> Param<Tensor<B, D>> {
-                self.0 += 1;
-                let (dims, device) = (param.dims(), param.device());
-                let values = Matrix::random(1, dims.iter().product(), self.0);
-                param.map(|it| values.tensor(dims, &device).set_require_grad(it.is_require_grad()))
-            }
-        }
-        zoo.map(&mut Fill(0))
+        filled(zoo)
     }
 
     fn config() -> LoraConfig {
@@ -126,17 +101,34 @@ impl Family for Zoos {
     fn loss<B: Backend>(model: &Zoo<B>) -> Tensor<B, 1> {
         let x = model.table.forward(Tensor::from_data([[3, 1, 4], [1, 0, 2]], &device::<B>()));
         let x = model.attention.forward(LoraMhaInput::self_attn(x)).context;
-        let rows = model.overlay.forward(|gru| gru.forward(x.clone(), None));
+        let rows = model.overlay.with_adapters(|gru| gru.forward(x.clone(), None));
         let image = model.line.forward(x.swap_dims(1, 2)).unsqueeze_dim::<4>(1);
         let image = model.up.forward(model.square.forward(image));
         rows.sin().sum() + image.sin().sum()
     }
 }
 
+/// The model with numbers that are the same each time.
+fn filled<B: Backend, M: Module<B>>(model: M) -> M {
+    struct Fill(u64);
+    impl<B: Backend> ModuleMapper<B> for Fill {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            self.0 += 1;
+            let (dims, device) = (param.dims(), param.device());
+            let values = Matrix::random(1, dims.iter().product(), self.0);
+            param.map(|it| values.tensor(dims, &device).set_require_grad(it.is_require_grad()))
+        }
+    }
+    model.map(&mut Fill(0))
+}
+
+/// An adapted model of the family.
+type Adapted<F, B> = Lora<B, <F as Family>::Model<B>>;
+
 /// A model that trains, or one that only infers.
 enum Model<F: Family> {
-    Train(F::Model<Train>),
-    Plain(F::Model<Plain>),
+    Train(Adapted<F, Train>),
+    Plain(Adapted<F, Plain>),
 }
 
 const TRIPS: [&str; 9] =
@@ -158,7 +150,7 @@ impl<F: Travels> Model<F> {
         }
     }
 
-    fn into_train(self) -> F::Model<Train> {
+    fn into_train(self) -> Adapted<F, Train> {
         match self.through("train") {
             Self::Train(model) => model,
             Self::Plain(_) => unreachable!("the trip ends on the autodiff backend"),
@@ -170,7 +162,7 @@ struct Identity;
 
 impl<B: Backend> ModuleMapper<B> for Identity {}
 
-fn within<F: Family, B: Backend>(model: F::Model<B>, trip: &str) -> F::Model<B> {
+fn within<F: Family, B: Backend>(model: Adapted<F, B>, trip: &str) -> Adapted<F, B> {
     let device = device::<B>();
     match trip {
         "clone" => model.clone(),
@@ -182,12 +174,11 @@ fn within<F: Family, B: Backend>(model: F::Model<B>, trip: &str) -> F::Model<B> 
             model.load_record(record)
         }
         "record" => {
-            // Through bytes, into a model that has no adapters yet. Its norm is no LoRA layer: to
-            // freeze that is Burn's business, and ours through `freeze`.
+            // Through bytes, onto a base that knows nothing of adapters.
             let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
             let bytes = recorder.record(model.into_record(), ()).unwrap();
-            let model = F::new::<B>(&device).freeze(&[]).unwrap();
-            model.load_record(recorder.load(bytes, &device).unwrap())
+            let base = Lora::new(F::new::<B>(&device));
+            base.load_record(recorder.load(bytes, &device).unwrap())
         }
         "safetensors" => {
             let mut store = SafetensorsStore::from_bytes(None);
@@ -220,8 +211,8 @@ fn all_bits<B: Backend>(model: &impl Module<B>) -> BTreeMap<String, Vec<u32>> {
     reader.1
 }
 
-fn adapted(used_before: bool) -> Mlp<Train> {
-    let model = Mlp::<Train>::new(&device::<Train>());
+fn adapted(used_before: bool) -> Lora<Train, Mlp<Train>> {
+    let model = Mlps::new::<Train>(&device::<Train>());
     if used_before {
         let _ = model.forward(input());
     }
@@ -234,14 +225,15 @@ fn input() -> Tensor<Train, 2> {
 
 /// Trains for some steps and fails unless exactly the adapters changed.
 #[track_caller]
-fn assert_only_adapters_train<F: Travels>(mut model: F::Model<Train>, steps: usize, trip: &str) {
+fn assert_only_adapters_train<F: Travels>(mut model: Adapted<F, Train>, steps: usize, trip: &str) {
     let before = all_bits::<Train>(&model);
     let adapters = before.keys().filter(|path| path.contains(".adapter.")).count();
     assert_eq!(adapters, F::ADAPTERS, "adapters after {trip}");
 
-    let mut optimizer = AdamWConfig::new().with_weight_decay(0.5).init::<Train, F::Model<Train>>();
+    let mut optimizer =
+        AdamWConfig::new().with_weight_decay(0.5).init::<Train, Adapted<F, Train>>();
     for _ in 0..steps {
-        let grads = GradientsParams::from_grads(F::loss(&model).backward(), &model);
+        let grads = GradientsParams::from_grads(F::loss(&*model).backward(), &model);
         assert_eq!(grads.len(), adapters, "gradients after {trip}");
         model = optimizer.step(0.01, model, grads);
     }
@@ -252,7 +244,7 @@ fn assert_only_adapters_train<F: Travels>(mut model: F::Model<Train>, steps: usi
     }
 }
 
-fn check_pairs<F: Travels>(model: F::Model<Train>, steps: usize) {
+fn check_pairs<F: Travels>(model: Adapted<F, Train>, steps: usize) {
     let original = all_bits::<Train>(&model);
     assert_only_adapters_train::<F>(model.clone(), steps, "attach");
     for first in TRIPS {
@@ -286,7 +278,8 @@ fn every_pair_of_trips_of_every_layer() {
 fn trips_of_an_unused_model_before_it_is_adapted() {
     fn check<F: Travels>(steps: usize) {
         for trip in TRIPS {
-            let model = Model::<F>::Train(F::new(&device::<Train>())).through(trip).into_train();
+            let base = Lora::new(F::new(&device::<Train>()));
+            let model = Model::<F>::Train(base).through(trip).into_train();
             let model = model.attach(&F::config()).unwrap();
             assert_only_adapters_train::<F>(model, steps, trip);
         }
@@ -310,13 +303,13 @@ fn a_base_marked_as_trainable_still_gets_no_gradient() {
             param.map(|tensor| tensor.detach().set_require_grad(true))
         }
     }
-    let mut model = adapted(false);
+    let mut model = adapted(false).into_inner();
     // Behind the layer's back, and through a mapper.
     model.head.base = model.head.base.map(&mut Unfreeze);
     let grads = model.forward(input()).sin().sum().backward();
     assert!(model.head.base.weight.grad(&grads).is_none());
     let model = Mlp { blocks: model.blocks.map(&mut Unfreeze), ..model };
-    assert_only_adapters_train::<Mlps>(model, 20, "a mapper that marks everything");
+    assert_only_adapters_train::<Mlps>(Lora::new(model), 20, "a mapper that marks everything");
 }
 
 #[test]
@@ -324,4 +317,28 @@ fn no_grad_stops_adapters_too() {
     let model = adapted(false).no_grad();
     let grads = model.forward(input().require_grad()).sin().sum().backward();
     assert_eq!(GradientsParams::from_grads(grads, &model).len(), 0);
+}
+
+#[test]
+fn what_a_mapper_marks_trains_and_is_part_of_what_was_trained() {
+    struct Mark;
+    impl ModuleMapper<Train> for Mark {
+        fn map_float<const D: usize>(
+            &mut self,
+            param: Param<Tensor<Train, D>>,
+        ) -> Param<Tensor<Train, D>> {
+            let is_norm = param.dims() == [7; D] && param.is_require_grad() == (D == 2);
+            param.map(|it| if is_norm { it.detach().set_require_grad(true) } else { it })
+        }
+    }
+    let base = Mlps::new::<Train>(&device::<Train>());
+    let model = base.attach(&Mlps::config().with_bias(false)).unwrap().map(&mut Mark);
+    let mut model = model.valid().clone().train::<Train>();
+    let mut optimizer = AdamWConfig::new().init();
+    let grads = model.forward(input()).sin().sum().backward();
+    model = optimizer.step(0.1, model.clone(), GradientsParams::from_grads(grads, &model));
+    assert_ne!(bits(model.norm.gamma.val()), bits(base.norm.gamma.val()));
+    let set = model.adapters();
+    assert_eq!(bits(base.switch(&set).unwrap().norm.gamma.val()), bits(model.norm.gamma.val()));
+    assert_eq!(bits(model.detach().norm.gamma.val()), bits(base.norm.gamma.val()));
 }

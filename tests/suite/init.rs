@@ -6,7 +6,7 @@ use burn::{
     nn::LinearConfig,
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Init, LoraAdapter, LoraConfig, LoraLayer, LoraLinear, LoraModule};
+use burn_lora::{Init, Lora, LoraAdapter, LoraConfig, LoraLinear, LoraModule};
 
 use crate::{
     model::{Mlp, Plain, Train, device},
@@ -155,7 +155,7 @@ fn the_display_shows_shapes_rank_scale_and_share() {
          trainable: 4160 of 200960 (2.1 %), params: 205120}"
     );
     assert_eq!(Module::num_params(&layer), 205_120);
-    let plain = layer.detach();
+    let plain = Lora::new(layer).detach();
     assert_eq!(
         plain.to_string(),
         "LoraLinear {d_input: 784, d_output: 256, bias: true, params: 200960}"

@@ -8,7 +8,7 @@ use burn::{
         dataloader::{DataLoader, DataLoaderBuilder, batcher::Batcher},
         dataset::InMemDataset,
     },
-    module::AutodiffModule,
+    module::{AutodiffModule, Module},
     optim::AdamConfig,
     record::{FullPrecisionSettings, NamedMpkFileRecorder},
     tensor::{
@@ -20,7 +20,7 @@ use burn::{
         metric::LossMetric,
     },
 };
-use burn_lora::{LoraConfig, LoraLayer, LoraModule};
+use burn_lora::{Lora, LoraConfig, LoraModule};
 
 use crate::{
     model::{Mlp, Plain, Train, device},
@@ -50,22 +50,28 @@ impl<B: Backend> Mlp<B> {
     }
 }
 
-impl<B: AutodiffBackend> TrainStep for Mlp<B> {
+/// What burn-train takes: a struct that has the adapted model as a field.
+#[derive(Module, Debug)]
+struct Task<B: Backend> {
+    net: Lora<B, Mlp<B>>,
+}
+
+impl<B: AutodiffBackend> TrainStep for Task<B> {
     type Input = Batch<B>;
     type Output = RegressionOutput<B>;
 
     fn step(&self, x: Batch<B>) -> TrainOutput<RegressionOutput<B>> {
-        let output = self.regression(x);
+        let output = self.net.regression(x);
         TrainOutput::new(self, output.loss.backward(), output)
     }
 }
 
-impl<B: Backend> InferenceStep for Mlp<B> {
+impl<B: Backend> InferenceStep for Task<B> {
     type Input = Batch<B>;
     type Output = RegressionOutput<B>;
 
     fn step(&self, x: Batch<B>) -> RegressionOutput<B> {
-        self.regression(x)
+        self.net.regression(x)
     }
 }
 
@@ -75,7 +81,12 @@ fn loader<B: Backend>() -> Arc<dyn DataLoader<B, Batch<B>>> {
     DataLoaderBuilder::new(Rows).batch_size(8).build(InMemDataset::new(rows))
 }
 
-fn train(model: Mlp<Train>, dir: &Path, epochs: usize, checkpoint: Option<usize>) -> Mlp<Plain> {
+fn train(
+    net: Lora<Train, Mlp<Train>>,
+    dir: &Path,
+    epochs: usize,
+    checkpoint: Option<usize>,
+) -> Lora<Plain, Mlp<Plain>> {
     let recorder = NamedMpkFileRecorder::<FullPrecisionSettings>::new();
     let mut training = SupervisedTraining::new(dir, loader::<Train>(), loader::<Plain>())
         .metrics((LossMetric::new(),))
@@ -85,8 +96,8 @@ fn train(model: Mlp<Train>, dir: &Path, epochs: usize, checkpoint: Option<usize>
     if let Some(epoch) = checkpoint {
         training = training.checkpoint(epoch);
     }
-    let optimizer = AdamConfig::new().init::<Train, Mlp<Train>>();
-    training.launch(Learner::new(model, optimizer, 0.01)).model
+    let optimizer = AdamConfig::new().init::<Train, Task<Train>>();
+    training.launch(Learner::new(Task { net }, optimizer, 0.01)).model.net
 }
 
 #[test]

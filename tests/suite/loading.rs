@@ -9,7 +9,7 @@ use burn::{
     },
     tensor::{Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{Init, LoraConfig, LoraLayer, LoraLayers, LoraLinear, LoraModule, Scaling};
+use burn_lora::{Init, Lora, LoraConfig, LoraLinear, LoraModule, Scaling};
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, PytorchStore, SafetensorsStore};
 
 use crate::{
@@ -47,11 +47,11 @@ fn a_record_of_plain_layers() {
     assert_identical(loaded.forward(input()), expected.clone());
 
     // Adapters that are there stay there, on the new base.
-    let adapted = Mlp::<Train>::new(&device).attach(&config()).unwrap();
+    let adapted = Mlp::<Train>::new(&device).attach(&config()).unwrap().into_inner();
     let update_before = update(&adapted.blocks[0]);
     let loaded = adapted.load_record(record());
     assert_identical(update(&loaded.blocks[0]), update_before);
-    assert_identical(loaded.detach().forward(input()), expected.clone());
+    assert_identical(Lora::new(loaded).detach().forward(input()), expected.clone());
 
     let path = std::env::temp_dir().join(format!("burn-lora-{}.json", std::process::id()));
     let recorder = PrettyJsonFileRecorder::<FullPrecisionSettings>::new();
@@ -88,12 +88,6 @@ fn a_safetensors_file_of_plain_layers() {
 struct Torch<B: Backend> {
     square: LoraLinear<B>,
     wide: LoraLinear<B>,
-}
-
-impl<B: Backend> LoraModule<B> for Torch<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("square", &mut self.square).with("wide", &mut self.wide)
-    }
 }
 
 impl<B: Backend> Torch<B> {
@@ -144,7 +138,7 @@ fn pytorch_files_are_transposed_square_or_not() {
 #[test]
 fn records_keep_scaling_bias_and_dropout() {
     let device = device::<Train>();
-    let adapted = Mlp::<Train>::new(&device).attach(&config()).unwrap();
+    let adapted = Mlp::<Train>::new(&device).attach(&config()).unwrap().into_inner();
     let named = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
     let binary = BinBytesRecorder::<FullPrecisionSettings>::new();
     let named_bytes = named.record(adapted.clone().into_record(), ()).unwrap();
@@ -152,7 +146,7 @@ fn records_keep_scaling_bias_and_dropout() {
 
     // Into a model without adapters, and into one with quite different ones.
     let other = LoraConfig::new(5, 100.0);
-    for model in [Mlp::new(&device), Mlp::new(&device).attach(&other).unwrap()] {
+    for model in [Mlp::new(&device), Mlp::new(&device).attach(&other).unwrap().into_inner()] {
         let named: Mlp<Train> =
             model.clone().load_record(named.load(named_bytes.clone(), &device).unwrap());
         let binary = model.load_record(binary.load(binary_bytes.clone(), &device).unwrap());
@@ -185,12 +179,12 @@ fn a_record_with_an_adapter_that_does_not_fit_is_refused() {
 #[test]
 fn a_saved_adapted_model_is_readable_by_name() {
     let device = device::<Plain>();
-    let adapted = Mlp::<Plain>::new(&device).attach(&config()).unwrap();
+    let adapted = Mlp::<Plain>::new(&device).attach(&config()).unwrap().into_inner();
     let path = std::env::temp_dir().join(format!("burn-lora-{}.mpk", std::process::id()));
     let recorder = NamedMpkFileRecorder::<FullPrecisionSettings>::new();
     adapted.clone().save_file(&path, &recorder).unwrap();
     // A model without LoRA layers reads the base, and does not mind the adapters.
     let plain = PlainMlp::<Plain>::new(&device).load_file(&path, &recorder, &device);
     std::fs::remove_file(&path).unwrap();
-    assert_identical(plain.unwrap().forward(input()), adapted.detach().forward(input()));
+    assert_identical(plain.unwrap().forward(input()), Lora::new(adapted).detach().forward(input()));
 }

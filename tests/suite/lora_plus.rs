@@ -12,9 +12,7 @@ use burn::{
         backend::{Backend, DeviceOps},
     },
 };
-use burn_lora::{
-    Init, Lora, LoraConfig, LoraEmbedding, LoraLayer, LoraLayers, LoraLinear, LoraModule, LoraPlus,
-};
+use burn_lora::{Init, Lora, LoraConfig, LoraEmbedding, LoraLinear, LoraModule, LoraPlus};
 
 use crate::{
     model::{Plain, Train, device},
@@ -27,12 +25,6 @@ struct Net<B: Backend> {
     table: LoraEmbedding<B>,
     fc: LoraLinear<B>,
     head: Linear<B>,
-}
-
-impl<B: Backend> LoraModule<B> for Net<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("table", &mut self.table).with("fc", &mut self.fc)
-    }
 }
 
 impl<B: Backend> Net<B> {
@@ -50,7 +42,7 @@ fn net() -> Net<Train> {
         head: LinearConfig::new(4, 3).init(&device),
     };
     let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
-    let mut net = net.attach(&config.with_modules_to_save(["head"])).unwrap();
+    let mut net = net.attach(&config.with_modules_to_save(["head"])).unwrap().into_inner();
     // A bias, which goes with its B. Embeddings cannot have one.
     let mut adapter = net.fc.adapter().unwrap().clone();
     let bias = Matrix::random(1, 4, 2).tensor([4], &device);
@@ -186,18 +178,18 @@ fn the_overlay_is_split_as_the_layers_are() {
         fc: LinearConfig::new(6, 4).init(&device),
     };
     let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
-    let model = Lora::new(stock).attach(&config).unwrap();
+    let model = Lora::overlay(stock).attach(&config).unwrap();
     let loss = |model: &Lora<Train, Stock<Train>>| {
         let ids = Tensor::<Train, 2, Int>::from_ints([[1, 3, 0]], &Default::default());
-        model.forward(|it| it.fc.forward(it.table.forward(ids))).square().mean()
+        model.with_adapters(|it| it.fc.forward(it.table.forward(ids))).square().mean()
     };
     let grads = || GradientsParams::from_grads(loss(&model).backward(), &model);
     let sgd = SgdConfig::new().init::<Train, Lora<Train, Stock<Train>>>();
     let plain = sgd.clone().step(0.1, model.clone(), grads());
     let plus = LoraPlus::new(sgd, 5.0).step(0.1, model.clone(), grads());
     let moves = |after: &Lora<Train, Stock<Train>>| {
-        let after = after.adapters(&config).unwrap();
-        let before = model.adapters(&config).unwrap();
+        let after = after.adapters();
+        let before = model.adapters();
         let moved = |path: &str, b: bool| {
             let [after, before] = [&after, &before].map(|set| {
                 let adapter = set.get(path).unwrap();

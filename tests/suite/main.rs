@@ -20,6 +20,7 @@ mod lora_plus;
 mod merging;
 mod overlay;
 mod peft;
+mod program;
 mod resuming;
 mod sizes;
 mod text;

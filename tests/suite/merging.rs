@@ -1,12 +1,11 @@
-//! Merging writes the update into a copy of the base, in full precision, or not at all; unmerging
-//! gives every bit back.
+//! Merging writes the update into a copy of the base, in full precision, or not at all.
 
 use burn::{
     module::Module,
     nn::LinearConfig,
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Init, LoraAdapter, LoraConfig, LoraError, LoraLayer, LoraModule, Scaling};
+use burn_lora::{Init, Lora, LoraAdapter, LoraConfig, LoraError, LoraModule, Scaling};
 
 use crate::{
     model::{Mlp, Plain, Train, device},
@@ -35,12 +34,11 @@ fn check_model<B: Backend>(model: Mlp<B>) {
 
     // The head had no bias, and got the adapter's.
     assert!(merged.head.base.bias.is_some() && adapted.head.base.bias.is_none());
-    // Merging left the adapted model alone, and unmerging brings it back.
-    assert_identical(adapted.forward(input()), expected.clone());
-    assert_identical(merged.clone().unmerge().forward(input()), expected);
+    // Merging left the adapted model alone.
+    assert_identical(adapted.forward(input()), expected);
     // A merged model merges again to itself.
-    let plain = merged.into_plain();
-    assert_identical(plain.merge().unwrap().forward(input()), plain.forward(input()));
+    let again = Lora::new(merged.clone()).merge().unwrap();
+    assert_identical(again.forward(input()), merged.forward(input()));
 }
 
 #[test]
@@ -59,7 +57,7 @@ fn a_merged_model_is_off_the_graph_and_frozen() {
     assert!(x.grad(&grads).is_some());
     assert!(adapted.head.adapter().unwrap().a.grad(&grads).is_none());
     // It is a plain model, which can be trained on.
-    let trained = merged.unfreeze();
+    let trained = merged.train_only(&[".*"]).unwrap();
     assert_eq!(trained.parameters().trainable, trained.num_params());
 }
 
@@ -82,8 +80,8 @@ fn a_diverged_adapter_is_not_merged() {
         let b = Tensor::from_floats([[1.0, 2.0]], &device);
         layer.set_adapter(Some(LoraAdapter::new(a, b, 1.0, Scaling::Alpha)));
         let before = layer.base.weight.val();
-        assert!(matches!(layer.merge(), Err(LoraError::NotFinite { path }) if path.is_empty()));
-        assert!(!layer.merge_adapter());
+        let error = Lora::new(layer.clone()).merge().unwrap_err();
+        assert!(matches!(error, LoraError::NotFinite { path } if path.is_empty()));
         assert!(layer.adapter().is_some());
         assert_identical(layer.base.weight.val(), before);
     }
@@ -91,11 +89,12 @@ fn a_diverged_adapter_is_not_merged() {
 
 #[test]
 fn one_diverged_layer_stops_the_whole_merge_and_is_named() {
-    let mut model = Mlp::<Plain>::new(&device::<Plain>()).attach(&config()).unwrap();
+    let model = Mlp::<Plain>::new(&device::<Plain>()).attach(&config()).unwrap();
+    let mut model = model.into_inner();
     let mut adapter = model.blocks[1].adapter().unwrap().clone();
     adapter.alpha = f64::MAX;
     model.blocks[1].set_adapter(Some(adapter));
-    let error = model.merge().unwrap_err().to_string();
+    let error = Lora::new(model).merge().unwrap_err().to_string();
     assert_eq!(
         error,
         "merging `blocks.1` would produce NaN or infinite weights; nothing was merged"

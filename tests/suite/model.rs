@@ -5,7 +5,7 @@ use burn::{
     nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig},
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraLayer, LoraLayers, LoraLinear, LoraModule};
+use burn_lora::LoraLinear;
 
 use crate::{backend, oracle::Problem};
 
@@ -67,12 +67,6 @@ impl<B: Backend> From<PlainMlp<B>> for Mlp<B> {
             norm: plain.norm,
             head: plain.head.into(),
         }
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Mlp<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("blocks", &mut self.blocks).with("head", &mut self.head)
     }
 }
 

@@ -24,7 +24,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::{Init, Lora, LoraAdapters, LoraConfig, LoraModule};
+use burn_lora::{Init, Lora, LoraAdapters, LoraConfig};
 
 use crate::{
     model::{Train, device},
@@ -159,10 +159,10 @@ where
     M: AutodiffModule<Train>,
 {
     let before = pass(&module);
-    let model = Lora::new(module.clone());
-    assert_identical(model.forward(&pass), before.clone());
+    let model = Lora::overlay(module.clone());
+    assert_identical(model.with_adapters(&pass), before.clone());
     let model = model.attach(&config()).unwrap();
-    let set = model.adapters(&config()).unwrap();
+    let set = model.adapters();
     assert_eq!(set.len(), adapters);
 
     // Trainable, but the adapters in it are numbers.
@@ -174,7 +174,7 @@ where
         let data = values(tensor);
         Matrix { rows: 1, cols: data.len(), data }
     };
-    let y = model.forward(&pass);
+    let y = model.with_adapters(&pass);
     assert_close(y.clone(), &matrix(expected.clone()), 2e-5);
 
     let grads = expected.sin().sum().backward();
@@ -182,7 +182,7 @@ where
         Gradients { set: &set, names: vec![], grads: &grads, found: BTreeMap::new() };
     reference.visit(&mut gradients);
     // A second pass and its gradients are as good as the first.
-    for y in [y, model.forward(&pass)] {
+    for y in [y, model.with_adapters(&pass)] {
         let grads = y.sin().sum().backward();
         for (path, [d_a, d_b]) in &gradients.found {
             let adapter = set.get(path).unwrap();
@@ -195,8 +195,8 @@ where
     assert!(!gradients.found.is_empty());
 
     assert_identical(pass(&module), before.clone());
-    assert_identical(pass(model.detach().base()), before);
-    let merged = model.into_merged().unwrap();
+    assert_identical(pass(&model.detach()), before);
+    let merged = model.merge().unwrap();
     assert_close(pass(&merged), &matrix(pass(&reference)), 2e-5);
 }
 

@@ -18,9 +18,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{
-    Init, LoraAdapters, LoraConfig, LoraLayer, LoraLayers, LoraLinear, LoraModule, Scaling,
-};
+use burn_lora::{Init, LoraAdapters, LoraConfig, LoraLinear, LoraModule, Scaling};
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -37,15 +35,6 @@ struct Model<B: Backend> {
     fc2: LoraLinear<B>,
     norm: LayerNorm<B>,
     head: LoraLinear<B>,
-}
-
-impl<B: Backend> LoraModule<B> for Model<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("fc1", &mut self.fc1)
-            .with("fc2", &mut self.fc2)
-            .with("head", &mut self.head)
-    }
 }
 
 impl<B: Backend> Model<B> {
@@ -228,7 +217,7 @@ fn config() -> LoraConfig {
 /// Adapters made here, with every rule of scaling and different ranks and alphas.
 fn ours() -> Vec<(&'static str, LoraAdapters<Plain>)> {
     let base = Model::<Plain>::base();
-    let set = |config: &LoraConfig| base.attach(config).unwrap().adapters(config).unwrap();
+    let set = |config: &LoraConfig| base.attach(config).unwrap().adapters();
     vec![
         ("alpha", set(&config())),
         ("over_rank", set(&config().with_scaling(Scaling::AlphaOverRank))),
@@ -292,7 +281,7 @@ fn a_file_is_hardly_larger_than_its_numbers() {
 fn switching_replaces_adapters_and_touches_no_weight() {
     let base = Model::<Train>::base();
     let x = || Matrix::random(4, 6, 2).tensor::<Train, 2>([4, 6], &device::<Train>());
-    let set = |config: &LoraConfig| base.attach(config).unwrap().adapters(config).unwrap();
+    let set = |config: &LoraConfig| base.attach(config).unwrap().adapters();
     let (one, two) =
         (set(&config().with_targets(["fc1"])), set(&config().with_targets(["fc2"]).with_seed(6)));
     let first = base.switch(&one).unwrap();
@@ -321,7 +310,7 @@ fn modules_trained_in_full_come_along() {
     let mut optimizer = burn::optim::AdamConfig::new().init();
     trained = optimizer.step(0.1, trained, grads);
 
-    let set = trained.adapters(&config).unwrap();
+    let set = trained.adapters();
     assert_eq!(set.num_params(), 3 * (6 + 8) + (8 * 3 + 3) + 2 * 8);
     let dir = TempDir::new("extras");
     set.save(&dir.0).unwrap();
@@ -335,7 +324,7 @@ fn modules_trained_in_full_come_along() {
     assert_identical(base.norm.gamma.val(), Model::<Train>::base().norm.gamma.val());
 
     // From a model for inference as well, which knows nothing of what trains.
-    let set = trained.valid().adapters(&config).unwrap();
+    let set = trained.valid().adapters();
     let plain = Model::<Plain>::base().switch(&set).unwrap();
     assert_identical(plain.head.base.weight.val(), trained.head.base.weight.val());
 }
@@ -344,12 +333,13 @@ fn modules_trained_in_full_come_along() {
 fn the_display_lists_layers_and_bytes() {
     let text = load("modules_to_save").to_string();
     let expected = "\
-layer                 weight  rank      scale   parameters
-fc1                      6x8     4     1.5000           56
-head.bias                  3  full                       3
-head.weight              3x8  full                      24
-norm.bias                  8  full                       8
-norm.weight                8  full                       8
+layer        weight  rank   scale  parameters
+---------------------------------------------
+fc1             6x8     4  1.5000          56
+head.bias         3  full                   3
+head.weight     3x8  full                  24
+norm.bias         8  full                   8
+norm.weight       8  full                   8
 1 adapters, 99 parameters, 396 bytes";
     assert_eq!(text, expected);
 }

@@ -7,7 +7,7 @@ use burn::{
     nn::Linear,
     tensor::{Tensor, backend::AutodiffBackend},
 };
-use burn_lora::{LoraAdapter, LoraLayer, LoraLinear, Scaling};
+use burn_lora::{LoraAdapter, LoraLinear, Scaling};
 
 use crate::{
     model::{Plain, Train, device, layer},

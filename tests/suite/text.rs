@@ -15,7 +15,7 @@ use std::{
 };
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use burn_lora::{Init, LoraAdapters, LoraConfig, LoraModule};
+use burn_lora::{Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Renaming};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde::Deserialize;
 
@@ -61,6 +61,12 @@ fn assert_embeds(bert: &Bert<Plain>, expected: &Path, tolerance: f64) {
     assert_close(vectors, &expected, tolerance);
 }
 
+/// Adapters with Hugging Face's names, as the encoder has them.
+fn of_python(path: &Path) -> LoraAdapters<Plain> {
+    let adapters = LoraAdapters::load(path, &device::<Plain>()).unwrap();
+    adapters.renamed(&bert::names("").inverse()).unwrap()
+}
+
 #[test]
 fn vectors_are_those_of_transformers() {
     assert_embeds(&tiny(), &fixture("tiny/expected.json"), 1e-5);
@@ -76,7 +82,7 @@ fn vectors_of_minilm_are_those_of_transformers() {
 
     // With an adapter that PEFT trained.
     let path = fixture("minilm/adapter");
-    let adapters = LoraAdapters::load(&path, &device::<Plain>()).unwrap();
+    let adapters = of_python(&path);
     assert_embeds(&bert.switch(&adapters).unwrap(), &path.join("expected.json"), 1e-4);
 }
 
@@ -93,7 +99,7 @@ fn what_fills_up_a_text_does_not_count() {
 #[test]
 fn an_adapter_that_peft_made_computes_the_same_here() {
     let path = fixture("tiny/adapter");
-    let adapters = LoraAdapters::load(&path, &device::<Plain>()).unwrap();
+    let adapters = of_python(&path);
     let adapted = tiny().switch(&adapters).unwrap();
     assert_embeds(&adapted, &path.join("expected.json"), 1e-5);
     assert_embeds(&adapted.merge().unwrap(), &path.join("expected.json"), 1e-5);
@@ -101,7 +107,7 @@ fn an_adapter_that_peft_made_computes_the_same_here() {
 
     // Taken from the model and saved, it is the file that PEFT wrote.
     let dir = TempDir::new("bert-round-trip");
-    adapted.adapters(&LoraConfig::new(3, 5.0)).unwrap().save(dir.0.join("saved")).unwrap();
+    adapted.adapters().renamed(&bert::names("")).unwrap().save(dir.0.join("saved")).unwrap();
     let read = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
     assert_eq!(read(&dir.0.join("saved")), read(&path));
 }
@@ -118,7 +124,7 @@ fn adapters_of_the_classifier_go_by_the_names_of_hugging_face() {
         .with_targets(QUERY_VALUE)
         .with_modules_to_save([HEAD]);
     let model = classifier().attach(&config).unwrap();
-    let set = model.adapters(&config).unwrap();
+    let set = model.adapters().renamed(&model::names()).unwrap();
     let dir = TempDir::new("bert-names");
     set.save(dir.0.join("saved")).unwrap();
     let bytes = fs::read(dir.0.join("saved/adapter_model.safetensors")).unwrap();
@@ -140,6 +146,7 @@ fn adapters_of_the_classifier_go_by_the_names_of_hugging_face() {
 
     // The head comes along.
     let again = LoraAdapters::load(dir.0.join("saved"), &device::<Plain>()).unwrap();
+    let again = again.renamed(&model::names().inverse()).unwrap();
     let texts = tokens(&[vec![5, 2, 7], vec![1, 9, 9]], &[vec![1, 1, 1], vec![1, 1, 0]]);
     let expected: Vec<f64> = model.forward(&texts).into_data().iter::<f64>().collect();
     let expected = Matrix { rows: 2, cols: 2, data: expected };
@@ -151,8 +158,8 @@ fn norms_that_train_in_full_go_by_the_names_of_hugging_face() {
     let config = LoraConfig::new(2, 3.0)
         .with_targets(ALL_LINEAR)
         .with_modules_to_save(["attention_norm", "embeddings.norm.gamma"]);
-    let set = tiny().attach(&config).unwrap().adapters(&config).unwrap();
-    let text = set.to_string();
+    let set = tiny().attach(&config).unwrap().adapters();
+    let text = set.renamed(&bert::names("")).unwrap().to_string();
     for name in [
         "encoder.layer.1.attention.output.LayerNorm.weight",
         "encoder.layer.0.attention.output.LayerNorm.bias",
@@ -170,53 +177,29 @@ fn norms_that_train_in_full_go_by_the_names_of_hugging_face() {
     );
 }
 
-/// Layers that go by one name in Python.
-#[derive(burn::module::Module, Debug)]
-struct Alike<B: Backend> {
-    one: burn_lora::LoraLinear<B>,
-    two: burn_lora::LoraLinear<B>,
-    norms: Vec<burn::nn::LayerNorm<B>>,
-}
-
-impl<B: Backend> LoraModule<B> for Alike<B> {
-    fn lora_layers(&mut self) -> burn_lora::LoraLayers<'_, B> {
-        burn_lora::LoraLayers::new().with("one", &mut self.one).with("two", &mut self.two)
-    }
-
-    fn peft_name(path: &str) -> String {
-        path.replace("two", "one").replace("norms.1", "norms.0")
-    }
-}
-
-impl Alike<Plain> {
-    fn new() -> Self {
-        let device = device::<Plain>();
-        let linear = || burn::nn::LinearConfig::new(3, 3).init(&device).into();
-        let norm = || burn::nn::LayerNormConfig::new(3).init(&device);
-        Self { one: linear(), two: linear(), norms: vec![norm(), norm()] }
-    }
-}
-
 #[test]
-#[should_panic(expected = "two layers the name `one`")]
-fn layers_of_one_name_are_refused() {
-    let _ = Alike::new().adapters(&LoraConfig::new(1, 1.0));
-}
-
-#[test]
-#[should_panic(expected = "two parameters the name `norms.0.weight`")]
-fn parameters_of_one_name_are_refused() {
-    let _ = Alike::new().adapters(&LoraConfig::new(1, 1.0).with_modules_to_save(["norms"]));
+fn names_that_fall_together_are_refused() {
+    let config = LoraConfig::new(2, 3.0).with_modules_to_save(["attention_norm", "output_norm"]);
+    let set = tiny().attach(&config).unwrap().adapters();
+    let refused = |from: &str, to: &str| {
+        let error = set.renamed(&Renaming::new([(from, to)])).unwrap_err();
+        assert!(matches!(error, LoraError::Incompatible { .. }), "{error}");
+        error.to_string()
+    };
+    let error = refused("blocks.0.expand", "blocks.1.expand");
+    assert!(error.contains("`blocks.1.expand`: the renaming gives this name to"), "{error}");
+    let error = refused("blocks.1.output_norm", "blocks.1.attention_norm");
+    assert!(error.contains("`blocks.1.attention_norm.bias`: the renaming"), "{error}");
 }
 
 #[test]
 fn adapters_of_another_depth_are_refused_by_name() {
-    let set = LoraAdapters::load(fixture("tiny/adapter"), &device::<Plain>()).unwrap();
+    let set = of_python(&fixture("tiny/adapter"));
     let adapters = set.iter();
-    let adapters =
-        adapters.map(|(path, it)| (path.replace("layer.1.output", "layer.7.output"), it.clone()));
+    let adapters = adapters
+        .map(|(path, it)| (path.replace("blocks.1.contract", "blocks.7.contract"), it.clone()));
     let error = tiny().switch(&LoraAdapters::new(adapters)).unwrap_err().to_string();
-    assert!(error.contains("unexpected: encoder.layer.7.output.dense"), "{error}");
+    assert!(error.contains("unexpected: blocks.7.contract"), "{error}");
 }
 
 /// What loading says about the tiny model once `change` has been at its files.

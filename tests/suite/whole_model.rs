@@ -6,7 +6,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraConfig, LoraError, LoraLayer, LoraLayers, LoraLinear, LoraModule, Scaling};
+use burn_lora::{LoraConfig, LoraError, LoraLinear, LoraModule, Scaling};
 
 use crate::{
     model::{Mlp, Plain, Train, device},
@@ -67,7 +67,7 @@ fn a_pattern_without_a_match_is_an_error_that_lists_the_paths() {
         ),
         (
             config.clone().with_targets(["head"]).with_excludes(["head"]),
-            "targets, less excludes and modules_to_save, matched nothing: `head`",
+            "targets, without excludes and modules_to_save, matched nothing: `head`",
         ),
         (LoraConfig::new(0, 1.0), "`rank` is 0"),
         (
@@ -118,17 +118,19 @@ fn only_adapters_and_modules_to_save_train() {
 }
 
 #[test]
-fn freezing_and_unfreezing() {
+fn training_some_modules_only() {
     let model = model();
-    let head = model.freeze(&["head"]).unwrap();
+    let head = model.train_only(&["head"]).unwrap();
     assert_eq!(head.parameters().trainable, 7 * 3);
-    assert_eq!(model.freeze(&[]).unwrap().parameters().trainable, 0);
-    assert_eq!(head.unfreeze().parameters().trainable, model.num_params());
-    let error = model.freeze(&["heat"]).unwrap_err().to_string();
-    assert!(error.starts_with("except matched nothing: `heat`"), "{error}");
+    assert_eq!(model.train_only(&[]).unwrap().parameters().trainable, 0);
+    let everything = head.train_only(&[".*"]).unwrap();
+    assert_eq!(everything.parameters().trainable, model.num_params());
+    assert_eq!(everything.adapters().num_params(), model.num_params());
+    let error = model.train_only(&["heat"]).unwrap_err().to_string();
+    assert_eq!(error, "train_only matched nothing: `heat`; did you mean `head`?");
 
     let adapted = model.attach(&LoraConfig::new(2, 4.0).with_targets(["head"])).unwrap();
-    let everything = adapted.unfreeze().parameters();
+    let everything = adapted.train_only(&[".*"]).unwrap().parameters();
     let under_the_adapter = 7 * 3;
     assert_eq!(everything.trainable, everything.total - under_the_adapter + 2 * (7 + 3));
 }
@@ -155,49 +157,26 @@ fn the_missions_example() {
     assert!(text.ends_with("trainable 120,000 of 50,000,000 parameters (0.24 %)"), "{text}");
 }
 
-/// A model whose list can be wrong.
-#[derive(Module, Debug)]
-struct Careless<B: Backend> {
-    first: LoraLinear<B>,
-    second: Option<LoraLinear<B>>,
-    #[module(skip)]
-    fields: Vec<String>,
-}
-
-impl<B: Backend> Careless<B> {
-    fn listing(fields: &[&str]) -> Self {
-        let layer = || LinearConfig::new(3, 2).init(&device::<B>()).into();
-        let fields = fields.iter().map(|&name| name.to_owned()).collect();
-        Self { first: layer(), second: Some(layer()), fields }
-    }
-}
-
-impl<B: Backend> LoraModule<B> for Careless<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        let mut layers = LoraLayers::new().with(&self.fields[0], &mut self.first);
-        if let Some(name) = self.fields.get(1) {
-            layers = layers.with(name, &mut self.second);
-        }
-        layers
-    }
-}
-
 #[test]
-fn a_complete_list_is_accepted() {
-    let model = Careless::<Plain>::listing(&["first", "second"]);
-    assert!(model.attach(&LoraConfig::new(1, 1.0)).is_ok());
-}
-
-#[test]
-#[should_panic = "must list every LoRA layer under its field's name: missing [\"second\"], unknown []"]
-fn a_forgotten_layer_is_named() {
-    let _ = Careless::<Plain>::listing(&["first"]).attach(&LoraConfig::new(1, 1.0));
-}
-
-#[test]
-#[should_panic = "missing [\"second\"], unknown [\"secnd\"]"]
-fn a_misnamed_layer_is_named() {
-    Careless::<Plain>::listing(&["first", "secnd"]).parameters();
+fn the_report_counts_what_really_trains() {
+    let config = LoraConfig::new(2, 4.0).with_targets(["blocks"]).with_modules_to_save(["norm"]);
+    let config = config.with_targets(["blocks.0"]);
+    let adapted = model().attach(&config).unwrap();
+    let report = adapted.parameters();
+    let rows = report.layers.iter();
+    let rows: Vec<_> = rows.map(|row| (row.path.as_str(), row.trainable, row.total)).collect();
+    let expected = [
+        ("blocks.0", 2 * (6 + 8), 6 * 8 + 8),
+        ("blocks.1", 0, 8 * 7 + 7),
+        ("norm", 14, 14),
+        ("head", 0, 7 * 3),
+    ];
+    assert_eq!(rows, expected);
+    assert_eq!(report.trainable, rows.iter().map(|row| row.1).sum::<usize>());
+    assert_eq!(report.total, rows.iter().map(|row| row.2).sum::<usize>());
+    assert!(report.to_string().contains("norm           -  full"), "{report}");
+    assert_eq!(adapted.clone().no_grad().parameters().trainable, 0);
+    assert_eq!(adapted.into_inner().no_grad().parameters().trainable, 0);
 }
 
 #[test]
@@ -207,22 +186,17 @@ fn a_batch_norms_statistics_are_neither_counted_nor_tracked() {
         linear: LoraLinear<B>,
         norm: burn::nn::BatchNorm<B>,
     }
-    impl<B: Backend> LoraModule<B> for Normed<B> {
-        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-            LoraLayers::new().with("linear", &mut self.linear)
-        }
-    }
     let device = device::<Train>();
     let model: Normed<Train> = Normed {
         linear: LinearConfig::new(3, 4).init(&device).into(),
         norm: burn::nn::BatchNormConfig::new(4).init(&device),
     };
     let config = LoraConfig::new(2, 4.0).with_modules_to_save(["norm"]);
-    let model = model.attach(&config).unwrap().unfreeze().unfreeze();
-    let error = model.adapters(&config).unwrap_err().to_string();
+    let error = model.attach(&config).unwrap_err().to_string();
     assert!(error.contains("`norm.running_mean` is not supported: Burn shares"), "{error}");
     let parameters = config.with_modules_to_save(["norm.gamma", "norm.beta"]);
-    assert!(model.switch(&model.adapters(&parameters).unwrap()).is_ok());
+    let model = model.attach(&parameters).unwrap();
+    assert!(model.switch(&model.adapters()).is_ok());
     let report = model.parameters();
     assert_eq!((report.trainable, report.total), (2 * (3 + 4) + 8, 3 * 4 + 4 + 8));
     let x = Matrix::random(5, 3, 1).tensor::<Train, 2>([5, 3], &device);

@@ -11,9 +11,7 @@ use burn::{
     record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder},
     tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::{
-    Lora, LoraAdapters, LoraConfig, LoraError, LoraLayer, LoraLayers, LoraLinear, LoraModule,
-};
+use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule};
 
 use super::{config, input, values};
 use crate::{
@@ -70,7 +68,7 @@ where
 {
     let mut optimizer = AdamWConfig::new().with_weight_decay(0.5).init::<Train, Lora<Train, M>>();
     for _ in 0..5 {
-        let grads = model.forward(&pass).sin().sum().backward();
+        let grads = model.with_adapters(&pass).sin().sum().backward();
         let grads = GradientsParams::from_grads(grads, &model);
         model = optimizer.step(0.05, model, grads);
     }
@@ -86,55 +84,61 @@ fn a_module_of_ones_own_with_running_statistics() {
     }
     let before = statistics(&own);
     let evaluated = own.valid().forward(ids());
-    let model = Lora::new(own.clone()).attach(&config()).unwrap();
-    let set = model.adapters(&config()).unwrap();
+    let model = Lora::overlay(own.clone()).attach(&config()).unwrap();
+    let set = model.adapters();
     let paths: Vec<_> = set.iter().map(|(path, it)| (path, it.shape())).collect();
     assert_eq!(paths, [("head", [6, 3]), ("mixer", [4, 6]), ("table", [5, 4])]);
 
     let model = train(model, |own| own.forward(ids()));
     assert_eq!(statistics(&own), before, "the statistics moved");
-    assert_eq!(statistics(model.base()), before);
+    assert_eq!(statistics(&model.detach()), before);
     assert_identical(own.valid().forward(ids()), evaluated.clone());
-    assert_identical(model.detach().valid().forward(|own| own.forward(ids())), evaluated);
+    assert_identical(model.detach().valid().forward(ids()), evaluated);
 }
 
 #[test]
 fn records_hold_what_trains_and_nothing_else() {
     let own = Own::<Train>::new();
     let config = config().with_targets(["table", "mixer"]).with_modules_to_save(["head"]);
-    let model = Lora::new(own.clone()).attach(&config).unwrap();
+    let model = Lora::overlay(own.clone()).attach(&config).unwrap();
     let model = train(model, |own| own.forward(ids()));
-    assert_ne!(bits(model.base().head.weight.val()), bits(own.head.weight.val()));
-    assert_identical(model.base().mixer.val(), own.mixer.val());
+    assert_ne!(bits(model.clone().into_inner().head.weight.val()), bits(own.head.weight.val()));
+    assert_identical(model.detach().mixer.val(), own.mixer.val());
+    assert_identical(model.detach().head.weight.val(), own.head.weight.val());
 
     let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
     let record = model.clone().into_record();
-    let trained: Vec<_> = record.trained.iter().map(|it| it.path.clone()).collect();
-    assert_eq!(
-        (record.adapters.len(), trained),
-        (2, vec!["head.weight".into(), "head.bias".into()])
-    );
+    let trained: Vec<_> = record.parameters.iter().map(|it| it.path.clone()).collect();
+    let statistics = ["norm.running_mean", "norm.running_var"];
+    assert_eq!(record.adapters.len(), 2);
+    assert_eq!(trained, [statistics[0], statistics[1], "head.weight", "head.bias"]);
     let bytes = recorder.record(record, ()).unwrap();
     let load = || recorder.load(bytes.clone(), &device::<Train>()).unwrap();
-    let restored = Lora::new(own.clone()).load_record(load());
-    let y = |model: &Lora<Train, Own<Train>>| model.valid().forward(|own| own.forward(ids()));
+    let restored = Lora::overlay(own.clone()).load_record(load());
+    let y = |model: &Lora<Train, Own<Train>>| model.valid().with_adapters(|own| own.forward(ids()));
     assert_identical(y(&restored), y(&model));
     // It trains on where the other would.
     assert_eq!(restored.parameters().trainable, model.parameters().trainable);
     let ids_of = |model: &Lora<Train, Own<Train>>| {
         let record = model.clone().into_record();
-        (record.trained[0].values.id, record.adapters[0].adapter.a.id)
+        (record.parameters[2].values.id, record.adapters[0].adapter.a.id)
     };
     assert_eq!(ids_of(&restored), ids_of(&model));
-    // What the record does not have is taken off.
-    let other = Lora::new(own).attach(&LoraConfig::new(1, 1.0).with_targets(["head"])).unwrap();
-    assert_identical(y(&other.load_record(load())), y(&model));
 }
 
 #[test]
-#[should_panic = "the record has an adapter of `mixer`, and the module no such layer"]
+#[should_panic = "`mixer` has rank 1 and scale 1, and rank 2 and scale 0.7 in the record"]
+fn a_record_of_other_adapters_is_refused_by_layer() {
+    let own = Own::<Train>::new();
+    let model = |config| Lora::overlay(own.clone()).attach(&config).unwrap();
+    let record = model(config().with_targets(["table", "mixer"])).into_record();
+    model(LoraConfig::new(1, 1.0).with_targets(["mixer"])).load_record(record);
+}
+
+#[test]
+#[should_panic = "the record has an adapter of `mixer`, and the model no such layer"]
 fn a_record_of_another_module_is_refused() {
-    let model = Lora::new(Own::<Train>::new()).attach(&config()).unwrap();
+    let model = Lora::overlay(Own::<Train>::new()).attach(&config()).unwrap();
     let other = Lora::new(LinearConfig::new(6, 3).init::<Train>(&device::<Train>()));
     other.load_record(model.into_record());
 }
@@ -146,12 +150,12 @@ fn adapters_go_from_the_overlay_to_layers_and_back() {
     let y = plain.forward(x());
     let layers = Mlp::from(plain.clone());
     assert_identical(layers.forward(x()), y);
-    let overlay = Lora::new(plain);
+    let overlay = Lora::overlay(plain);
 
     let adapted = overlay.attach(&config()).unwrap();
-    let expected = values(adapted.forward(|it| it.forward(x())));
+    let expected = values(adapted.with_adapters(|it| it.forward(x())));
     let expected = Matrix { rows: 4, cols: 3, data: expected };
-    let set = adapted.adapters(&config()).unwrap();
+    let set = adapted.adapters();
     assert_close(layers.switch(&set).unwrap().forward(x()), &expected, 1e-5);
     // By way of a file, too.
     let dir = std::env::temp_dir().join(format!("burn-lora-overlay-{}", std::process::id()));
@@ -164,21 +168,21 @@ fn adapters_go_from_the_overlay_to_layers_and_back() {
     let adapted = layers.attach(&config.clone().with_bias(false)).unwrap();
     let expected = values(adapted.forward(x()));
     let expected = Matrix { rows: 4, cols: 3, data: expected };
-    let back = overlay.switch(&adapted.adapters(&config).unwrap()).unwrap();
-    assert_close(back.forward(|it| it.forward(x())), &expected, 1e-5);
-    assert_close(back.into_merged().unwrap().forward(x()), &expected, 1e-5);
+    let back = overlay.switch(&adapted.adapters()).unwrap();
+    assert_close(back.with_adapters(|it| it.forward(x())), &expected, 1e-5);
+    assert_close(back.merge().unwrap().forward(x()), &expected, 1e-5);
 }
 
 #[test]
 fn a_bias_needs_one_to_be_added_to() {
     // The head has none.
-    let overlay = Lora::new(PlainMlp::<Plain>::new(&device::<Plain>()));
+    let overlay = Lora::overlay(PlainMlp::<Plain>::new(&device::<Plain>()));
     let error = overlay.attach(&config().with_bias(true)).unwrap_err();
     assert!(matches!(error, LoraError::InvalidConfig { field: "bias", .. }), "{error}");
     let config = config().with_bias(true).with_targets(["blocks.*"]);
     let adapted = overlay.attach(&config).unwrap();
-    let mut layers =
-        Mlp::from(overlay.base().clone()).switch(&adapted.adapters(&config).unwrap()).unwrap();
+    let layers = Mlp::from(overlay.detach()).switch(&adapted.adapters()).unwrap();
+    let mut layers = layers.into_inner();
     for block in layers.blocks.iter_mut() {
         let mut adapter = block.adapter().unwrap().clone();
         let size = adapter.shape()[1];
@@ -188,14 +192,15 @@ fn a_bias_needs_one_to_be_added_to() {
     }
     let x = || input::<Plain, 2>([4, 6]);
     let expected = Matrix { rows: 4, cols: 3, data: values(layers.forward(x())) };
-    let overlay = overlay.switch(&layers.adapters(&config).unwrap()).unwrap();
-    assert_close(overlay.forward(|it| it.forward(x())), &expected, 1e-5);
-    assert_close(overlay.into_merged().unwrap().forward(x()), &expected, 1e-5);
+    let layers = Lora::new(layers);
+    let overlay = overlay.switch(&layers.adapters()).unwrap();
+    assert_close(overlay.with_adapters(|it| it.forward(x())), &expected, 1e-5);
+    assert_close(overlay.merge().unwrap().forward(x()), &expected, 1e-5);
 }
 
 #[test]
 fn dropout_on_inputs_is_refused() {
-    let overlay = Lora::new(PlainMlp::<Plain>::new(&device::<Plain>()));
+    let overlay = Lora::overlay(PlainMlp::<Plain>::new(&device::<Plain>()));
     let error = overlay.attach(&config().with_dropout(0.1)).unwrap_err();
     assert!(matches!(error, LoraError::InvalidConfig { field: "dropout", .. }), "{error}");
 }
@@ -205,15 +210,15 @@ fn extracted_from_a_tuned_module() {
     let device = device::<Plain>();
     let base = Conv2dConfig::new([2, 5], [2, 3]).with_bias(false).init::<Plain>(&device);
     let _ = base.weight.val();
-    let tuned = Lora::new(base.clone()).attach(&config()).unwrap().into_merged().unwrap();
+    let tuned = Lora::overlay(base.clone()).attach(&config()).unwrap().merge().unwrap();
     let x = || input::<Plain, 4>([1, 2, 4, 4]);
     let expected = values(tuned.forward(x()));
     let expected = Matrix { rows: 1, cols: expected.len(), data: expected };
-    let (base, tuned) = (Lora::new(base), Lora::new(tuned));
+    let (base, tuned) = (Lora::overlay(base), Lora::overlay(tuned));
     let found = base.extract(&tuned, &LoraConfig::new(2, 1.0)).unwrap();
     assert!(found.kept[""] > 0.9999);
     let model = base.switch(&found.adapters).unwrap();
-    assert_close(model.forward(|it| it.forward(x())), &expected, 1e-4);
+    assert_close(model.with_adapters(|it| it.forward(x())), &expected, 1e-4);
 }
 
 /// An overlay among other layers of a model.
@@ -223,17 +228,11 @@ struct Mixed<B: Backend> {
     head: LoraLinear<B>,
 }
 
-impl<B: Backend> LoraModule<B> for Mixed<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new().with("body", &mut self.body).with("head", &mut self.head)
-    }
-}
-
 #[test]
 fn as_the_field_of_a_model() {
     let device = device::<Train>();
     let model = Mixed::<Train> {
-        body: Lora::new(PlainMlp::new(&device)),
+        body: Lora::overlay(PlainMlp::new(&device)),
         head: LinearConfig::new(3, 2).init(&device).into(),
     };
     let config = config().with_targets(["body.blocks.*", "head"]);
@@ -246,11 +245,11 @@ fn as_the_field_of_a_model() {
     assert_eq!(report.layers[0].total, 6 * 8 + 8);
     let forward = |model: &Mixed<Train>| {
         let x = input::<Train, 2>([4, 6]);
-        model.head.forward(model.body.forward(|it| it.forward(x)))
+        model.head.forward(model.body.with_adapters(|it| it.forward(x)))
     };
     let expected = values(forward(&model));
     let merged = model.merge().unwrap();
     assert_close(forward(&merged), &Matrix { rows: 4, cols: 2, data: expected }, 1e-5);
-    assert_eq!(merged.into_plain().body.into_base().blocks.len(), 2);
+    assert_eq!(merged.body.into_inner().blocks.len(), 2);
     assert!(model.to_string().contains("Lora"));
 }

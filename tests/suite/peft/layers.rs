@@ -12,7 +12,7 @@ use burn::{
 };
 use burn_lora::{
     Init, Lora, LoraAdapters, LoraConfig, LoraConv1d, LoraConv2d, LoraEmbedding, LoraError,
-    LoraLayer, LoraLayers, LoraLinear, LoraModule,
+    LoraLinear, LoraModule,
 };
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::SafeTensors;
@@ -31,16 +31,6 @@ struct Layers<B: Backend> {
     conv1: LoraConv1d<B>,
     conv2: LoraConv2d<B>,
     grouped: LoraConv2d<B>,
-}
-
-impl<B: Backend> LoraModule<B> for Layers<B> {
-    fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-        LoraLayers::new()
-            .with("table", &mut self.table)
-            .with("conv1", &mut self.conv1)
-            .with("conv2", &mut self.conv2)
-            .with("grouped", &mut self.grouped)
-    }
 }
 
 impl Layers<Plain> {
@@ -128,7 +118,7 @@ fn groups_and_transposed_convolutions_are_refused_by_name() {
 
     let dir = TempDir::new("layers-refused");
     let config = LoraConfig::new(2, 1.0).with_targets(["grouped"]);
-    let set = Layers::base().attach(&config).unwrap().adapters(&config).unwrap();
+    let set = Layers::base().attach(&config).unwrap().adapters();
     refused(set.save(dir.0.join("set")).unwrap_err(), "grouped", "groups");
     assert!(!dir.0.join("set").exists());
 
@@ -145,11 +135,6 @@ fn an_adapter_of_another_kind_of_layer_does_not_fit() {
     struct Other<B: Backend> {
         table: LoraLinear<B>,
     }
-    impl<B: Backend> LoraModule<B> for Other<B> {
-        fn lora_layers(&mut self) -> LoraLayers<'_, B> {
-            LoraLayers::new().with("table", &mut self.table)
-        }
-    }
     let linear = burn::nn::LinearConfig::new(11, 6).init::<Plain>(&device::<Plain>());
     let error = Other { table: linear.into() }.switch(&load("layers_embedding")).unwrap_err();
     assert!(error.to_string().contains("expected Matrix, found Embedding"), "{error}");
@@ -164,11 +149,11 @@ fn through_the_overlay_too() {
     let x = Matrix::random(2, 42, 5).tensor([2, 6, 7], &device::<Plain>());
     // Draws the weights, which clones of an unused layer would each draw anew.
     let _ = plain.forward(x.clone());
-    let overlay = Lora::new(plain.clone()).switch(&set).unwrap();
+    let overlay = Lora::overlay(plain.clone()).switch(&set).unwrap();
     let layer = LoraConv1d::from(plain).switch(&set).unwrap();
     let expected = layer.forward(x.clone()).into_data().convert::<f64>().to_vec().unwrap();
     let expected = Matrix { rows: 1, cols: expected.len(), data: expected };
-    assert_close(overlay.forward(|it| it.forward(x)), &expected, 1e-5);
+    assert_close(overlay.with_adapters(|it| it.forward(x)), &expected, 1e-5);
 }
 
 /// Adapters that Python wrote and such that were made here, for `tests/peft/check_saved.py`.
@@ -176,7 +161,7 @@ pub fn write_for_python(out: &Path) {
     let base = Layers::base();
     let config = LoraConfig::new(3, 2.0).with_init(Init::RandomBoth);
     let config = config.with_targets(["table", "conv1", "conv2"]);
-    let ours = base.attach(&config).unwrap().adapters(&config).unwrap();
+    let ours = base.attach(&config).unwrap().adapters();
     let fixtures = READABLE.map(|name| (name, load(name)));
     for (name, set) in fixtures.into_iter().chain([("layers_ours", ours)]) {
         let x: Vec<i64> = (0..24).map(|it| it * 7 % 11).collect();

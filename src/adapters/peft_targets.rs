@@ -1,9 +1,9 @@
 //! Which layers `adapter_config.json` means, by PEFT's rules.
 
-use regex::{Regex, RegexBuilder};
+use regex::Regex;
 use serde::Deserialize;
 
-use super::config::PeftConfig;
+use crate::pattern::compile;
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
@@ -46,23 +46,23 @@ enum Matcher {
     Names(Vec<String>),
 }
 
-/// An expression from a file. One that would take long to compile is refused: no name needs it.
-pub(super) fn compile(expression: &str) -> Result<Regex, regex::Error> {
-    const SIZE_LIMIT: usize = 1 << 20;
-    RegexBuilder::new(expression).size_limit(SIZE_LIMIT).build()
-}
-
-impl PeftConfig {
-    /// The layers that are meant; nothing if an expression is beyond this crate's regular
-    /// expressions, or the file names none.
-    pub fn targets(&self) -> Option<Targets> {
-        let layers = match &self.layers_to_transform {
+impl Targets {
+    /// The layers that the fields of the file mean; nothing if an expression is beyond this crate's
+    /// regular expressions, or the file names none.
+    pub fn new(
+        target_modules: Option<&Modules>,
+        exclude_modules: Option<&Modules>,
+        layers_to_transform: Option<&Indices>,
+        layers_pattern: Option<&Names>,
+        modules_to_save: &[String],
+    ) -> Option<Self> {
+        let layers = match layers_to_transform {
             None => None,
             Some(Indices::One(index)) => Some(vec![*index]),
             Some(Indices::Many(indices)) if indices.is_empty() => None,
             Some(Indices::Many(indices)) => Some(indices.clone()),
         };
-        let patterns = match &self.layers_pattern {
+        let patterns = match layers_pattern {
             None => vec![],
             Some(Names::One(pattern)) if pattern.is_empty() => vec![],
             Some(Names::One(pattern)) => vec![pattern.clone()],
@@ -75,21 +75,21 @@ impl PeftConfig {
             let finder = |it| compile(&format!(r"^(?:.*?\.)??(?:{it})\.(?P<index>\d+)\."));
             patterns.iter().map(finder).collect()
         };
-        let excludes = match &self.exclude_modules {
+        let excludes = match exclude_modules {
             Some(modules) => Some(Matcher::new(modules)?),
             None => None,
         };
-        Some(Targets {
-            targets: Matcher::new(self.target_modules.as_ref()?)?,
+        Some(Self {
+            targets: Matcher::new(target_modules?)?,
             excludes,
-            modules_to_save: self.modules_to_save().to_vec(),
+            modules_to_save: modules_to_save.to_vec(),
             layers: layers.zip(Some(finders.ok()?)),
         })
     }
 }
 
 /// Whether the path is one of the modules, ends with one, or lies within one.
-pub(super) fn within_any(modules: &[String], path: &str) -> bool {
+pub(crate) fn within_any(modules: &[String], path: &str) -> bool {
     let ends = path.match_indices('.').map(|(end, _)| end).chain([path.len()]);
     ends.into_iter().any(|end| is_or_ends_with(modules, &path[..end]))
 }

@@ -1,10 +1,10 @@
-//! How layers keep their weights, and how an adapter sees them.
+//! How layers keep their weights, and how an adapter sees them as matrices.
 
 use burn::tensor::{Tensor, backend::Backend};
 
 /// How a layer keeps the weight that its adapter sees as a matrix `[d_input, d_output]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WeightLayout {
+pub(crate) enum WeightLayout {
     /// As the matrix itself, `[d_input, d_output]`, like [`Linear`](burn::nn::Linear). A weight of
     /// more dimensions counts as `[first, all others]`.
     Matrix,
@@ -29,7 +29,7 @@ pub enum WeightLayout {
 
 impl WeightLayout {
     /// The shape of the matrix, `[d_input, d_output]`, of a weight of shape `dims`.
-    pub(crate) fn matrix_shape(&self, dims: &[usize]) -> [usize; 2] {
+    pub fn matrix_shape(&self, dims: &[usize]) -> [usize; 2] {
         let rest = |dims: &[usize]| dims.iter().product::<usize>();
         match self {
             Self::Matrix | Self::Embedding => [dims[0], rest(&dims[1..])],
@@ -39,10 +39,7 @@ impl WeightLayout {
     }
 
     /// The weight as a matrix.
-    pub(crate) fn to_matrix<B: Backend, const D: usize>(
-        &self,
-        weight: Tensor<B, D>,
-    ) -> Tensor<B, 2> {
+    pub fn to_matrix<B: Backend, const D: usize>(&self, weight: Tensor<B, D>) -> Tensor<B, 2> {
         let dims = weight.dims();
         let [d_input, d_output] = self.matrix_shape(&dims);
         match self {
@@ -59,7 +56,7 @@ impl WeightLayout {
     }
 
     /// The matrix as a weight of shape `dims`.
-    pub(crate) fn to_weight<B: Backend, const D: usize>(
+    pub fn to_weight<B: Backend, const D: usize>(
         &self,
         matrix: Tensor<B, 2>,
         dims: [usize; D],
@@ -84,7 +81,7 @@ impl WeightLayout {
 
     /// Whether an adapter of this layout means the same on a layer of the other. A plain matrix fits
     /// everywhere; the groups do not matter to it.
-    pub(crate) fn fits(&self, layer: &Self) -> bool {
+    pub fn fits(&self, layer: &Self) -> bool {
         match (self, layer) {
             (Self::Matrix, _) => true,
             (Self::Conv { kernel, .. }, Self::Conv { kernel: other, .. }) => kernel == other,

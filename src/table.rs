@@ -15,7 +15,8 @@ pub fn table(headers: &[&str], rows: &[impl AsRef<[String]>]) -> String {
     };
     let mut lines = lines().map(line);
     let head = lines.next().expect("there are headers");
-    format!("{head}\n{rule}\n{}", lines.collect::<Vec<_>>().join("\n"))
+    let body = lines.map(|line| format!("\n{line}")).collect::<String>();
+    format!("{head}\n{rule}{body}")
 }
 
 /// The number with a comma between thousands.

@@ -3,12 +3,12 @@
 use std::collections::BTreeSet;
 
 use burn::{
-    module::{AutodiffModule, ModuleVisitor, Param},
+    module::{AutodiffModule, Param},
     optim::{GradientsParams, LearningRate, MultiGradientsParams, Optimizer},
     tensor::{Tensor, backend::AutodiffBackend},
 };
 
-use crate::walk::Place;
+use crate::model::{Place, Visit, visit};
 
 /// An optimizer that trains B faster than A, which LoRA+
 /// ([Hayou et al. 2024](https://arxiv.org/abs/2402.12354)) finds to learn faster: with the learning rate
@@ -90,35 +90,25 @@ fn take_b<B: AutodiffBackend, M: AutodiffModule<B>>(
     module: &M,
     grads: &mut GradientsParams,
 ) -> GradientsParams {
-    let (place, embeddings, of_b) = (Place::default(), BTreeSet::new(), GradientsParams::new());
-    let mut taker = Taker { place, embeddings, grads, of_b };
-    module.visit(&mut taker);
+    let mut taker = Taker { embeddings: BTreeSet::new(), grads, of_b: GradientsParams::new() };
+    visit::<B, M>(module, &mut taker);
     taker.of_b
 }
 
 struct Taker<'a> {
-    place: Place,
     /// The paths of embeddings. A walk meets the table before the adapter.
     embeddings: BTreeSet<String>,
     grads: &'a mut GradientsParams,
     of_b: GradientsParams,
 }
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Taker<'_> {
-    fn enter_module(&mut self, name: &str, container: &str) {
-        self.place.enter(name, container);
-    }
-
-    fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.place.exit();
-    }
-
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
-        if self.place.container() == "Struct:Embedding" {
-            self.embeddings.insert(self.place.module());
+impl<B: AutodiffBackend> Visit<B> for Taker<'_> {
+    fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+        if place.container() == "Struct:Embedding" {
+            self.embeddings.insert(place.module());
         }
-        let Some(layer) = self.place.adapted_layer() else { return };
-        if self.place.name() == "a" || self.embeddings.contains(&layer) {
+        let Some(layer) = place.adapted_layer() else { return };
+        if place.name() == "a" || self.embeddings.contains(&layer) {
             return;
         }
         if let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) {

@@ -1,0 +1,158 @@
+//! Other names for a model's modules.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::backend::Backend;
+
+use super::LoraAdapters;
+use crate::error::LoraError;
+
+/// From a model's paths to the names of its twin in Python, as pairs of templates.
+///
+/// ```
+/// use burn_lora::Renaming;
+///
+/// let names = Renaming::new([
+///     ("blocks.*.attention", "encoder.layer.*.attention.self"),
+///     ("blocks.*.expand", "encoder.layer.*.intermediate.dense"),
+/// ]);
+/// assert_eq!(names.apply("blocks.3.attention.query"), "encoder.layer.3.attention.self.query");
+/// assert_eq!(names.inverse().apply("encoder.layer.3.attention.self.query"), "blocks.3.attention.query");
+/// assert_eq!(names.apply("head"), "head");
+/// ```
+///
+/// A template means the module at its path and all within; `*` stands for one name, a layer's number
+/// most often. The first pair whose template fits decides. What none fits keeps its path. An empty
+/// template is the model itself, which every path fits: it comes last.
+///
+/// A set of adapters is renamed before it is saved, and renamed back after it was loaded:
+///
+/// ```no_run
+/// # use burn::{module::Module, tensor::backend::Backend};
+/// # use burn_lora::{Lora, LoraAdapters, LoraError, LoraModule, Renaming};
+/// # fn run<B: Backend, M: Module<B>>(base: M, model: Lora<B, M>, names: Renaming, device: B::Device) -> Result<(), LoraError> {
+/// model.adapters().renamed(&names)?.save("adapters/for-python")?;
+/// let adapters = LoraAdapters::load("adapters/from-python", &device)?;
+/// let model = base.switch(&adapters.renamed(&names.inverse())?)?;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Renaming {
+    pairs: Vec<(String, String)>,
+}
+
+impl Renaming {
+    /// A renaming of the first of each pair to the second.
+    ///
+    /// # Panics
+    ///
+    /// If the two templates of a pair do not have the same number of `*`.
+    pub fn new<S: Into<String>, T: Into<String>>(pairs: impl IntoIterator<Item = (S, T)>) -> Self {
+        let pairs: Vec<(String, String)> =
+            pairs.into_iter().map(|(from, to)| (from.into(), to.into())).collect();
+        let stars = |template: &str| template.split('.').filter(|it| *it == "*").count();
+        for (from, to) in &pairs {
+            assert!(
+                stars(from) == stars(to),
+                "both templates of a renaming must have the same number of `*`: `{from}`, `{to}`"
+            );
+        }
+        Self { pairs }
+    }
+
+    /// The renaming that leads back.
+    pub fn inverse(&self) -> Self {
+        Self { pairs: self.pairs.iter().map(|(from, to)| (to.clone(), from.clone())).collect() }
+    }
+
+    /// The new name of what is at `path`.
+    pub fn apply(&self, path: &str) -> String {
+        let renamed = self.pairs.iter().find_map(|(from, to)| rename(path, from, to));
+        renamed.unwrap_or_else(|| path.to_owned())
+    }
+}
+
+/// The path by the template `to`, if it fits the template `from`.
+fn rename(path: &str, from: &str, to: &str) -> Option<String> {
+    let mut names = path.split('.').filter(|name| !name.is_empty());
+    let mut stars = Vec::new();
+    for expected in from.split('.').filter(|name| !name.is_empty()) {
+        let name = names.next()?;
+        match expected {
+            "*" => stars.push(name),
+            expected if expected == name => {}
+            _ => return None,
+        }
+    }
+    let mut stars = stars.into_iter();
+    let start = to.split('.').filter(|name| !name.is_empty());
+    let start = start.filter_map(|name| if name == "*" { stars.next() } else { Some(name) });
+    Some(start.chain(names).collect::<Vec<_>>().join("."))
+}
+
+impl<B: Backend> LoraAdapters<B> {
+    /// The set with other names for the layers and for what was trained in full.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::Incompatible`] if two layers or two parameters would get the same name.
+    pub fn renamed(&self, names: &Renaming) -> Result<Self, LoraError> {
+        let mut set = self.clone();
+        set.adapters = rename_keys(set.adapters, names)?;
+        set.extras = rename_keys(set.extras, names)?;
+        for module in &mut set.modules_to_save {
+            *module = names.apply(module);
+        }
+        // What a file says about its targets goes by the names in the file.
+        set.names_in_file.insert(0, names.inverse());
+        Ok(set)
+    }
+}
+
+fn rename_keys<V>(
+    map: BTreeMap<String, V>,
+    names: &Renaming,
+) -> Result<BTreeMap<String, V>, LoraError> {
+    let mut renamed = BTreeMap::new();
+    for (path, value) in map {
+        let name = names.apply(&path);
+        if renamed.insert(name.clone(), value).is_some() {
+            let problem = format!("the renaming gives this name to `{path}` and to another");
+            return Err(LoraError::Incompatible { path: name, problem });
+        }
+    }
+    Ok(renamed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_template_that_fits_decides() {
+        let names = Renaming::new([
+            ("bert.blocks.*.attention.output", "encoder.layer.*.attention.output.dense"),
+            ("bert.blocks.*.attention", "encoder.layer.*.attention.self"),
+            ("classifier", "classifier"),
+            ("bert", ""),
+        ]);
+        for (path, name) in [
+            ("bert.blocks.0.attention.output", "encoder.layer.0.attention.output.dense"),
+            ("bert.blocks.11.attention.key.bias", "encoder.layer.11.attention.self.key.bias"),
+            ("bert.words", "words"),
+            ("classifier.weight", "classifier.weight"),
+        ] {
+            assert_eq!(names.apply(path), name);
+            assert_eq!(names.inverse().apply(name), path);
+        }
+        assert_eq!(names.apply("bert.blocks.0"), "blocks.0");
+        assert_eq!(names.apply("other"), "other");
+    }
+
+    #[test]
+    #[should_panic = "the same number of `*`: `a.*`, `b`"]
+    fn templates_must_have_the_same_stars() {
+        Renaming::new([("a.*", "b")]);
+    }
+}

@@ -1,0 +1,131 @@
+//! Operations on whole models.
+
+mod extract;
+mod freeze;
+mod in_full;
+mod lora;
+mod module;
+mod put_on;
+mod record;
+mod report;
+mod slot;
+mod statistics;
+mod walk;
+
+use burn::{module::Module, tensor::backend::Backend};
+
+use crate::{
+    adapters::{Approximation, LoraAdapters},
+    config::LoraConfig,
+    error::LoraError,
+};
+
+pub use lora::Lora;
+pub use report::{LayerReport, ParameterReport};
+pub(crate) use walk::{Place, Visit, visit};
+
+/// What LoRA does with a whole model. There is nothing to implement: every Burn module has these
+/// methods, and they find its LoRA layers wherever these are, in `Vec`, `Option`, arrays, tuples,
+/// enums, and modules within modules.
+///
+/// ```
+/// use burn::{backend::{Autodiff, Flex}, module::Module, nn::LinearConfig, tensor::backend::Backend};
+/// use burn_lora::{LoraConfig, LoraLinear, LoraModule};
+///
+/// #[derive(Module, Debug)]
+/// struct Mlp<B: Backend> {
+///     layers: Vec<LoraLinear<B>>,
+/// }
+///
+/// # fn main() -> Result<(), burn_lora::LoraError> {
+/// let device = Default::default();
+/// let layer = |d_input, d_output| LinearConfig::new(d_input, d_output).init(&device).into();
+/// let base: Mlp<Autodiff<Flex>> = Mlp { layers: vec![layer(784, 256), layer(256, 10)] };
+///
+/// let model = base.attach(&LoraConfig::new(8, 16.0).with_targets(["layers.0"]))?;
+/// assert_eq!(model.parameters().trainable, 8 * (784 + 256));
+/// # Ok(())
+/// # }
+/// ```
+///
+/// Models are values: each operation returns a new one and leaves `self` as it was, also when it
+/// fails. Weights are shared, not copied, until they change. A parameter that was never used draws
+/// its value when its model is first operated on, so that all models made from it agree. The adapted
+/// model is a [`Lora`], with further operations: its adapters as a value, and the ways back.
+pub trait LoraModule<B: Backend>: Module<B> {
+    /// The model with fresh adapters on the layers that `config` chooses. Everything but the
+    /// adapters and `config.modules_to_save` is frozen.
+    ///
+    /// # Errors
+    ///
+    /// If `config` is [invalid](LoraConfig::validate), if one of its patterns matches nothing, if a
+    /// chosen layer has an adapter already or cannot take a bias or a dropout that `config` asks for, or
+    /// if `config.modules_to_save` names a parameter of a chosen layer, which is frozen, or running
+    /// statistics of a batch norm, which Burn shares between a model and its clones. Stock layers are
+    /// adapted by [`Lora::overlay`] alone.
+    fn attach(&self, config: &LoraConfig) -> Result<Lora<B, Self>, LoraError> {
+        Lora::new(drawn(self)).attach(config)
+    }
+
+    /// The model with exactly these adapters, and with the parameters that were trained in full
+    /// along with them. No weight of the base is touched or copied. As after [`attach`](Self::attach),
+    /// only what was put on trains.
+    ///
+    /// Biases of adapted layers that a file brings along (PEFT's `bias`) are put on, but do not train
+    /// any further.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::Mismatch`], listing every adapter and parameter that the model has no place for,
+    /// or one of another shape, and every layer that the adapters' configuration means and that they
+    /// leave out. [`LoraError::Unsupported`] if there are running statistics of a batch norm among
+    /// them.
+    fn switch(&self, adapters: &LoraAdapters<B>) -> Result<Lora<B, Self>, LoraError> {
+        Lora::new(drawn(self)).switch(adapters)
+    }
+
+    /// The model in which exactly the adapters that it has and what the patterns name train:
+    /// `base.train_only(&["head"])` trains the head alone, and `base.train_only(&[".*"])` is full
+    /// fine-tuning.
+    ///
+    /// A pattern means parameters, or modules with all that they hold, as in
+    /// [`LoraConfig::targets`]. Running statistics never train.
+    ///
+    /// # Errors
+    ///
+    /// If a pattern is invalid or matches nothing.
+    fn train_only(&self, patterns: &[&str]) -> Result<Lora<B, Self>, LoraError> {
+        Lora::new(drawn(self)).train_only(patterns)
+    }
+
+    /// Adapters that turn this model into `tuned`, a version of it that was trained in full, as well
+    /// as the ranks in `config` allow: the best approximation of the difference of each weight that
+    /// `config` chooses. Biases, and layers that were not chosen, are left out; what
+    /// `config.modules_to_save` names is taken from `tuned`.
+    ///
+    /// # Errors
+    ///
+    /// As for [`attach`](Self::attach).
+    ///
+    /// # Panics
+    ///
+    /// If the two models' layers differ, or a difference is not finite.
+    fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
+        extract::extract(&drawn(self), &drawn(tuned), config)
+    }
+
+    /// What trains, per layer and in all. On a backend without autodiff, where nothing can be marked,
+    /// these are the adapters.
+    fn parameters(&self) -> ParameterReport {
+        let autodiff = self.devices().first().is_some_and(|device| B::ad_enabled(device));
+        report::of(self, |param| if autodiff { param.requires_grad } else { param.in_adapter })
+    }
+}
+
+impl<B: Backend, M: Module<B>> LoraModule<B> for M {}
+
+/// A clone that shares every value with the model, also those that were not drawn yet.
+fn drawn<B: Backend, M: Module<B>>(model: &M) -> M {
+    walk::params(model);
+    model.clone()
+}

@@ -1,0 +1,73 @@
+//! Adapters made of the difference of two models.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use burn::{
+    module::Module,
+    tensor::{Tensor, backend::Backend},
+};
+
+use super::{in_full, put_on, walk};
+use crate::{
+    adapter::{LoraAdapter, WeightLayout, at_least_f32},
+    adapters::{Approximation, LoraAdapters, low_rank},
+    config::LoraConfig,
+    error::LoraError,
+    layer::LoraLayer,
+};
+
+/// A layer that is to get an adapter.
+struct Layer<B: Backend> {
+    path: String,
+    layout: WeightLayout,
+    is_adapted: bool,
+    weight: Tensor<B, 2>,
+}
+
+pub(super) fn extract<B: Backend, M: Module<B>>(
+    base: &M,
+    tuned: &M,
+    config: &LoraConfig,
+) -> Result<Approximation<B>, LoraError> {
+    config.validate()?;
+    let paths = walk::layer_paths::<B, M>(base);
+    assert_eq!(paths, walk::layer_paths::<B, M>(tuned), "the two models' layers must be the same");
+    let chosen: BTreeSet<_> = config.choose(&paths)?.into_iter().collect();
+    let layers = |model: &M| {
+        let chosen = chosen.clone();
+        let layers = walk::layers(model, move |path, layer: &dyn LoraLayer<B>| {
+            chosen.contains(path).then(|| Layer {
+                path: path.to_owned(),
+                layout: layer.weight_layout(),
+                is_adapted: layer.adapter().is_some(),
+                weight: layer.weight_matrix(),
+            })
+        });
+        layers.into_iter().flatten().collect::<Vec<_>>()
+    };
+    let (base, tuned_layers) = (layers(base), layers(tuned));
+    let adapted = base.iter().chain(&tuned_layers).filter(|it| it.is_adapted);
+    let paths: BTreeSet<_> = adapted.map(|it| it.path.clone()).collect();
+    if !paths.is_empty() {
+        return Err(LoraError::AlreadyAttached { paths: paths.into_iter().collect() });
+    }
+
+    let mut kept = BTreeMap::new();
+    let mut adapters = Vec::new();
+    for (Layer { path, layout, weight, .. }, tuned) in base.into_iter().zip(tuned_layers) {
+        let rank = config.for_layer(&path)?.rank;
+        let delta = at_least_f32(tuned.weight) - at_least_f32(weight);
+        let (adapter, share) = low_rank::extract(delta, rank);
+        kept.insert(path.clone(), share);
+        adapters.push((path, LoraAdapter { layout, ..adapter }));
+    }
+    let mut set = LoraAdapters::new(adapters);
+    let saved = put_on::in_full(
+        super::Lora::new(tuned.clone()),
+        &config.modules_to_save,
+        "modules_to_save",
+    )?;
+    set.extras = in_full::read(&saved.model, &saved.originals.keys().cloned().collect());
+    set.modules_to_save = saved.modules;
+    Ok(Approximation { adapters: set, kept })
+}

@@ -1,0 +1,271 @@
+//! What Burn asks of a module, for an adapted model: the same trains after every trip, and the record
+//! holds only that.
+
+use std::{borrow::Cow, collections::BTreeSet, fmt, sync::OnceLock};
+
+use burn::{
+    module::{
+        AutodiffModule, Content, Devices, HasAutodiffModule, Module, ModuleDisplay,
+        ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
+    },
+    tensor::{
+        TensorPrimitive,
+        backend::{AutodiffBackend, Backend},
+    },
+};
+
+use super::{
+    Lora,
+    in_full::{self, Values},
+    record::{self, LoraRecord, PlacedAdapterRecord},
+    slot::{Slot, SlotLayer},
+    statistics, walk,
+};
+use crate::{
+    adapter::LoraAdapter,
+    layer::{
+        LoraLayer,
+        letter::{self, ADAPTER, TAG},
+    },
+};
+
+impl<B: Backend, M: Module<B>> Lora<B, M> {
+    /// The same with other adapters in the slots, made of those that there are.
+    fn map_slots(self, mut change: impl FnMut(&Slot<B>, LoraAdapter<B>) -> LoraAdapter<B>) -> Self {
+        let slots = self.slots.into_iter().map(|mut slot| {
+            slot.adapter = slot.adapter.take().map(|adapter| change(&slot, adapter));
+            slot
+        });
+        Self { slots: slots.collect(), ..self }
+    }
+
+    fn map_originals(
+        self,
+        mut change: impl FnMut(TensorPrimitive<B>) -> TensorPrimitive<B>,
+    ) -> Self {
+        let originals = self.originals.into_iter().map(|(path, value)| (path, change(value)));
+        Self { originals: originals.collect(), ..self }
+    }
+
+    /// Has those parameters train that are marked as such now. Values that will be trained from here
+    /// on are remembered as they are.
+    fn training_as_marked(mut self) -> Self {
+        let marked = walk::params(&self).into_iter().filter(|param| param.requires_grad);
+        let marked: Vec<_> = marked.collect();
+        let is_new = |path: &String| !self.originals.contains_key(path);
+        let new = marked.iter().filter(|param| !param.in_adapter && is_new(&param.path));
+        let new: Vec<_> = new.collect();
+        if !new.is_empty() {
+            let paths = new.iter().map(|param| param.path.clone()).collect();
+            self.originals.extend(in_full::values(&self.model, &paths));
+            self.modules.extend(new.iter().map(|param| param.torch_name.clone()));
+        }
+        self.trains = marked.into_iter().map(|param| param.path).collect();
+        self
+    }
+
+    /// The same, with an adapter for each of the record's, and these parameters.
+    fn restored(self, record: LoraRecord<B>) -> Self {
+        let device = self.devices().first().cloned().unwrap_or_default();
+        let parameters = record.parameters.iter().map(|it| it.path.clone());
+        let in_full: BTreeSet<_> = parameters.filter(|it| !self.statistics.contains(it)).collect();
+        let mut adapters: Vec<_> = record.adapters;
+        let known = walk::layer_paths::<B, _>(&self);
+        let unknown = adapters.iter().find(|it| !known.contains(&it.path));
+        if let Some(PlacedAdapterRecord { path, .. }) = unknown {
+            panic!("the record has an adapter of `{path}`, and the model no such layer");
+        }
+        let lora = walk::change_layers(self, move |path, layer: &mut dyn LoraLayer<B>| {
+            if let Some(index) = adapters.iter().position(|it| it.path == path) {
+                let adapter = adapters.swap_remove(index).adapter;
+                layer.set_adapter(Some(LoraAdapter::from_record(adapter, &device)));
+            }
+        });
+        let mut lora = lora.training(&in_full);
+        lora.model = record::load(lora.model, record.parameters);
+        let (trains, modules) = (record.trains.into_iter().collect(), record.modules);
+        Self { trains, modules, composed: OnceLock::new(), ..lora }.refrozen()
+    }
+}
+
+/// The names to enter on the way to a slot's adapter, and their containers.
+fn names<B: Backend>(slot: &Slot<B>) -> Vec<(String, &'static str)> {
+    let path = slot.path.split('.').filter(|name| !name.is_empty());
+    path.map(|name| (name.to_owned(), "Struct:Lora")).chain([(ADAPTER.to_owned(), TAG)]).collect()
+}
+
+impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
+    type Record = LoraRecord<B>;
+
+    fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
+        let devices = self.model.collect_devices(devices);
+        self.slots.iter().fold(devices, |devices, slot| slot.adapter.collect_devices(devices))
+    }
+
+    fn fork(self, device: &B::Device) -> Self {
+        let model = self.model.fork(device);
+        Self { model, ..self }
+            .map_slots(|_, adapter| adapter.fork(device))
+            .map_originals(|value| moved(value, device))
+            .refrozen()
+    }
+
+    fn to_device(self, device: &B::Device) -> Self {
+        self.fork(device)
+    }
+
+    fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
+        self.model.visit(visitor);
+        for slot in &self.slots {
+            let names = names(slot);
+            names.iter().for_each(|(name, container)| visitor.enter_module(name, container));
+            let (module, slot) = (Cow::Borrowed(&self.model), Cow::Borrowed(slot));
+            letter::answer_look(&SlotLayer::<B, M> { module, slot: slot.clone() });
+            slot.adapter.visit(visitor);
+            names.iter().rev().for_each(|(name, container)| visitor.exit_module(name, container));
+        }
+    }
+
+    fn map<Map: ModuleMapper<B>>(self, mapper: &mut Map) -> Self {
+        let mut model = self.model.map(mapper);
+        let mut slots = Vec::new();
+        for slot in self.slots {
+            let names = names(&slot);
+            names.iter().for_each(|(name, container)| mapper.enter_module(name, container));
+            let mut layer: SlotLayer<B, M> =
+                SlotLayer { module: Cow::Owned(model), slot: Cow::Owned(slot) };
+            letter::answer_change(&mut layer);
+            let mut slot = layer.slot.into_owned();
+            model = layer.module.into_owned();
+            slot.adapter = Module::map(slot.adapter, mapper);
+            names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
+            slots.push(slot);
+        }
+        let mapped = Self { model, slots, composed: OnceLock::new(), ..self };
+        // Only where there are gradients do the flags mean anything.
+        let autodiff = mapped.devices().first().is_some_and(|device| B::ad_enabled(device));
+        if autodiff { mapped.training_as_marked() } else { mapped }
+    }
+
+    /// Takes over what was recorded.
+    ///
+    /// # Panics
+    ///
+    /// If the record is one of another model. If this model has adapters, or something that trains in
+    /// full: unless the record has the same, of the same ranks and scales.
+    fn load_record(self, record: Self::Record) -> Self {
+        let adapters = record::adapters(&self);
+        let is_blank = adapters.is_empty() && self.originals.is_empty() && self.trains.is_empty();
+        if !is_blank {
+            record.check(&adapters, &self.trains);
+        }
+        self.restored(record)
+    }
+
+    fn into_record(self) -> Self::Record {
+        if !self.statistics.is_empty() {
+            statistics::sync(&self.model);
+        }
+        let paths = self.originals.keys().chain(&self.statistics).cloned().collect();
+        let adapters = record::adapters(&self).into_iter();
+        let adapters = adapters.map(|(path, adapter)| {
+            let adapter = adapter.into_record();
+            PlacedAdapterRecord { path, adapter }
+        });
+        LoraRecord {
+            adapters: adapters.collect(),
+            parameters: record::save(&self.model, &paths),
+            trains: self.trains.into_iter().collect(),
+            modules: self.modules,
+        }
+    }
+}
+
+/// The value on a device, as a constant.
+fn moved<B: Backend>(value: TensorPrimitive<B>, device: &B::Device) -> TensorPrimitive<B> {
+    match value {
+        TensorPrimitive::Float(value) => TensorPrimitive::Float(B::float_to_device(value, device)),
+        TensorPrimitive::QFloat(value) => TensorPrimitive::QFloat(B::q_to_device(value, device)),
+    }
+}
+
+impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> {
+    type InnerModule = Lora<B::InnerBackend, M::InnerModule>;
+
+    fn valid(&self) -> Self::InnerModule {
+        let slots = self.slots.iter().map(|slot| slot.with(slot.adapter.valid()));
+        let originals = self.originals.iter().map(|(path, value)| {
+            let value = match value.clone() {
+                TensorPrimitive::Float(value) => TensorPrimitive::Float(B::inner(value)),
+                TensorPrimitive::QFloat(value) => TensorPrimitive::QFloat(B::q_inner(value)),
+            };
+            (path.clone(), value)
+        });
+        Lora {
+            model: self.model.valid(),
+            slots: slots.collect(),
+            trains: self.trains.clone(),
+            originals: originals.collect(),
+            modules: self.modules.clone(),
+            described: self.described.clone(),
+            statistics: self.statistics.clone(),
+            composed: OnceLock::new(),
+        }
+    }
+
+    fn from_inner(module: Self::InnerModule) -> Self {
+        let slots = module.slots.into_iter().map(|mut slot| {
+            let adapter = AutodiffModule::from_inner(slot.adapter.take());
+            slot.with(adapter)
+        });
+        let originals = module.originals.into_iter().map(|(path, value)| {
+            let value = match value {
+                TensorPrimitive::Float(value) => TensorPrimitive::Float(B::from_inner(value)),
+                TensorPrimitive::QFloat(value) => TensorPrimitive::QFloat(B::q_from_inner(value)),
+            };
+            (path, value)
+        });
+        let originals: Values<B> = originals.collect();
+        let lora = Self {
+            model: M::from_inner(module.model),
+            slots: slots.collect(),
+            trains: module.trains,
+            originals,
+            modules: module.modules,
+            described: module.described,
+            statistics: module.statistics,
+            composed: OnceLock::new(),
+        };
+        lora.refrozen()
+    }
+}
+
+impl<B, M> HasAutodiffModule<B> for Lora<B::InnerBackend, M>
+where
+    B: AutodiffBackend,
+    M: Module<B::InnerBackend> + HasAutodiffModule<B>,
+{
+    type TrainModule = Lora<B, M::TrainModule>;
+}
+
+impl<B: Backend, M: Module<B> + ModuleDisplay> ModuleDisplayDefault for Lora<B, M> {
+    fn content(&self, content: Content) -> Option<Content> {
+        let content = content.set_top_level_type("Lora").add("model", &self.model);
+        let adapted = self.slots.iter().filter_map(|slot| Some((slot, slot.adapter.as_ref()?)));
+        adapted
+            .fold(content, |content, (slot, adapter)| content.add(&slot.path, adapter))
+            .optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl<B: Backend, M: Module<B> + ModuleDisplay> ModuleDisplay for Lora<B, M> {}
+
+impl<B: Backend, M: Module<B> + ModuleDisplay> fmt::Display for Lora<B, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.format(Default::default()))
+    }
+}

@@ -1,0 +1,238 @@
+//! Putting adapters on a model: fresh ones, those of a set, or into the weights for good.
+
+use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
+
+use burn::{module::Module, tensor::backend::Backend};
+
+use super::{Lora, in_full, record, slot, walk};
+use crate::{
+    adapter::WeightLayout,
+    adapters::LoraAdapters,
+    config::LoraConfig,
+    error::{LoraError, Mismatch},
+    layer::{LoraLayer, fresh as fresh_adapter},
+    pattern::{Pattern, require_matches},
+};
+
+/// What has to be known of a layer before it gets an adapter.
+struct Layer {
+    path: String,
+    shape: [usize; 2],
+    layout: WeightLayout,
+    takes_bias: bool,
+    takes_dropout: bool,
+    is_adapted: bool,
+}
+
+fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
+    walk::layers(model, |path, layer: &dyn LoraLayer<B>| Layer {
+        path: path.to_owned(),
+        shape: layer.weight_shape(),
+        layout: layer.weight_layout(),
+        takes_bias: layer.takes_bias(),
+        takes_dropout: layer.takes_dropout(),
+        is_adapted: layer.adapter().is_some(),
+    })
+}
+
+/// The model with fresh adapters on the layers that `config` chooses.
+pub(super) fn fresh<B: Backend, M: Module<B>>(
+    lora: &Lora<B, M>,
+    config: &LoraConfig,
+) -> Result<Lora<B, M>, LoraError> {
+    config.validate()?;
+    let layers = layers::<B, _>(lora);
+    let chosen = choose(lora, config, &layers)?;
+    let is_chosen = |path: &str| chosen.iter().any(|it| it == path);
+    let in_full = Pattern::all(&config.modules_to_save)?;
+    let is_in_full = |path: &str| in_full.iter().any(|module| module.covers(path));
+    for param in walk::params(lora).iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
+        if param.is_statistic {
+            return Err(running_statistic("modules_to_save", &param.path));
+        }
+        if param.is_base_of(is_chosen) {
+            let field = "modules_to_save";
+            let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
+            return Err(LoraError::InvalidConfig { field, problem });
+        }
+    }
+
+    let adapted = layers.iter().filter(|it| it.is_adapted && is_chosen(&it.path));
+    let paths: Vec<_> = adapted.map(|it| it.path.clone()).collect();
+    if !paths.is_empty() {
+        return Err(LoraError::AlreadyAttached { paths });
+    }
+    for layer in layers.iter().filter(|it| is_chosen(&it.path)) {
+        for (field, wanted, takes) in [
+            ("bias", config.bias, layer.takes_bias),
+            ("dropout", config.dropout > 0.0, layer.takes_dropout),
+        ] {
+            if wanted && !takes {
+                let problem =
+                    format!("is set, and the adapter of `{}` cannot have one", layer.path);
+                return Err(LoraError::InvalidConfig { field, problem });
+            }
+        }
+    }
+
+    let configs = chosen.iter().map(|path| Ok((path.clone(), config.for_layer(path)?)));
+    let configs = configs.collect::<Result<Vec<_>, LoraError>>()?;
+    let lora = walk::change_layers(lora.clone(), move |path, layer: &mut dyn LoraLayer<B>| {
+        if let Some((_, config)) = configs.iter().find(|(it, _)| it == path) {
+            layer.set_adapter(Some(fresh_adapter(config, layer)));
+        }
+    });
+    self::in_full(lora, &config.modules_to_save, "modules_to_save")
+}
+
+/// The paths of the layers to adapt. What keeps a model without LoRA layers from being adapted is
+/// told in the end.
+fn choose<B: Backend, M: Module<B>>(
+    lora: &Lora<B, M>,
+    config: &LoraConfig,
+    layers: &[Layer],
+) -> Result<Vec<String>, LoraError> {
+    let paths: Vec<_> = layers.iter().map(|it| it.path.clone()).collect();
+    config.choose(&paths).map_err(|error| {
+        let LoraError::Unmatched { patterns, .. } = &error else { return error };
+        let wanted = Pattern::all(patterns).unwrap_or_default();
+        let stock = slot::find::<B, M>(&lora.model).into_iter().map(|slot| slot.path);
+        let stock = stock.filter(|path| {
+            !paths.contains(path) && (wanted.is_empty() || wanted.iter().any(|it| it.matches(path)))
+        });
+        match stock.collect::<Vec<_>>() {
+            stock if stock.is_empty() => error,
+            paths => LoraError::StockLayers { paths },
+        }
+    })
+}
+
+/// The model in which exactly its adapters and what the patterns name train.
+pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
+    mut lora: Lora<B, M>,
+    patterns: &[S],
+    field: &'static str,
+) -> Result<Lora<B, M>, LoraError> {
+    let patterns = Pattern::all(patterns)?;
+    let adapted: BTreeSet<_> = record::adapters(&lora).into_iter().map(|(path, _)| path).collect();
+    let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
+    let params: Vec<_> = params.collect();
+    let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
+    require_matches(field, &patterns, &paths, Pattern::covers)?;
+
+    let mut trains = BTreeSet::new();
+    // The base under an adapter is a constant, whatever its flags say.
+    let is_adapted = |path: &str| adapted.contains(path);
+    for param in params.iter().filter(|it| !it.is_statistic && !it.is_base_of(is_adapted)) {
+        let covering = patterns.iter().find_map(|pattern| pattern.covering(&param.path));
+        let Some(module) = covering else { continue };
+        // A norm's parameters by themselves go by PyTorch's names.
+        let name = if module == param.path { &param.torch_name } else { module };
+        if !lora.modules.iter().any(|it| it == name) {
+            lora.modules.push(name.to_owned());
+        }
+        trains.insert(param.path.clone());
+    }
+    Ok(lora.training(&trains))
+}
+
+/// The model, which must not have any adapters, with those of `set`.
+pub(super) fn set<B: Backend, M: Module<B>>(
+    bare: &Lora<B, M>,
+    set: &LoraAdapters<B>,
+) -> Result<Lora<B, M>, LoraError> {
+    let layers = layers::<B, _>(bare);
+    let params: Vec<_> =
+        walk::params(&bare.model).into_iter().filter(|it| !it.in_adapter).collect();
+    let mut mismatch = Mismatch::default();
+    let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
+        format!("{name} (expected {expected:?}, found {found:?})")
+    };
+    // The parameters that the set brings along, and whether they train: not those under an adapter.
+    let mut brought = BTreeSet::new();
+    let mut trains = BTreeSet::new();
+    for (name, extra) in &set.extras {
+        match params.iter().find(|param| param.torch_name == *name) {
+            None => mismatch.unexpected.push(name.clone()),
+            Some(param) if param.is_statistic => {
+                return Err(running_statistic("the set of adapters", name));
+            }
+            Some(param) if param.torch_shape != extra.shape => {
+                mismatch.misshapen.push(misshapen(name, &param.torch_shape, &extra.shape));
+            }
+            Some(param) => {
+                brought.insert(param.path.clone());
+                if !param.is_base_of(|path| set.get(path).is_some()) {
+                    trains.insert(param.path.clone());
+                }
+            }
+        }
+    }
+    let unknown = set.adapters.keys().filter(|path| !layers.iter().any(|it| it.path == **path));
+    let unknown: Vec<_> = unknown.cloned().collect();
+    if !unknown.is_empty() {
+        let stock: BTreeSet<_> =
+            slot::find::<B, M>(&bare.model).into_iter().map(|slot| slot.path).collect();
+        mismatch.unexpected.extend(unknown.into_iter().map(|path| match stock.contains(&path) {
+            true => format!("{path} (a stock module: see `Lora::overlay`)"),
+            false => path,
+        }));
+    }
+    for Layer { path, shape, layout, takes_bias, .. } in &layers {
+        match set.get(path) {
+            Some(adapter) if adapter.shape() != *shape => {
+                mismatch.misshapen.push(misshapen(path, shape, &adapter.shape()));
+            }
+            Some(adapter) if !adapter.layout.fits(layout) => {
+                mismatch.misshapen.push(misshapen(path, layout, &adapter.layout));
+            }
+            Some(adapter) if adapter.bias.is_some() && !takes_bias => {
+                mismatch.unexpected.push(format!("{path} (a bias)"));
+            }
+            None if set.is_target(path) => mismatch.missing.push(path.clone()),
+            _ => {}
+        }
+    }
+    let paths: Vec<_> = layers.into_iter().map(|it| it.path).collect();
+    mismatch.unmatched_targets = set.unmatched_targets(&paths);
+    mismatch.into_result("the set of adapters")?;
+
+    let mut adapters = set.adapters.clone();
+    let mut lora = walk::change_layers(bare.clone(), move |path, layer: &mut dyn LoraLayer<B>| {
+        if let Some(adapter) = adapters.remove(path) {
+            layer.set_adapter(Some(adapter.fork(&layer.device())));
+        }
+    });
+    lora.originals = in_full::values(&lora.model, &brought);
+    lora.model = in_full::write(lora.model, &set.extras);
+    lora.modules = set.modules_to_save.clone();
+    lora.described = set.config.clone();
+    Ok(lora.training(&trains))
+}
+
+/// The model with its adapters in its weights.
+pub(super) fn merged<B: Backend, M: Module<B>>(lora: Lora<B, M>) -> Result<M, LoraError> {
+    let not_finite = Rc::new(RefCell::new(None));
+    let failed = not_finite.clone();
+    let lora = walk::change_layers(lora, move |path, layer: &mut dyn LoraLayer<B>| {
+        if failed.borrow().is_none() && !layer.merge_adapter() {
+            failed.replace(Some(path.to_owned()));
+        }
+    });
+    match not_finite.take() {
+        Some(path) => Err(LoraError::NotFinite { path }),
+        None => Ok(lora.model),
+    }
+}
+
+/// Burn keeps running statistics in a cell that all clones share: to put them on one model would
+/// change all others.
+fn running_statistic(file: &str, name: &str) -> LoraError {
+    LoraError::Unsupported {
+        file: file.to_owned(),
+        field: name.to_owned(),
+        reason: ": Burn shares running statistics between clones; name the parameters of the norm \
+                 (`gamma`, `beta`) instead of the norm"
+            .to_owned(),
+    }
+}

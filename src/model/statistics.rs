@@ -1,0 +1,31 @@
+//! Running statistics of batch norms. Burn keeps them in cells that all clones of a model share, and
+//! every forward pass on an autodiff backend moves them, whether the model is frozen or not.
+
+use std::collections::BTreeSet;
+
+use burn::{module::Module, tensor::backend::Backend};
+
+use super::in_full::{self, Values};
+
+/// Has the running statistics take in what the last passes left for them.
+pub(super) fn sync<B: Backend, M: Module<B>>(model: &M) {
+    // Burn does so, for all clones at once, when it makes a record.
+    drop(model.clone().into_record());
+}
+
+/// The result of `pass`, after which the running statistics at `paths` of `model` and all of its
+/// clones are what they were before.
+pub(super) fn unmoved<B: Backend, M: Module<B>, R>(
+    model: &M,
+    paths: &BTreeSet<String>,
+    pass: impl FnOnce() -> R,
+) -> R {
+    if paths.is_empty() {
+        return pass();
+    }
+    let before: Values<B> = in_full::values(model, paths);
+    let result = pass();
+    sync::<B, M>(model);
+    drop(in_full::restore(model.clone(), &before));
+    result
+}

@@ -1,0 +1,284 @@
+//! Walks through any model, that know where they are.
+
+use std::{cell::RefCell, rc::Rc};
+
+use burn::{
+    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    tensor::{Bool, Int, Tensor, backend::Backend},
+};
+
+use crate::layer::{
+    LoraLayer,
+    letter::{self, ADAPTER, Change, Look, TAG},
+};
+
+/// The place of a walk in the tree of modules.
+#[derive(Default)]
+pub(crate) struct Place {
+    names: Vec<String>,
+    /// The container of each name.
+    containers: Vec<String>,
+}
+
+impl Place {
+    fn enter(&mut self, name: &str, container: &str) {
+        self.names.push(name.to_owned());
+        self.containers.push(container.to_owned());
+    }
+
+    fn exit(&mut self) {
+        self.names.pop();
+        self.containers.pop();
+    }
+
+    /// The path of the parameter that the walk is at.
+    pub fn path(&self) -> String {
+        self.names.join(".")
+    }
+
+    /// The path of the module that the parameter belongs to.
+    pub fn module(&self) -> String {
+        self.names[..self.names.len().saturating_sub(1)].join(".")
+    }
+
+    /// The parameter's own name.
+    pub fn name(&self) -> &str {
+        self.names.last().map_or("", String::as_str)
+    }
+
+    /// The kind of module that the parameter belongs to.
+    pub fn container(&self) -> &str {
+        self.containers.last().map_or("", String::as_str)
+    }
+
+    /// The path of the LoRA layer whose adapter the walk is in, if it is in one.
+    pub fn adapted_layer(&self) -> Option<String> {
+        let adapter = |at: &usize| self.names[*at] == ADAPTER && self.containers[*at] == TAG;
+        (0..self.names.len()).find(adapter).map(|at| self.names[..at].join("."))
+    }
+
+    /// Whether the walk is at the running statistics of a batch norm. They look like parameters to a
+    /// walk, and no gradient may ever reach them.
+    pub fn is_statistic(&self) -> bool {
+        self.container() == "Struct:BatchNorm" && self.name().starts_with("running_")
+    }
+
+    /// What PyTorch calls a parameter of `dims` dimensions here, and how it keeps it.
+    pub fn in_torch(&self, dims: usize) -> InTorch {
+        let (module, container, name) = (self.module(), self.container(), self.name());
+        let is_norm = container.ends_with("Norm");
+        let name = match name {
+            "gamma" if is_norm => "weight",
+            "beta" if is_norm => "bias",
+            name => name,
+        };
+        let transposed = container == "Struct:Linear" && name == "weight" && dims == 2;
+        let dot = if module.is_empty() { "" } else { "." };
+        InTorch { name: format!("{module}{dot}{name}"), transposed }
+    }
+}
+
+/// A parameter as PyTorch has it.
+pub(crate) struct InTorch {
+    pub name: String,
+    /// Whether it is the transpose of Burn's.
+    pub transposed: bool,
+}
+
+/// What a visit does at each float parameter.
+pub(crate) trait Visit<B: Backend> {
+    fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>);
+
+    /// What to read of the layer at `path`.
+    fn look(&mut self, _path: String) -> Option<Look<B>> {
+        None
+    }
+}
+
+/// What a walk that changes a model does at each float parameter.
+pub(crate) trait Map<B: Backend> {
+    fn param<const D: usize>(
+        &mut self,
+        _place: &Place,
+        param: Param<Tensor<B, D>>,
+    ) -> Param<Tensor<B, D>> {
+        param
+    }
+
+    /// What to do to the layer at `path`.
+    fn change(&mut self, _path: String) -> Option<Change<B>> {
+        None
+    }
+}
+
+struct Walk<W> {
+    place: Place,
+    walker: W,
+}
+
+impl<B: Backend, W: Visit<B>> ModuleVisitor<B> for Walk<&mut W> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.place.enter(name, container);
+        if name == ADAPTER && container == TAG {
+            self.walker.look(self.place.module()).into_iter().for_each(letter::send);
+        }
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.place.exit();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        self.walker.param(&self.place, param);
+    }
+
+    // Those of other types draw their values, which is all that a visit ever wants of them.
+    fn visit_int<const D: usize>(&mut self, param: &Param<Tensor<B, D, Int>>) {
+        param.val();
+    }
+
+    fn visit_bool<const D: usize>(&mut self, param: &Param<Tensor<B, D, Bool>>) {
+        param.val();
+    }
+}
+
+impl<B: Backend, W: Map<B>> ModuleMapper<B> for Walk<&mut W> {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.place.enter(name, container);
+        if name == ADAPTER && container == TAG {
+            self.walker.change(self.place.module()).into_iter().for_each(letter::send);
+        }
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.place.exit();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+        self.walker.param(&self.place, param)
+    }
+}
+
+/// Visits every float parameter, and every layer.
+pub(crate) fn visit<B: Backend, M: Module<B>>(model: &M, visit: &mut impl Visit<B>) {
+    model.visit(&mut Walk { place: Place::default(), walker: visit });
+}
+
+/// Maps every float parameter, and every layer.
+pub(crate) fn map<B: Backend, M: Module<B>>(model: M, map: &mut impl Map<B>) -> M {
+    model.map(&mut Walk { place: Place::default(), walker: map })
+}
+
+/// What a visit learns of a float parameter.
+pub(crate) struct Seen {
+    pub path: String,
+    /// The path of the module that it belongs to.
+    pub module: String,
+    /// Its name and its shape in PyTorch.
+    pub torch_name: String,
+    pub torch_shape: Vec<usize>,
+    pub num_elements: usize,
+    pub requires_grad: bool,
+    pub in_adapter: bool,
+    pub is_statistic: bool,
+}
+
+impl Seen {
+    /// Whether it is a weight or a bias of a layer whose path `is_layer` accepts. A weight that is no
+    /// layer's counts as one by its own path.
+    pub fn is_base_of(&self, is_layer: impl Fn(&str) -> bool) -> bool {
+        !self.in_adapter && (is_layer(&self.module) || is_layer(&self.path))
+    }
+}
+
+impl<B: Backend> Visit<B> for Vec<Seen> {
+    fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+        let in_torch = place.in_torch(D);
+        // This draws the value of a parameter that was never used. Its lazy shape would not do: that
+        // of a column layout is the transpose until the value is drawn.
+        let mut shape = param.shape().to_vec();
+        if in_torch.transposed {
+            shape.swap(0, 1);
+        }
+        self.push(Seen {
+            path: place.path(),
+            module: place.module(),
+            num_elements: shape.iter().product(),
+            torch_name: in_torch.name,
+            torch_shape: shape,
+            requires_grad: param.is_require_grad(),
+            in_adapter: place.adapted_layer().is_some(),
+            is_statistic: place.is_statistic(),
+        });
+    }
+}
+
+/// Every float parameter of the model. Those that were never used draw their values now, so that
+/// clones of the model agree from here on.
+pub(crate) fn params<B: Backend, M: Module<B>>(model: &M) -> Vec<Seen> {
+    let mut seen = Vec::new();
+    visit(model, &mut seen);
+    seen
+}
+
+struct Looker<F, T> {
+    look: Rc<F>,
+    found: Rc<RefCell<Vec<T>>>,
+}
+
+impl<B, F, T> Visit<B> for Looker<F, T>
+where
+    B: Backend,
+    F: Fn(&str, &dyn LoraLayer<B>) -> T + 'static,
+    T: 'static,
+{
+    fn param<const D: usize>(&mut self, _place: &Place, _param: &Param<Tensor<B, D>>) {}
+
+    fn look(&mut self, path: String) -> Option<Look<B>> {
+        let (look, found) = (self.look.clone(), self.found.clone());
+        Some(Box::new(move |layer| found.borrow_mut().push(look(&path, layer))))
+    }
+}
+
+/// What `look` returns for each LoRA layer in the model, in the model's order.
+pub(crate) fn layers<B, M, T>(
+    model: &M,
+    look: impl Fn(&str, &dyn LoraLayer<B>) -> T + 'static,
+) -> Vec<T>
+where
+    B: Backend,
+    M: Module<B>,
+    T: 'static,
+{
+    let found = Rc::default();
+    visit(model, &mut Looker { look: Rc::new(look), found: Rc::clone(&found) });
+    found.take()
+}
+
+/// The paths of the LoRA layers in the model, in its order.
+pub(crate) fn layer_paths<B: Backend, M: Module<B>>(model: &M) -> Vec<String> {
+    layers(model, |path, _: &dyn LoraLayer<B>| path.to_owned())
+}
+
+struct Changer<F> {
+    change: Rc<RefCell<F>>,
+}
+
+impl<B, F> Map<B> for Changer<F>
+where
+    B: Backend,
+    F: FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+{
+    fn change(&mut self, path: String) -> Option<Change<B>> {
+        let change = self.change.clone();
+        Some(Box::new(move |layer| (change.borrow_mut())(&path, layer)))
+    }
+}
+
+/// The model after `change` was at each of its LoRA layers.
+pub(crate) fn change_layers<B: Backend, M: Module<B>>(
+    model: M,
+    change: impl FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+) -> M {
+    map(model, &mut Changer { change: Rc::new(RefCell::new(change)) })
+}
