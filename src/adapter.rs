@@ -1,5 +1,5 @@
-//! The low-rank pair itself: the place where the LoRA formula is written. `fused` computes the same for
-//! linear layers in fewer passes, where the backend is known.
+//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `fused` computes the
+//! same formula for linear layers on CPU backends, in fewer passes over memory.
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod fused;
@@ -51,11 +51,10 @@ pub use module::LoraAdapterRecord;
 /// [`forward`](Self::forward) multiplies from the left, `(x·A)·B`, so that neither ΔW nor its
 /// gradient, both as large as W, ever exist during training.
 ///
-/// The factors always train: whatever becomes of the module (a clone, a trip to another device or
-/// through [`valid`](burn::module::AutodiffModule::valid) and back, a loaded record), they are
-/// leaves that require gradients on an autodiff backend. Only
-/// [`no_grad`](burn::module::Module::no_grad) stops that, until the module next comes back from
-/// `valid` or a record.
+/// The factors always train. On an autodiff backend they are leaves that require gradients, also after
+/// the module was cloned, moved to another device, loaded from a record, or turned into its
+/// [`valid`](burn::module::AutodiffModule::valid) form and back. [`no_grad`](burn::module::Module::no_grad)
+/// stops that until the next of these trips.
 #[derive(Debug)]
 pub struct LoraAdapter<B: Backend> {
     /// The factor A that reads the input: `[d_input, rank]`.
@@ -203,11 +202,11 @@ impl<B: Backend> LoraAdapter<B> {
         let mut shape = hidden.dims();
         let (rank, columns) = (self.rank(), self.b.dims()[1]);
         let places: usize = shape[2..].iter().product();
-        // The columns of B are the channels of all groups, but those of one that all share in a
-        // transposed convolution.
+        // B has a column for each output channel of all groups. In a transposed convolution it has
+        // those of one group, which all groups share.
         let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
         let b_groups = if transposed { 1 } else { groups };
-        // In this order: Burn's wgpu backend gets the reshape of a transposed vector wrong.
+        // Reshaped before it is permuted: Burn's wgpu backend reshapes a transposed vector wrongly.
         let b = self.b.val().reshape([1, rank, b_groups, columns / b_groups]);
         let b = b.permute([0, 2, 3, 1]);
         let mut y = b.matmul(hidden.reshape([shape[0], groups, rank, places]));

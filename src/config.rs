@@ -286,8 +286,8 @@ fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T
     Ok(None)
 }
 
-/// The 64-bit FNV-1a hash, which unlike the standard library's hasher never changes. The empty path hashes to zero, so that a single layer draws
-/// from the seed itself.
+/// The 64-bit FNV-1a hash, which never changes, unlike the standard library's. The empty path hashes to
+/// zero, so that a single layer draws from the seed itself.
 pub(crate) fn fnv1a(text: &str) -> u64 {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;

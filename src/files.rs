@@ -1,4 +1,4 @@
-//! What all that writes files needs.
+//! Files that must be on the disk before others refer to them.
 
 use std::{fs::File, io, path::Path};
 
@@ -8,7 +8,7 @@ pub(crate) fn sync(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Elsewhere directories cannot be opened, and files only for writing be synced.
+/// Elsewhere a directory cannot be opened, and a file must be opened for writing to be synced.
 #[cfg(not(unix))]
 pub(crate) fn sync(path: &Path) -> io::Result<()> {
     if path.is_dir() { Ok(()) } else { File::options().append(true).open(path)?.sync_all() }

@@ -1,5 +1,4 @@
-//! Layers that can carry an adapter: each shows its weight to the same
-//! [`LoraAdapter`] as a matrix.
+//! Layers that can carry an adapter. Each shows its weight to the same [`LoraAdapter`] as a matrix.
 
 mod attention;
 mod conv;

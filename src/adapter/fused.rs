@@ -6,9 +6,9 @@
 //! updates are added in place as they are computed, and the layer is a single node of the autodiff
 //! graph, which chooses for each gradient the order of factors that CPU kernels are fast at.
 //!
-//! It is the same formula. [`LoraAdapter::forward_on`](super::LoraAdapter::forward_on) takes it where
-//! the backend is one of those that the crate's features name, with its default element types, and
-//! Burn's operations anywhere else.
+//! It is the same formula. [`LoraAdapter::forward_on`](super::LoraAdapter::forward_on) uses it on the
+//! backends that the crate's features name, with their default element types, and Burn's operations
+//! everywhere else.
 
 mod cpu;
 mod node;
@@ -41,8 +41,8 @@ trait Fused: Backend {
     fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2>;
 }
 
-/// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; or nothing, where the backend
-/// does not have it as one operation.
+/// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; `None` if the backend does not
+/// have the layer as one operation.
 pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
     if !layer.fits() || x.dtype() != DType::F32 {
         return None;
@@ -77,8 +77,8 @@ impl<K: Cpu> Layer<K> {
     }
 }
 
-/// Runs the work on a thread of rayon's pool, if its products are so large that `flex` shares them out
-/// there: to hand over each by itself would wake and stop the threads as often.
+/// Runs the work on a thread of rayon's pool if its products are large enough for `flex` to use that
+/// pool. Otherwise each product would enter the pool by itself, and wake and stop its threads each time.
 fn in_pool<R: Send>(
     batch: usize,
     [d_input, d_output]: [usize; 2],
@@ -92,8 +92,8 @@ fn in_pool<R: Send>(
 }
 
 impl<B: Backend> Layer<B> {
-    /// Whether everything is in `f32`, and of the shape that it should have. If not, Burn's operations
-    /// say what is wrong, or make the best of it.
+    /// Whether everything is in `f32` and has the expected shape. Everything else is left to Burn's
+    /// operations, which report a wrong shape.
     fn fits(&self) -> bool {
         let ([d_input, d_output], [_, rank]) = (self.weight.dims(), self.a.dims());
         let bias = self.bias.as_ref();

@@ -22,8 +22,8 @@ pub(crate) enum WeightLayout {
         /// The kernel's size, per spatial dimension.
         kernel: Vec<usize>,
     },
-    /// As a table of embeddings, `[d_input, d_output]`, of which the input selects rows: an adapter
-    /// starts with A at zero and B at random, so that only rows that are looked up depart from zero.
+    /// As a table of embeddings, `[d_input, d_output]`, from which the input selects rows. An adapter
+    /// starts with A at zero and B at random, so that it only ever changes rows that were looked up.
     Embedding,
 }
 
@@ -79,8 +79,8 @@ impl WeightLayout {
         }
     }
 
-    /// Whether an adapter of this layout means the same on a layer of the other. A plain matrix fits
-    /// everywhere; the groups do not matter to it.
+    /// Whether an adapter of this layout can be put on a layer of the other. A plain matrix fits every
+    /// layer of its shape, and the number of groups does not matter.
     pub fn fits(&self, layer: &Self) -> bool {
         match (self, layer) {
             (Self::Matrix, _) => true,
@@ -90,8 +90,8 @@ impl WeightLayout {
     }
 }
 
-/// The last two dimensions swapped, to be reshaped. Where that moves nothing, nothing is done: Burn's
-/// wgpu backend gets the reshape of a transposed vector wrong.
+/// The tensor with its last two dimensions swapped, ready to be reshaped. If one of them has size 1, no
+/// element moves and a reshape is enough: Burn's wgpu backend reshapes a transposed vector wrongly.
 fn swapped<B: Backend>(tensor: Tensor<B, 3>) -> Tensor<B, 3> {
     let [first, rows, columns] = tensor.dims();
     match rows == 1 || columns == 1 {

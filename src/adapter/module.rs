@@ -1,5 +1,5 @@
-//! What Burn asks of a module, written by hand for two promises that derived code breaks: the
-//! factors stay trainable on every trip, and the scaling is part of the record.
+//! `LoraAdapter` as a Burn module. It is written by hand and not derived, to keep two promises: the
+//! factors stay trainable, and the scaling is part of the record.
 
 use std::fmt;
 
@@ -68,8 +68,8 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
         }
     }
 
-    /// Moves the factors as leaves. A derived implementation would leave tensors that no optimizer
-    /// can train.
+    /// Moves the factors and keeps them leaves. After a plain `to_device` they would not be leaves, and
+    /// no optimizer could train them.
     fn to_device(self, device: &B::Device) -> Self {
         self.fork(device)
     }
@@ -118,7 +118,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
 }
 
 impl<B: Backend> LoraAdapter<B> {
-    /// The adapter that `record` describes, on `device`. What layer it is for, the layer knows.
+    /// The adapter that `record` describes, on `device`. The layer that takes it sets the layout.
     pub(crate) fn from_record(record: LoraAdapterRecord<B>, device: &B::Device) -> Self {
         Self {
             a: trainable_param(record.a, device),

@@ -147,7 +147,7 @@ impl<B: Backend> LoraAdapters<B> {
 /// The weighted sum of the updates.
 fn concatenate<B: Backend>(parts: &[(&LoraAdapter<B>, f64)]) -> LoraAdapter<B> {
     let scales: Vec<_> = parts.iter().map(|(adapter, weight)| adapter.scale() * weight).collect();
-    // A scale that all share stays a scale, and no factor is rounded.
+    // If all have the same scale, it stays a scale, and no factor is rounded.
     let alpha = if scales.iter().all(|scale| *scale == scales[0]) { scales[0] } else { 1.0 };
     let own = |scale: f64| if alpha == scale { 1.0 } else { scale / alpha };
     let a = parts.iter().map(|(adapter, _)| frozen(&adapter.a)).collect();
@@ -175,7 +175,7 @@ fn factorwise<B: Backend>(
     let b = parts.iter().map(|(adapter, _)| frozen(&adapter.b)).collect();
     let (a, b) = (merge(a, &for_a, how, path, "A"), merge(b, &for_b, how, path, "B"));
     let mut merged = LoraAdapter::new(a, b, 1.0, Scaling::Alpha);
-    // Biases are added as they are: of them there is no product.
+    // Biases are not split into factors: they are added with their whole weight.
     let biases = parts
         .iter()
         .zip(&scales)

@@ -61,8 +61,8 @@ impl<B: Backend> LoraAdapters<B> {
 }
 
 /// The best adapter of `rank` for the update `delta: [d_input, d_output]`, and the share that it
-/// keeps. Instead of all singular vectors, of which most are not needed, it finds the leading ones
-/// by subspace iteration ([Halko et al. 2009](https://arxiv.org/abs/0909.4061)).
+/// keeps. Only the leading singular vectors are needed; they are found by subspace iteration
+/// ([Halko et al. 2009](https://arxiv.org/abs/0909.4061)).
 pub(crate) fn extract<B: Backend>(delta: Tensor<B, 2>, rank: usize) -> (LoraAdapter<B>, f64) {
     /// Directions beyond the rank, and rounds, that make the result as good as exact.
     const SPARE: usize = 10;
@@ -99,7 +99,7 @@ struct Svd {
 
 impl Svd {
     fn new(matrix: DMatrix<f64>) -> Self {
-        // Of others the iteration would find no end.
+        // With NaN or infinite values the iteration would not end.
         assert!(
             matrix.iter().all(|it| it.is_finite()),
             "there is no decomposition of NaN or infinite values"
@@ -115,7 +115,7 @@ impl Svd {
 
     fn kept(&self, rank: usize, total: f64) -> f64 {
         let kept: f64 = self.values.iter().take(rank).map(|it| it * it).sum();
-        // Of an update of zero, everything is kept.
+        // An update of zero is kept completely.
         if total > 0.0 { (kept / total).min(1.0) } else { 1.0 }
     }
 

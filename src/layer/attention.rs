@@ -215,7 +215,7 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
     /// `[batch, n_heads, length_1, length_2]`.
     pub fn forward(&self, input: LoraMhaInput<B>) -> MhaOutput<B> {
         let [query, key, value] = match &input.key_value {
-            // One copy of the rows serves all three projections.
+            // Queries, keys and values are projected from one reshaped copy of the input.
             None => {
                 let [batch, length, _] = input.query.dims();
                 let rows = input.query.clone().flatten::<2>(0, 1);

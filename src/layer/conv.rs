@@ -150,7 +150,7 @@ fn for_each_group<B: Backend, const D: usize>(
     filters: Tensor<B, D>,
     groups: usize,
 ) -> Tensor<B, D> {
-    // Not `repeat_dim`: Burn 0.21 gets its gradient wrong.
+    // Not `repeat_dim`, whose gradient is wrong in Burn 0.21.
     Tensor::cat(vec![filters; groups], 0)
 }
 

@@ -57,16 +57,16 @@ impl<B: Backend> LoraLinear<B> {
         shape[D - 1] = d_output;
         let rows = shape[..D - 1].iter().product();
         if rows == 0 {
-            // To `reshape`, a size of 0 means something else.
+            // `reshape` reads a size of 0 as "keep this size".
             return Tensor::zeros(shape, &input.device());
         }
         if D == 2 {
-            // Not even a reshape to the same shape, which copies on some backends.
+            // A matrix needs no reshape, which copies on some backends even if the shape is the same.
             let rows = Tensor::from_primitive(input.into_primitive());
             return Tensor::from_primitive(self.forward_rows(rows).into_primitive());
         }
-        // One matrix product for all rows: a product per batch is slower, and the gradient of the
-        // weight would take memory for each of them.
+        // One matrix product for all rows. A product per batch element is slower, and its gradient of
+        // the weight takes memory for each element.
         self.forward_rows(input.reshape([rows, d_input])).reshape(shape)
     }
 

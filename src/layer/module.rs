@@ -1,6 +1,6 @@
-//! What Burn and the rest of this crate ask of a layer, the same for all of them. It is written by
-//! hand, not derived, so that each has the parameter paths of its base, and the base stays frozen on
-//! every trip.
+//! Each layer as a Burn module, and as a [`LoraLayer`](super::LoraLayer). This is the same for all layers.
+//! It is written by hand and not derived, so that a layer has the parameter paths of its base, and the
+//! base stays frozen.
 
 /// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
 /// `base` and `adapter`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
@@ -103,14 +103,14 @@ macro_rules! lora_layer {
                         LoraAdapter { layout: self.layout(), ..adapter }
                     });
                     if self.adapter.is_some() {
-                        // This also draws the values of a base that was never used: it must have
-                        // the same ones in every clone from here on.
+                        // This also draws the values of a base that was never used, so that all
+                        // clones share them from here on.
                         self.base = self.base.clone().no_grad();
                     }
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
-                    // Not the lazy shape: of a column layout it is the transpose until the value is
+                    // Not `lazy_shape`: for a column layout that is the transpose until the value is
                     // drawn.
                     self.layout().matrix_shape(&self.base.$weight.shape())
                 }

@@ -133,7 +133,8 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
     if !(0.0..1.0).contains(&config.lora_dropout) {
         return Err(invalid(format!("`lora_dropout` is {}, not in [0, 1)", config.lora_dropout)));
     }
-    // A pattern that PEFT knows and we do not would set a wrong rank: that is an error.
+    // A pattern that PEFT understands and this crate does not is an error: ignored, it would give a
+    // wrong rank.
     config.ranks = compile_keys(&config.rank_pattern).map_err(invalid)?;
     config.alphas = compile_keys(&config.alpha_pattern).map_err(invalid)?;
     Ok(config)
@@ -229,7 +230,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         return Err(unsupported(path, reason));
     }
 
-    // One rule for all: rsLoRA's if it is everybody's, and otherwise alpha/rank.
+    // A file has one scaling rule: rsLoRA's if every adapter uses it, and alpha/rank otherwise.
     let rslora = set.adapters.values().all(|it| it.scaling == Scaling::AlphaOverSqrtRank);
     let alpha = |path: &str| {
         let adapter = &set.adapters[path];
@@ -259,7 +260,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         .extras
         .keys()
         .filter(|name| !within_any(&set.modules_to_save, name))
-        // What else is there is the table of an adapted embedding, which PEFT expects.
+        // Other extras are the tables of adapted embeddings, which PEFT expects without a field for them.
         .filter(|name| *name == "bias" || name.ends_with(".bias"))
         .map(String::as_str)
         .collect();
@@ -284,7 +285,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         ("peft_type", json!("LORA")),
         ("r", json!(rank)),
         ("rank_pattern", json!(ranks)),
-        // An expression, since a name in a list also means every path that ends with it.
+        // An expression and not a list: a name in a list also matches every path that ends with it.
         (
             "target_modules",
             json!(paths().map(|it| regex::escape(it)).collect::<Vec<_>>().join("|")),

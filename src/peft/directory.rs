@@ -13,7 +13,7 @@ pub(super) fn replace(
     names: &[&str],
     write: impl FnOnce(&Path) -> Result<(), LoraError>,
 ) -> Result<(), LoraError> {
-    // Through links, so that a link to a directory stays one.
+    // Links are followed, so that a link to a directory stays a link.
     let dir = match fs::canonicalize(dir) {
         Ok(dir) => dir,
         Err(error) if error.kind() == io::ErrorKind::NotFound => dir.to_owned(),
@@ -24,7 +24,8 @@ pub(super) fn replace(
         move |source| LoraError::Io { path, source }
     };
     let unfinished = create_beside(&dir).map_err(io(parent(&dir)))?;
-    // Whatever happens, it is removed in the end; what was exchanged for it goes in its place.
+    // A temporary directory, which is removed at the end. By then it holds the old files, if all went
+    // well, and the unfinished new ones otherwise.
     let unfinished = unfinished.path();
     write(unfinished)?;
     if dir.exists() {
@@ -92,14 +93,14 @@ fn exchange(new: &Path, dir: &Path) -> io::Result<()> {
         use rustix::fs::{CWD, RenameFlags, renameat_with};
         match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
             Ok(()) => return Ok(()),
-            // File systems that cannot do it say so in one of these ways.
+            // File systems that cannot exchange two directories return one of these errors.
             Err(
                 rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP,
             ) => {}
             Err(error) => return Err(error.into()),
         }
     }
-    // Two steps, with nothing at `dir` in between; the old directory is then beside it.
+    // Two steps. Between them there is nothing at `dir`, and the old directory is beside it.
     let aside = new.with_extension("old");
     fs::rename(dir, &aside)?;
     if let Err(error) = fs::rename(new, dir) {

@@ -130,9 +130,9 @@ pub(super) fn read<Bk: Backend>(
     let mut names = BTreeSet::new();
     for (key, _, role) in &mut roles {
         let Role::Extra(name) = role else { continue };
-        // The base's parameters, seen from an adapted layer, are one level further down.
+        // PEFT calls the parameters of an adapted layer's base `base_layer.*`.
         let target = name.strip_suffix(".base_layer.bias").filter(|path| layers.contains_key(path));
-        // PEFT saves the table of an adapted embedding along with it.
+        // PEFT also saves the table of an adapted embedding.
         let table = name.strip_suffix(".base_layer.weight");
         let table = table.filter(|path| layers.get(path).is_some_and(Parts::is_embedding));
         let (of_target, is_table) = (target.is_some(), table.is_some());
@@ -179,7 +179,7 @@ pub(super) fn read<Bk: Backend>(
         };
         let factor = |values: Vec<f32>| {
             let shape = [info.shape[0], values.len() / info.shape[0]];
-            // Transposing moves nothing.
+            // This transposes a view; no element moves.
             Some(Tensor::<Bk, 2>::from_data(TensorData::new(values, shape), device).transpose())
         };
         match role {

@@ -1,4 +1,4 @@
-//! Checkpoints that are there as a whole or not at all.
+//! Checkpoints that are written completely or not at all.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,12 +14,12 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::files::sync;
 
-/// A recorder that writes a file beside its place, and puts it there once it is written: a run that is
-/// killed while it writes, or a save that fails, leaves the old file, or none.
+/// A recorder that writes beside the file and renames when it is done. If a run is killed while it
+/// writes, or a save fails, the old file stays, if there was one.
 ///
-/// It takes the place of Burn's own file recorders, such as the one that it is made from. Checkpoints
-/// want full precision: half of it destroys the optimizer's second moments. What Burn's recorders do not
-/// notice, such as a disk that is full when the last bytes are to be written, goes unnoticed here, too.
+/// It wraps one of Burn's file recorders. Use full precision for checkpoints: half precision destroys the
+/// optimizer's second moments. An error that Burn's recorder does not notice is not noticed here either,
+/// such as a disk that is full when the last bytes are written.
 ///
 /// ```
 /// use burn::record::{FullPrecisionSettings, NamedMpkFileRecorder};
@@ -57,14 +57,14 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
     type LoadArgs = PathBuf;
 
     fn save_item<I: Serialize>(&self, item: I, mut file: PathBuf) -> Result<(), RecorderError> {
-        // Recorders replace what comes after the last dot, so that this name must not have any.
+        // Recorders replace everything after the last dot, so the name must not contain one.
         let name = file.file_stem().unwrap_or_default().to_string_lossy().replace('.', "_");
         let mut unfinished = file.with_file_name(format!("{name}{UNFINISHED}"));
         let written = self.inner.save_item(item, unfinished.clone());
         file.set_extension(R::file_extension());
         unfinished.set_extension(R::file_extension());
         let moved = written.and_then(|()| {
-            // Else the name could reach the disk before the content.
+            // Without this, the new name could reach the disk before the content.
             let moved = sync(&unfinished).and_then(|()| fs::rename(&unfinished, &file));
             moved.map_err(|error| RecorderError::Unknown(error.to_string()))
         });

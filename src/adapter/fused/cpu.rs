@@ -11,10 +11,10 @@ use super::run_on;
 
 /// A backend that computes on the CPU, with tensors that can be seen as slices.
 pub(in crate::adapter) trait Cpu: Backend {
-    /// The numbers of an `f32` tensor row by row, if that is how they are kept.
+    /// The elements of an `f32` tensor row by row; `None` if it keeps them in another order.
     fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]>;
 
-    /// The same to be changed, if moreover nobody shares them.
+    /// The same, mutable; `None` also if the tensor is shared.
     fn rows_mut(tensor: &mut FloatTensor<Self>) -> Option<&mut [f32]>;
 
     /// The product of two matrices in `f32`.
@@ -28,7 +28,7 @@ pub(in crate::adapter) trait Cpu: Backend {
     }
 }
 
-/// Products of so many multiplications are shared out among threads.
+/// From this number of multiplications on, a product uses several threads.
 pub(super) const SHARED: usize = 192 * 192 * 192;
 
 type Forward = fn(&dyn Any, &dyn Any) -> Option<Box<dyn Any>>;
@@ -60,11 +60,11 @@ impl Cpu for burn_flex::Flex {
         tensor.try_storage_mut().filter(|_| whole)
     }
 
-    /// Its kernel leaves a product below [`SHARED`] to one thread, but shares a batch of them out from
-    /// 128³ multiplications on.
+    /// Its kernel computes a product below [`SHARED`] on one thread. A batch of products uses several
+    /// threads from 128³ multiplications on.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
         const BATCH_SHARED: usize = 128 * 128 * 128;
-        /// Thinner parts would spend their time on being set up.
+        /// With fewer rows per thread, starting the threads takes longer than the product.
         const ROWS: usize = 32;
 
         let ([batch, columns], [_, rank]) = (x.dims(), thin.dims());
@@ -73,7 +73,7 @@ impl Cpu for burn_flex::Flex {
             && batch.is_multiple_of(threads)
             && batch / threads >= ROWS;
         let primitive = x.clone().into_primitive().tensor();
-        // Another view would be copied to be split.
+        // Any other view would have to be copied before it can be split.
         let splits = Self::rows(&primitive).is_some() && primitive.layout().start_offset() == 0;
         if !gains || !splits {
             return x.matmul(thin);

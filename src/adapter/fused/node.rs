@@ -23,8 +23,8 @@ use super::{
 #[derive(Debug)]
 struct LoraLinearNode;
 
-/// What the gradients are computed from. Of a batch's size there are x, which the checkpointer keeps,
-/// and the hidden tensor with its few columns.
+/// What the gradients are computed from. Only two tensors grow with the batch: x, which the checkpointer
+/// keeps, and the hidden tensor, which has `rank` columns.
 #[derive(Clone, Debug)]
 struct State<K: Cpu> {
     /// Kept only for the gradient of A.
@@ -63,7 +63,7 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
 }
 
 impl<K: Cpu> State<K> {
-    /// The gradients of x, A and B, as far as they are wanted.
+    /// The gradients of x, A and B, each if it is needed.
     fn gradients(
         self,
         x: Option<Tensor<K, 2>>,
@@ -77,7 +77,7 @@ impl<K: Cpu> State<K> {
                 return [None, None, db];
             }
             let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
-            // By way of the transpose: CPU kernels are several times slower at `xᵀ·dh`.
+            // Computed as its transpose: CPU kernels are several times slower at `xᵀ·dh`.
             let da = x.map(|x| transposed(K::product(d_hidden.clone().transpose(), x)));
             let dx = x_wanted
                 .then(|| add_product(times_transposed(dy, weight), None, d_hidden, transposed(a)));
@@ -112,8 +112,8 @@ impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
     }
 }
 
-/// The tensor without autodiff. `Tensor::inner` would ask more of the backend where other crates switch
-/// on Burn's feature `distributed`.
+/// The tensor without autodiff. `Tensor::inner` has stronger bounds on the backend if another crate
+/// switches on Burn's feature `distributed`.
 fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
     tensor: &Tensor<Autodiff<K, C>, D>,
 ) -> Tensor<K, D> {
@@ -124,8 +124,8 @@ fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
 /// `y·Wᵀ`, for `y: [batch, d_output]` and `weight: [d_input, d_output]`.
 fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Tensor<K, 2>) -> Tensor<K, 2> {
     let ([batch, _], [d_input, d_output]) = (y.dims(), weight.dims());
-    // CPU kernels copy a transposed weight into another order before they multiply. For few rows it
-    // is cheaper to multiply the other way round, and to reorder what comes in and goes out.
+    // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to compute
+    // `(W·yᵀ)ᵀ`, which reorders the input and the output instead.
     if batch * (d_input + d_output) > d_input * d_output {
         return K::product(y, weight.transpose());
     }

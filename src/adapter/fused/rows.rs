@@ -1,4 +1,4 @@
-//! Operations on matrices row by row, in parallel and with what stays in a core's cache.
+//! Operations on matrices stored by row, in parallel, in blocks that fit a core's cache.
 
 use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive, ops::FloatTensor};
 use nalgebra::{DMatrixView, DMatrixViewMut};
@@ -6,10 +6,10 @@ use rayon::prelude::*;
 
 use super::cpu::Cpu;
 
-/// So many rows of a matrix stay in a core's cache from one use to the next.
+/// How many rows of a matrix stay in a core's cache between two uses.
 const ROWS: usize = 64;
 
-/// So many multiplications, or numbers moved, take longer than waking another thread.
+/// From this number of multiplications, or of elements moved, waking another thread pays.
 const WORTH_THREADS: usize = 1 << 20;
 const WORTH_THREADS_MOVED: usize = 1 << 17;
 
@@ -26,7 +26,7 @@ pub(super) fn add_product<K: Cpu>(
     let bias = bias.map(row_by_row);
     let mut y = row_by_row(y);
 
-    // All of it transposed, since nalgebra goes column by column.
+    // nalgebra stores matrices by column, so each one is passed as its transpose.
     let right = DMatrixView::from_slice(rows::<K>(&right), columns, rank);
     let bias = bias.as_ref().map(rows::<K>);
     let left = rows::<K>(&left);
@@ -54,7 +54,7 @@ fn add_rows(y: &mut [f32], bias: Option<&[f32]>, left: &[f32], right: DMatrixVie
     DMatrixViewMut::from_slice(y, columns, count).gemm(1.0, &right, &left, 1.0);
 }
 
-/// The transpose, row by row.
+/// The transpose, stored by row.
 pub(super) fn transposed<K: Cpu>(matrix: Tensor<K, 2>) -> Tensor<K, 2> {
     let ([height, width], device) = (matrix.dims(), matrix.device());
     let matrix = row_by_row(matrix);
@@ -94,7 +94,7 @@ fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f3
     }
 }
 
-/// The tensor as one whose numbers can be seen row by row, copied if need be.
+/// The tensor with its elements stored by row; copied if they are not.
 fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     let shape: Shape = tensor.shape();
     let primitive = tensor.into_primitive().tensor();
