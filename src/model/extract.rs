@@ -67,7 +67,7 @@ pub(super) fn extract<B: Backend, M: Module<B>>(
         &config.modules_to_save,
         "modules_to_save",
     )?;
-    set.extras = in_full::read(&saved.model, &saved.originals.keys().cloned().collect());
+    set.extras = in_full::read(&*saved.model, &saved.originals.keys().cloned().collect());
     set.modules_to_save = saved.modules;
     Ok(Approximation { adapters: set, kept })
 }

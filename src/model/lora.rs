@@ -1,6 +1,10 @@
 //! An adapted model.
 
-use std::{collections::BTreeSet, ops::Deref, sync::OnceLock};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Deref,
+    sync::OnceLock,
+};
 
 use burn::{module::Module, tensor::backend::Backend};
 
@@ -124,7 +128,8 @@ use crate::{adapters::LoraAdapters, config::LoraConfig, error::LoraError, layer:
 /// twice has two adapters.
 #[derive(Clone, Debug)]
 pub struct Lora<B: Backend, M> {
-    pub(super) model: M,
+    /// Boxed, since modules are moved a lot: unoptimised programs keep a copy for each move on the stack.
+    pub(super) model: Box<M>,
     /// Where stock modules can carry dense adapters, if this is an overlay.
     pub(super) slots: Vec<Slot<B>>,
     /// The paths of the parameters that train.
@@ -134,11 +139,10 @@ pub struct Lora<B: Backend, M> {
     /// The modules that these are the parameters of, as a set of adapters names them.
     pub(super) modules: Vec<String>,
     /// What the file of the adapters said beyond what this crate uses.
-    pub(super) described: std::collections::BTreeMap<String, serde_json::Value>,
+    pub(super) described: BTreeMap<String, serde_json::Value>,
     /// The paths of running statistics.
     pub(super) statistics: BTreeSet<String>,
-    /// The model with its dense adapters composed, once it was asked for without autodiff. Boxed, since
-    /// modules are moved a lot.
+    /// The model with its dense adapters composed, once it was asked for without autodiff.
     pub(super) composed: OnceLock<Box<M>>,
 }
 
@@ -165,7 +169,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         let trains = params.into_iter().filter(|it| it.in_adapter).map(|it| it.path).collect();
         let lora = Self {
             slots: slots(&model),
-            model,
+            model: Box::new(model),
             trains,
             originals: Values::new(),
             modules: Vec::new(),
@@ -186,7 +190,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// Has the adapters train, and `in_full` next to them, whose values it remembers.
     pub(super) fn training(mut self, in_full: &BTreeSet<String>) -> Self {
         let unknown = in_full.iter().filter(|path| !self.originals.contains_key(*path)).cloned();
-        let values = in_full::values(&self.model, &unknown.collect());
+        let values = in_full::values(&*self.model, &unknown.collect());
         self.originals.extend(values);
         let params = walk::params(&self).into_iter();
         let adapters = params.filter(|it| it.in_adapter).map(|it| it.path);
@@ -204,8 +208,8 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         if self.is_exact() {
             return pass(self);
         }
-        let composed = slot::compose(self.model.clone(), &self.slots);
-        statistics::unmoved::<B, M, R>(&self.model, &self.statistics, || pass(&composed))
+        let composed = slot::compose((*self.model).clone(), &self.slots);
+        statistics::unmoved::<B, M, R>(&*self.model, &self.statistics, || pass(&composed))
     }
 
     /// The model without its adapters: the base as it was, to the bit, and frozen. What was trained in
@@ -213,7 +217,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// Running statistics are as the last pass left them.
     pub fn detach(&self) -> M {
-        self.bare().model
+        *self.bare().model
     }
 
     /// The same without adapters, and with nothing trained in full.
@@ -221,7 +225,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         let lora = walk::change_layers(self.clone(), |_, layer: &mut dyn LoraLayer<B>| {
             layer.set_adapter(None);
         });
-        let model = in_full::restore(lora.model, &self.originals);
+        let model = Box::new(in_full::restore(*lora.model, &self.originals));
         let (trains, originals, modules) = Default::default();
         let described = Default::default();
         Self { model, trains, originals, modules, described, ..lora }.refrozen()
@@ -260,7 +264,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// Tensors are shared, not copied.
     pub fn adapters(&self) -> LoraAdapters<B> {
         let mut set = LoraAdapters::new(record::adapters(self));
-        set.extras = in_full::read(&self.model, &self.originals.keys().cloned().collect());
+        set.extras = in_full::read(&*self.model, &self.originals.keys().cloned().collect());
         set.modules_to_save = self.modules.clone();
         set.config = self.described.clone();
         set
@@ -281,7 +285,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
 
     /// The model itself, with its LoRA layers and the adapters in these. Dense adapters are dropped.
     pub fn into_inner(self) -> M {
-        self.model
+        *self.model
     }
 
     /// What trains, per layer and in all, as [`LoraModule::parameters`](crate::LoraModule::parameters)
@@ -319,6 +323,6 @@ impl<B: Backend, M: Module<B>> Deref for Lora<B, M> {
             "`{path}` is a stock module with an adapter, which only `Lora::with_adapters` applies in \
              training: write `lora.with_adapters(|model| ..)` where `model` was used"
         );
-        self.composed.get_or_init(|| Box::new(slot::compose(self.model.clone(), &self.slots)))
+        self.composed.get_or_init(|| Box::new(slot::compose((*self.model).clone(), &self.slots)))
     }
 }

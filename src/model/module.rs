@@ -1,7 +1,7 @@
 //! What Burn asks of a module, for an adapted model: the same trains after every trip, and the record
 //! holds only that.
 
-use std::{borrow::Cow, collections::BTreeSet, fmt, sync::OnceLock};
+use std::{collections::BTreeSet, fmt, sync::OnceLock};
 
 use burn::{
     module::{
@@ -18,7 +18,7 @@ use super::{
     Lora,
     in_full::{self, Values},
     record::{self, LoraRecord, PlacedAdapterRecord},
-    slot::{Slot, SlotLayer},
+    slot::{Held, Slot, SlotLayer},
     statistics, walk,
 };
 use crate::{
@@ -57,7 +57,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         let new: Vec<_> = new.collect();
         if !new.is_empty() {
             let paths = new.iter().map(|param| param.path.clone()).collect();
-            self.originals.extend(in_full::values(&self.model, &paths));
+            self.originals.extend(in_full::values(&*self.model, &paths));
             self.modules.extend(new.iter().map(|param| param.torch_name.clone()));
         }
         self.trains = marked.into_iter().map(|param| param.path).collect();
@@ -82,7 +82,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             }
         });
         let mut lora = lora.training(&in_full);
-        lora.model = record::load(lora.model, record.parameters);
+        lora.model = Box::new(record::load(*lora.model, record.parameters));
         let (trains, modules) = (record.trains.into_iter().collect(), record.modules);
         Self { trains, modules, composed: OnceLock::new(), ..lora }.refrozen()
     }
@@ -103,7 +103,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
     }
 
     fn fork(self, device: &B::Device) -> Self {
-        let model = self.model.fork(device);
+        let model = Box::new(self.model.fork(device));
         Self { model, ..self }
             .map_slots(|_, adapter| adapter.fork(device))
             .map_originals(|value| moved(value, device))
@@ -119,24 +119,21 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
         for slot in &self.slots {
             let names = names(slot);
             names.iter().for_each(|(name, container)| visitor.enter_module(name, container));
-            let (module, slot) = (Cow::Borrowed(&self.model), Cow::Borrowed(slot));
-            letter::answer_look(&SlotLayer::<B, M> { module, slot: slot.clone() });
+            let (module, held) = (Held::Shared(&*self.model), Held::Shared(slot));
+            letter::answer_look(&SlotLayer { module, slot: held });
             slot.adapter.visit(visitor);
             names.iter().rev().for_each(|(name, container)| visitor.exit_module(name, container));
         }
     }
 
     fn map<Map: ModuleMapper<B>>(self, mapper: &mut Map) -> Self {
-        let mut model = self.model.map(mapper);
+        let mut model = Box::new(self.model.map(mapper));
         let mut slots = Vec::new();
-        for slot in self.slots {
+        for mut slot in self.slots {
             let names = names(&slot);
             names.iter().for_each(|(name, container)| mapper.enter_module(name, container));
-            let mut layer: SlotLayer<B, M> =
-                SlotLayer { module: Cow::Owned(model), slot: Cow::Owned(slot) };
-            letter::answer_change(&mut layer);
-            let mut slot = layer.slot.into_owned();
-            model = layer.module.into_owned();
+            let (module, held) = (Held::Exclusive(&mut *model), Held::Exclusive(&mut slot));
+            letter::answer_change(&mut SlotLayer { module, slot: held });
             slot.adapter = Module::map(slot.adapter, mapper);
             names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
             slots.push(slot);
@@ -164,7 +161,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
 
     fn into_record(self) -> Self::Record {
         if !self.statistics.is_empty() {
-            statistics::sync(&self.model);
+            statistics::sync::<B, M>(&*self.model);
         }
         let paths = self.originals.keys().chain(&self.statistics).cloned().collect();
         let adapters = record::adapters(&self).into_iter();
@@ -174,7 +171,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
         });
         LoraRecord {
             adapters: adapters.collect(),
-            parameters: record::save(&self.model, &paths),
+            parameters: record::save(&*self.model, &paths),
             trains: self.trains.into_iter().collect(),
             modules: self.modules,
         }
@@ -202,7 +199,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
             (path.clone(), value)
         });
         Lora {
-            model: self.model.valid(),
+            model: Box::new(self.model.valid()),
             slots: slots.collect(),
             trains: self.trains.clone(),
             originals: originals.collect(),
@@ -227,7 +224,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
         });
         let originals: Values<B> = originals.collect();
         let lora = Self {
-            model: M::from_inner(module.model),
+            model: Box::new(M::from_inner(*module.model)),
             slots: slots.collect(),
             trains: module.trains,
             originals,
@@ -250,7 +247,7 @@ where
 
 impl<B: Backend, M: Module<B> + ModuleDisplay> ModuleDisplayDefault for Lora<B, M> {
     fn content(&self, content: Content) -> Option<Content> {
-        let content = content.set_top_level_type("Lora").add("model", &self.model);
+        let content = content.set_top_level_type("Lora").add("model", &*self.model);
         let adapted = self.slots.iter().filter_map(|slot| Some((slot, slot.adapter.as_ref()?)));
         adapted
             .fold(content, |content, (slot, adapter)| content.add(&slot.path, adapter))

@@ -96,7 +96,7 @@ fn choose<B: Backend, M: Module<B>>(
     config.choose(&paths).map_err(|error| {
         let LoraError::Unmatched { patterns, .. } = &error else { return error };
         let wanted = Pattern::all(patterns).unwrap_or_default();
-        let stock = slot::find::<B, M>(&lora.model).into_iter().map(|slot| slot.path);
+        let stock = slot::find::<B, M>(&*lora.model).into_iter().map(|slot| slot.path);
         let stock = stock.filter(|path| {
             !paths.contains(path) && (wanted.is_empty() || wanted.iter().any(|it| it.matches(path)))
         });
@@ -143,7 +143,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
 ) -> Result<Lora<B, M>, LoraError> {
     let layers = layers::<B, _>(bare);
     let params: Vec<_> =
-        walk::params(&bare.model).into_iter().filter(|it| !it.in_adapter).collect();
+        walk::params::<B, M>(&*bare.model).into_iter().filter(|it| !it.in_adapter).collect();
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
         format!("{name} (expected {expected:?}, found {found:?})")
@@ -172,7 +172,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     let unknown: Vec<_> = unknown.cloned().collect();
     if !unknown.is_empty() {
         let stock: BTreeSet<_> =
-            slot::find::<B, M>(&bare.model).into_iter().map(|slot| slot.path).collect();
+            slot::find::<B, M>(&*bare.model).into_iter().map(|slot| slot.path).collect();
         mismatch.unexpected.extend(unknown.into_iter().map(|path| match stock.contains(&path) {
             true => format!("{path} (a stock module: see `Lora::overlay`)"),
             false => path,
@@ -203,8 +203,8 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             layer.set_adapter(Some(adapter.fork(&layer.device())));
         }
     });
-    lora.originals = in_full::values(&lora.model, &brought);
-    lora.model = in_full::write(lora.model, &set.extras);
+    lora.originals = in_full::values(&*lora.model, &brought);
+    lora.model = Box::new(in_full::write(*lora.model, &set.extras));
     lora.modules = set.modules_to_save.clone();
     lora.described = set.config.clone();
     Ok(lora.training(&trains))
@@ -221,7 +221,7 @@ pub(super) fn merged<B: Backend, M: Module<B>>(lora: Lora<B, M>) -> Result<M, Lo
     });
     match not_finite.take() {
         Some(path) => Err(LoraError::NotFinite { path }),
-        None => Ok(lora.model),
+        None => Ok(*lora.model),
     }
 }
 

@@ -2,8 +2,8 @@
 //! *dense*: for a forward pass the weight is replaced by `W + s·A·B`.
 
 use std::{
-    borrow::Cow,
     collections::{BTreeSet, HashMap},
+    ops::Deref,
 };
 
 use burn::{
@@ -173,10 +173,36 @@ impl<B: Backend> Visit<B> for Reader<'_, B> {
     }
 }
 
+/// What a walk visits, or what it maps.
+pub(super) enum Held<'a, T> {
+    Shared(&'a T),
+    Exclusive(&'a mut T),
+}
+
+impl<T> Deref for Held<'_, T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        match self {
+            Self::Shared(held) => held,
+            Self::Exclusive(held) => held,
+        }
+    }
+}
+
+impl<T> Held<'_, T> {
+    fn change(&mut self) -> &mut T {
+        match self {
+            Self::Shared(_) => unreachable!("walks that visit do not change layers"),
+            Self::Exclusive(held) => held,
+        }
+    }
+}
+
 /// A slot together with the module that it is in, as a layer.
 pub(super) struct SlotLayer<'a, B: Backend, M: Module<B>> {
-    pub module: Cow<'a, M>,
-    pub slot: Cow<'a, Slot<B>>,
+    pub module: Held<'a, M>,
+    pub slot: Held<'a, Slot<B>>,
 }
 
 impl<B: Backend, M: Module<B>> SlotLayer<'_, B, M> {
@@ -197,7 +223,7 @@ impl<B: Backend, M: Module<B>> LoraLayer<B> for SlotLayer<'_, B, M> {
             check_fit(self, &adapter);
             LoraAdapter { layout: self.slot.layout.clone(), ..adapter }
         });
-        self.slot.to_mut().adapter = adapter;
+        self.slot.change().adapter = adapter;
     }
 
     fn weight_shape(&self) -> [usize; 2] {
@@ -230,8 +256,8 @@ impl<B: Backend, M: Module<B>> LoraLayer<B> for SlotLayer<'_, B, M> {
         let merged = walk::map((*self.module).clone(), &mut adder);
         let finite = adder.finite;
         if finite {
-            self.module = Cow::Owned(merged);
-            self.slot.to_mut().adapter = None;
+            *self.module.change() = merged;
+            self.slot.change().adapter = None;
         }
         finite
     }
