@@ -98,8 +98,8 @@ pub enum LoraError {
         reason: String,
     },
 
-    /// Sets of adapters cannot be combined.
-    #[error("the sets cannot be combined: `{path}`: {problem}")]
+    /// Sets of adapters cannot be combined or renamed.
+    #[error("sets of adapters: `{path}`: {problem}")]
     Incompatible {
         /// The layer, the parameter or the argument.
         path: String,

@@ -64,7 +64,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// statistics of a batch norm, which Burn shares between a model and its clones. Stock layers are
     /// adapted by [`Lora::overlay`] alone.
     fn attach(&self, config: &LoraConfig) -> Result<Lora<B, Self>, LoraError> {
-        Lora::new(drawn(self)).attach(config)
+        Lora::of(self).attach(config)
     }
 
     /// The model with exactly these adapters, and with the parameters that were trained in full
@@ -81,7 +81,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// leave out. [`LoraError::Unsupported`] if there are running statistics of a batch norm among
     /// them.
     fn switch(&self, adapters: &LoraAdapters<B>) -> Result<Lora<B, Self>, LoraError> {
-        Lora::new(drawn(self)).switch(adapters)
+        Lora::of(self).switch(adapters)
     }
 
     /// The model in which exactly the adapters that it has and what the patterns name train:
@@ -95,7 +95,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// If a pattern is invalid or matches nothing.
     fn train_only(&self, patterns: &[&str]) -> Result<Lora<B, Self>, LoraError> {
-        Lora::new(drawn(self)).train_only(patterns)
+        Lora::of(self).train_only(patterns)
     }
 
     /// Adapters that turn this model into `tuned`, a version of it that was trained in full, as well

@@ -1,9 +1,13 @@
 //! Files from the network, checked before they are used.
 
-use std::{fs, io::Write, path::Path, time::Duration};
+use std::{
+    fs::{self, File},
+    io::Write,
+    path::Path,
+    time::Duration,
+};
 
 use sha2::{Digest, Sha256};
-use tempfile::NamedTempFile;
 
 use super::{Context, Result};
 
@@ -26,11 +30,11 @@ pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Ve
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().expect("the path has a directory");
     fs::create_dir_all(dir)?;
-    let mut file = NamedTempFile::new_in(dir)?;
+    let unfinished = path.with_extension(format!("{}.part", std::process::id()));
+    let mut file = File::create(&unfinished)?;
     file.write_all(bytes)?;
-    file.as_file().sync_all()?;
-    file.persist(path)?;
-    Ok(())
+    file.sync_all()?;
+    fs::rename(unfinished, path)
 }
 
 fn hex(bytes: &[u8]) -> String {

@@ -135,18 +135,22 @@ impl<B: Backend> Block<B> {
     }
 }
 
-/// From this encoder's modules to what Hugging Face calls them.
-const NAMES: [(&str, &str); 10] = [
+/// From this encoder's modules to what Hugging Face calls them. Modules that hold others come last.
+const NAMES: [(&str, &str); 14] = [
     ("embeddings.words", "embeddings.word_embeddings"),
     ("embeddings.positions", "embeddings.position_embeddings"),
     ("embeddings.segments", "embeddings.token_type_embeddings"),
     ("embeddings.norm", "embeddings.LayerNorm"),
+    ("blocks.*.attention.query", "encoder.layer.*.attention.self.query"),
+    ("blocks.*.attention.key", "encoder.layer.*.attention.self.key"),
+    ("blocks.*.attention.value", "encoder.layer.*.attention.self.value"),
     ("blocks.*.attention.output", "encoder.layer.*.attention.output.dense"),
-    ("blocks.*.attention", "encoder.layer.*.attention.self"),
     ("blocks.*.attention_norm", "encoder.layer.*.attention.output.LayerNorm"),
     ("blocks.*.expand", "encoder.layer.*.intermediate.dense"),
     ("blocks.*.contract", "encoder.layer.*.output.dense"),
     ("blocks.*.output_norm", "encoder.layer.*.output.LayerNorm"),
+    ("embeddings", "embeddings"),
+    ("blocks", "encoder.layer"),
 ];
 
 /// What Hugging Face calls the modules of an encoder at `path`; the encoder alone has an empty path.

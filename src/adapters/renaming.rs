@@ -96,8 +96,24 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// # Errors
     ///
-    /// [`LoraError::Incompatible`] if two layers or two parameters would get the same name.
+    /// [`LoraError::Incompatible`] if two layers or two parameters would get the same name, or a
+    /// parameter would no longer lie in the module that was trained in full.
     pub fn renamed(&self, names: &Renaming) -> Result<Self, LoraError> {
+        for module in &self.modules_to_save {
+            let within = |module: &str, name: &str| {
+                let rest = name.strip_prefix(module);
+                rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+            };
+            let held = self.extras.keys().filter(|name| within(module, name));
+            if let Some(name) =
+                held.into_iter().find(|name| !within(&names.apply(module), &names.apply(name)))
+            {
+                let problem = format!(
+                    "the renaming takes `{name}` out of this module: rename the module as a whole, too"
+                );
+                return Err(LoraError::Incompatible { path: module.clone(), problem });
+            }
+        }
         let mut set = self.clone();
         set.adapters = rename_keys(set.adapters, names)?;
         set.extras = rename_keys(set.extras, names)?;

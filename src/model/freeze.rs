@@ -1,25 +1,25 @@
 //! What trains in a model, and what is frozen.
 
 use burn::{
-    module::{Module, Param},
+    module::{ModuleMapper, Param},
     tensor::{Tensor, backend::Backend},
 };
 
-use super::walk::{self, Map, Place};
+use super::walk::{Map, Place, Walk};
 
-/// The model in which exactly the parameters train whose paths `trains` accepts, and all others are
-/// frozen. Running statistics never train.
+/// A mapper of models that has exactly the parameters train whose paths `trains` accepts, and freezes
+/// all others. Running statistics never train.
 ///
-/// On a backend without autodiff no parameter can be marked, and the model is as it was.
-pub(super) fn train_only<B: Backend, M: Module<B>>(model: M, trains: impl Fn(&str) -> bool) -> M {
-    walk::map(model, &mut Marker { trains })
+/// On a backend without autodiff no parameter can be marked, and a model stays as it was.
+pub(super) fn marker<B: Backend>(trains: &dyn Fn(&str) -> bool) -> impl ModuleMapper<B> {
+    Walk::new(Marker { trains })
 }
 
-struct Marker<F> {
-    trains: F,
+struct Marker<'a> {
+    trains: &'a dyn Fn(&str) -> bool,
 }
 
-impl<B: Backend, F: Fn(&str) -> bool> Map<B> for Marker<F> {
+impl<B: Backend> Map<B> for Marker<'_> {
     fn param<const D: usize>(
         &mut self,
         place: &Place,

@@ -13,7 +13,8 @@ use super::{
     in_full::{self, Values},
     put_on, record, report,
     slot::{self, Slot},
-    statistics, walk,
+    statistics,
+    walk::{self, Seen},
 };
 use crate::{adapters::LoraAdapters, config::LoraConfig, error::LoraError, layer::LoraLayer};
 
@@ -150,17 +151,25 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// The model as it is, with everything frozen but the adapters that it has already. Nothing is
     /// copied.
     pub fn new(model: M) -> Self {
-        Self::with_slots(model, |_| Vec::new())
+        let params = walk::params(&model);
+        Self::with_slots(model, params, vec![])
+    }
+
+    /// The model as it is, a copy that shares every value with it.
+    pub(super) fn of(model: &M) -> Self {
+        // This also draws the values of parameters that were never used, before the copy is made.
+        let params = walk::params(model);
+        Self::with_slots(model.clone(), params, vec![])
     }
 
     /// The model with everything frozen, and with places for adapters
     /// [on stock modules](Self#adapters-on-stock-modules), too.
     pub fn overlay(model: M) -> Self {
-        Self::with_slots(model, slot::find)
+        let (params, slots) = (walk::params(&model), slot::find(&model));
+        Self::with_slots(model, params, slots)
     }
 
-    fn with_slots(model: M, slots: impl FnOnce(&M) -> Vec<Slot<B>>) -> Self {
-        let params = walk::params(&model);
+    fn with_slots(model: M, params: Vec<Seen>, slots: Vec<Slot<B>>) -> Self {
         let statistics = params.iter().filter(|it| it.is_statistic).map(|it| it.path.clone());
         let statistics: BTreeSet<_> = statistics.collect();
         if !statistics.is_empty() {
@@ -168,7 +177,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         }
         let trains = params.into_iter().filter(|it| it.in_adapter).map(|it| it.path).collect();
         let lora = Self {
-            slots: slots(&model),
+            slots,
             model: Box::new(model),
             trains,
             originals: Values::new(),
@@ -181,9 +190,9 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     }
 
     /// Marks exactly what trains.
-    pub(super) fn refrozen(self) -> Self {
-        let trains = self.trains.clone();
-        let lora = freeze::train_only(self, |path| trains.contains(path));
+    pub(super) fn refrozen(mut self) -> Self {
+        let trains = std::mem::take(&mut self.trains);
+        let lora = self.map_parts(&mut freeze::marker(&|path| trains.contains(path)));
         Self { trains, ..lora }
     }
 
@@ -222,6 +231,10 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
 
     /// The same without adapters, and with nothing trained in full.
     pub(super) fn bare(&self) -> Self {
+        if self.trains.is_empty() && self.originals.is_empty() && record::adapters(self).is_empty()
+        {
+            return self.clone();
+        }
         let lora = walk::change_layers(self.clone(), |_, layer: &mut dyn LoraLayer<B>| {
             layer.set_adapter(None);
         });

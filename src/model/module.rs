@@ -47,6 +47,22 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         Self { originals: originals.collect(), ..self }
     }
 
+    /// Maps the model and the adapters in the slots, and leaves what trains as it is.
+    pub(super) fn map_parts(self, mapper: &mut impl ModuleMapper<B>) -> Self {
+        let mut model = Box::new(self.model.map(mapper));
+        let mut slots = Vec::new();
+        for mut slot in self.slots {
+            let names = names(&slot);
+            names.iter().for_each(|(name, container)| mapper.enter_module(name, container));
+            let (module, held) = (Held::Exclusive(&mut *model), Held::Exclusive(&mut slot));
+            letter::answer_change(&mut SlotLayer { module, slot: held });
+            slot.adapter = Module::map(slot.adapter, mapper);
+            names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
+            slots.push(slot);
+        }
+        Self { model, slots, composed: OnceLock::new(), ..self }
+    }
+
     /// Has those parameters train that are marked as such now. Values that will be trained from here
     /// on are remembered as they are.
     fn training_as_marked(mut self) -> Self {
@@ -127,18 +143,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
     }
 
     fn map<Map: ModuleMapper<B>>(self, mapper: &mut Map) -> Self {
-        let mut model = Box::new(self.model.map(mapper));
-        let mut slots = Vec::new();
-        for mut slot in self.slots {
-            let names = names(&slot);
-            names.iter().for_each(|(name, container)| mapper.enter_module(name, container));
-            let (module, held) = (Held::Exclusive(&mut *model), Held::Exclusive(&mut slot));
-            letter::answer_change(&mut SlotLayer { module, slot: held });
-            slot.adapter = Module::map(slot.adapter, mapper);
-            names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
-            slots.push(slot);
-        }
-        let mapped = Self { model, slots, composed: OnceLock::new(), ..self };
+        let mapped = self.map_parts(mapper);
         // Only where there are gradients do the flags mean anything.
         let autodiff = mapped.devices().first().is_some_and(|device| B::ad_enabled(device));
         if autodiff { mapped.training_as_marked() } else { mapped }

@@ -111,9 +111,16 @@ pub(crate) trait Map<B: Backend> {
     }
 }
 
-struct Walk<W> {
+/// A walk by Burn's visitor or mapper.
+pub(super) struct Walk<W> {
     place: Place,
     walker: W,
+}
+
+impl<W> Walk<W> {
+    pub fn new(walker: W) -> Self {
+        Self { place: Place::default(), walker }
+    }
 }
 
 impl<B: Backend, W: Visit<B>> ModuleVisitor<B> for Walk<&mut W> {
@@ -142,7 +149,7 @@ impl<B: Backend, W: Visit<B>> ModuleVisitor<B> for Walk<&mut W> {
     }
 }
 
-impl<B: Backend, W: Map<B>> ModuleMapper<B> for Walk<&mut W> {
+impl<B: Backend, W: Map<B>> ModuleMapper<B> for Walk<W> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.place.enter(name, container);
         if name == ADAPTER && container == TAG {
@@ -161,12 +168,12 @@ impl<B: Backend, W: Map<B>> ModuleMapper<B> for Walk<&mut W> {
 
 /// Visits every float parameter, and every layer.
 pub(crate) fn visit<B: Backend, M: Module<B>>(model: &M, visit: &mut impl Visit<B>) {
-    model.visit(&mut Walk { place: Place::default(), walker: visit });
+    model.visit(&mut Walk::new(visit));
 }
 
 /// Maps every float parameter, and every layer.
 pub(crate) fn map<B: Backend, M: Module<B>>(model: M, map: &mut impl Map<B>) -> M {
-    model.map(&mut Walk { place: Place::default(), walker: map })
+    model.map(&mut Walk::new(map))
 }
 
 /// What a visit learns of a float parameter.
@@ -219,6 +226,20 @@ pub(crate) fn params<B: Backend, M: Module<B>>(model: &M) -> Vec<Seen> {
     let mut seen = Vec::new();
     visit(model, &mut seen);
     seen
+}
+
+impl<B: Backend, W: Map<B>> Map<B> for &mut W {
+    fn param<const D: usize>(
+        &mut self,
+        place: &Place,
+        param: Param<Tensor<B, D>>,
+    ) -> Param<Tensor<B, D>> {
+        (**self).param(place, param)
+    }
+
+    fn change(&mut self, path: String) -> Option<Change<B>> {
+        (**self).change(path)
+    }
 }
 
 struct Looker<F, T> {

@@ -188,6 +188,8 @@ fn names_that_fall_together_are_refused() {
     };
     let error = refused("blocks.0.expand", "blocks.1.expand");
     assert!(error.contains("`blocks.1.expand`: the renaming gives this name to"), "{error}");
+    let error = refused("blocks.0.output_norm.weight", "norm.weight");
+    assert!(error.contains("rename the module as a whole, too"), "{error}");
     let error = refused("blocks.1.output_norm", "blocks.1.attention_norm");
     assert!(error.contains("`blocks.1.attention_norm.bias`: the renaming"), "{error}");
 }

@@ -6,7 +6,7 @@ use burn::{
     optim::{AdamWConfig, GradientsParams, Optimizer},
     tensor::{Distribution, Tensor},
 };
-use burn_lora::{LoraConfig, LoraLinear, Scaling};
+use burn_lora::{LoraConfig, LoraLinear};
 use burn_lora_peers::{Task, serve};
 
 #[cfg(feature = "ndarray")]
@@ -20,7 +20,7 @@ fn main() {
     let Task { method, tokens, width, rank } = Task::from_args();
     let device = Default::default();
     let base = LinearConfig::new(width, width).init::<Train>(&device);
-    let config = LoraConfig::new(rank, 16.0).with_scaling(Scaling::AlphaOverRank);
+    let config = LoraConfig::peft(rank, 16.0);
     let layer: LoraLinear<Train> = match method.as_str() {
         "lora" => config.init(base),
         _ => base.into(),
