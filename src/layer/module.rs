@@ -62,7 +62,13 @@ macro_rules! lora_layer {
                         layer::check_fit(self, &adapter);
                         LoraAdapter { layout: self.layout(), ..adapter }
                     });
-                    if self.adapter.is_some() {
+                    // This also draws the values of a base that was never used, so that all clones
+                    // share them from here on.
+                    let trains = || {
+                        self.base.$weight.val().is_require_grad()
+                            $(|| self.base.$bias.as_ref().is_some_and(|it| it.val().is_require_grad()))?
+                    };
+                    if self.adapter.is_some() && trains() {
                         self.base = self.base.clone().no_grad();
                     }
                 }

@@ -25,7 +25,10 @@ impl<B: Backend> Map<B> for Marker<'_> {
         place: &Place,
         param: Param<Tensor<B, D>>,
     ) -> Param<Tensor<B, D>> {
-        let trains = !place.is_statistic() && (self.trains)(&place.path());
+        if !B::ad_enabled(&param.lazy_device()) {
+            return param;
+        }
+        let trains = !place.is_statistic() && (self.trains)(place.path());
         // A leaf again, whatever trip the tensor has been on.
         param.map(|tensor| tensor.detach().set_require_grad(trains))
     }

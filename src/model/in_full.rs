@@ -20,8 +20,8 @@ pub(super) fn values<B: Backend, M: Module<B>>(model: &M, paths: &BTreeSet<Strin
     impl<B: Backend> Visit<B> for Reader<'_, B> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
             let path = place.path();
-            if self.0.contains(&path) {
-                self.1.insert(path, frozen(param).into_primitive());
+            if self.0.contains(path) {
+                self.1.insert(path.to_owned(), frozen(param).into_primitive());
             }
         }
     }
@@ -41,7 +41,7 @@ pub(super) fn restore<B: Backend, M: Module<B>>(model: M, values: &Values<B>) ->
             place: &Place,
             param: Param<Tensor<B, D>>,
         ) -> Param<Tensor<B, D>> {
-            match self.0.get(&place.path()) {
+            match self.0.get(place.path()) {
                 Some(value) => param.map(|_| Tensor::from_primitive(value.clone())),
                 None => param,
             }
@@ -58,7 +58,7 @@ pub(super) fn read<B: Backend, M: Module<B>>(
     struct Reader<'a, B: Backend>(&'a BTreeSet<String>, BTreeMap<String, Extra<B>>);
     impl<B: Backend> Visit<B> for Reader<'_, B> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
-            if !self.0.contains(&place.path()) {
+            if !self.0.contains(place.path()) {
                 return;
             }
             let in_torch = place.in_torch(D);

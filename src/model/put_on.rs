@@ -1,6 +1,10 @@
 //! Putting adapters on a model: fresh ones, those of a set, or into the weights for good.
 
-use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+};
 
 use burn::{module::Module, tensor::backend::Backend};
 
@@ -42,8 +46,8 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
 ) -> Result<Lora<B, M>, LoraError> {
     config.validate()?;
     let layers = layers::<B, _>(lora);
-    let chosen = choose(lora, config, &layers)?;
-    let is_chosen = |path: &str| chosen.iter().any(|it| it == path);
+    let chosen: BTreeSet<_> = choose(lora, config, &layers)?.into_iter().collect();
+    let is_chosen = |path: &str| chosen.contains(path);
     let in_full = Pattern::all(&config.modules_to_save)?;
     let is_in_full = |path: &str| in_full.iter().any(|module| module.covers(path));
     for param in walk::params(lora).iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
@@ -76,9 +80,9 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     }
 
     let configs = chosen.iter().map(|path| Ok((path.clone(), config.for_layer(path)?)));
-    let configs = configs.collect::<Result<Vec<_>, LoraError>>()?;
+    let configs = configs.collect::<Result<BTreeMap<_, _>, LoraError>>()?;
     let lora = walk::change_layers(lora.clone(), move |path, layer: &mut dyn LoraLayer<B>| {
-        if let Some((_, config)) = configs.iter().find(|(it, _)| it == path) {
+        if let Some(config) = configs.get(path) {
             layer.set_adapter(Some(fresh_adapter(config, layer)));
         }
     });

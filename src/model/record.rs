@@ -63,10 +63,10 @@ pub(super) fn save<B: Backend, M: Module<B>>(
     impl<B: Backend> Visit<B> for Saver<'_, B> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
             let path = place.path();
-            if self.0.contains(&path) {
+            if self.0.contains(path) {
                 let size = param.shape().num_elements();
                 let values = Param::initialized(param.id, param.val().reshape([size]));
-                self.1.push(ParameterRecord { path, values });
+                self.1.push(ParameterRecord { path: path.to_owned(), values });
             }
         }
     }
@@ -90,7 +90,7 @@ pub(super) fn load<B: Backend, M: Module<B>>(model: M, records: Vec<ParameterRec
             param: Param<Tensor<B, D>>,
         ) -> Param<Tensor<B, D>> {
             let path = place.path();
-            let Some(values) = self.0.remove(&path) else { return param };
+            let Some(values) = self.0.remove(path) else { return param };
             let (_, current, mapper) = param.consume();
             let (expected, found) = (current.shape().num_elements(), values.shape().num_elements());
             assert!(

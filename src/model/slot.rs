@@ -75,7 +75,7 @@ impl<B: Backend> Visit<B> for Finder<B> {
         if place.adapted_layer().is_some() {
             return;
         }
-        let (weight, dims) = (place.path(), param.shape().to_vec());
+        let (weight, dims) = (place.path().to_owned(), param.shape().to_vec());
         if D < 2 {
             self.vectors.push((weight, dims.iter().product()));
             return;
@@ -91,8 +91,9 @@ impl<B: Backend> Visit<B> for Finder<B> {
             _ => WeightLayout::Matrix,
         };
         // Adapters go by the layer's name, and so most layers, and all of Burn's, call its weight.
-        let path = if place.name() == "weight" { place.module() } else { weight.clone() };
-        if !self.taken.contains(&path) {
+        let path = if place.name() == "weight" { place.module() } else { place.path() };
+        if !self.taken.contains(path) {
+            let path = path.to_owned();
             self.slots.push(Slot { path, weight, bias: None, layout, dims, adapter: None });
         }
     }
@@ -135,7 +136,7 @@ impl<B: Backend> Map<B> for Adder<'_, B> {
         place: &Place,
         param: Param<Tensor<B, D>>,
     ) -> Param<Tensor<B, D>> {
-        let Some(update) = self.updates.get(place.path().as_str()) else { return param };
+        let Some(update) = self.updates.get(place.path()) else { return param };
         let update: Tensor<B, D> = match update {
             Update::Weight(layout, adapter) => {
                 let product = if self.in_graph { adapter.product() } else { adapter.delta() };

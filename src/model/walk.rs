@@ -12,49 +12,66 @@ use crate::layer::{
     letter::{self, ADAPTER, Change, Look, TAG},
 };
 
-/// The place of a walk in the tree of modules.
+/// The place of a walk in the tree of modules. Entering and leaving a module allocates nothing, since
+/// walks are most of what a switch of adapters costs.
 #[derive(Default)]
 pub(crate) struct Place {
-    names: Vec<String>,
-    /// The container of each name.
-    containers: Vec<String>,
+    path: String,
+    /// The length of the path before each of its names.
+    lengths: Vec<usize>,
+    /// The containers of all names, one after the other.
+    containers: String,
+    /// Where each of them starts.
+    starts: Vec<usize>,
+    /// How many names there are before that of the adapter which the walk is in.
+    adapter: Option<usize>,
 }
 
 impl Place {
     fn enter(&mut self, name: &str, container: &str) {
-        self.names.push(name.to_owned());
-        self.containers.push(container.to_owned());
+        if self.adapter.is_none() && name == ADAPTER && container == TAG {
+            self.adapter = Some(self.lengths.len());
+        }
+        self.lengths.push(self.path.len());
+        if !self.path.is_empty() {
+            self.path.push('.');
+        }
+        self.path.push_str(name);
+        self.starts.push(self.containers.len());
+        self.containers.push_str(container);
     }
 
     fn exit(&mut self) {
-        self.names.pop();
-        self.containers.pop();
+        self.path.truncate(self.lengths.pop().unwrap_or_default());
+        self.containers.truncate(self.starts.pop().unwrap_or_default());
+        if self.adapter == Some(self.lengths.len()) {
+            self.adapter = None;
+        }
     }
 
     /// The path of the parameter that the walk is at.
-    pub fn path(&self) -> String {
-        self.names.join(".")
+    pub fn path(&self) -> &str {
+        &self.path
     }
 
     /// The path of the module that the parameter belongs to.
-    pub fn module(&self) -> String {
-        self.names[..self.names.len().saturating_sub(1)].join(".")
+    pub fn module(&self) -> &str {
+        &self.path[..self.lengths.last().copied().unwrap_or_default()]
     }
 
     /// The parameter's own name.
     pub fn name(&self) -> &str {
-        self.names.last().map_or("", String::as_str)
+        self.path[self.module().len()..].trim_start_matches('.')
     }
 
     /// The kind of module that the parameter belongs to.
     pub fn container(&self) -> &str {
-        self.containers.last().map_or("", String::as_str)
+        &self.containers[self.starts.last().copied().unwrap_or_default()..]
     }
 
     /// The path of the LoRA layer whose adapter the walk is in, if it is in one.
-    pub fn adapted_layer(&self) -> Option<String> {
-        let adapter = |at: &usize| self.names[*at] == ADAPTER && self.containers[*at] == TAG;
-        (0..self.names.len()).find(adapter).map(|at| self.names[..at].join("."))
+    pub fn adapted_layer(&self) -> Option<&str> {
+        self.adapter.map(|names| &self.path[..self.lengths[names]])
     }
 
     /// Whether the walk is at the running statistics of a batch norm. They look like parameters to a
@@ -127,7 +144,7 @@ impl<B: Backend, W: Visit<B>> ModuleVisitor<B> for Walk<&mut W> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.place.enter(name, container);
         if name == ADAPTER && container == TAG {
-            self.walker.look(self.place.module()).into_iter().for_each(letter::send);
+            self.walker.look(self.place.module().to_owned()).into_iter().for_each(letter::send);
         }
     }
 
@@ -153,7 +170,7 @@ impl<B: Backend, W: Map<B>> ModuleMapper<B> for Walk<W> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.place.enter(name, container);
         if name == ADAPTER && container == TAG {
-            self.walker.change(self.place.module()).into_iter().for_each(letter::send);
+            self.walker.change(self.place.module().to_owned()).into_iter().for_each(letter::send);
         }
     }
 
@@ -208,8 +225,8 @@ impl<B: Backend> Visit<B> for Vec<Seen> {
             shape.swap(0, 1);
         }
         self.push(Seen {
-            path: place.path(),
-            module: place.module(),
+            path: place.path().to_owned(),
+            module: place.module().to_owned(),
             num_elements: shape.iter().product(),
             torch_name: in_torch.name,
             torch_shape: shape,

@@ -105,10 +105,10 @@ struct Taker<'a> {
 impl<B: AutodiffBackend> Visit<B> for Taker<'_> {
     fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
         if place.container() == "Struct:Embedding" {
-            self.embeddings.insert(place.module());
+            self.embeddings.insert(place.module().to_owned());
         }
         let Some(layer) = place.adapted_layer() else { return };
-        if place.name() == "a" || self.embeddings.contains(&layer) {
+        if place.name() == "a" || self.embeddings.contains(layer) {
             return;
         }
         if let Some(grad) = self.grads.remove::<B::InnerBackend, D>(param.id) {
