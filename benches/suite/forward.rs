@@ -9,6 +9,7 @@ use burn_lora::{Init, Lora, LoraConfig, LoraLinear};
 use crate::{
     backend::Plain,
     measure::{Work, medians, print_header, print_row},
+    models::Single,
     train_step::SHAPES,
 };
 
@@ -37,5 +38,34 @@ pub fn run() {
             format!("{:.2}", times[2] / times[0]),
         ]);
     }
+    println!();
+    overlay();
+}
+
+/// What the overlay takes to infer: it composes the weights in its first pass, and keeps them.
+fn overlay() {
+    let device = Default::default();
+    let x = Tensor::<Plain, 2>::random([1, 1024], Distribution::Default, &device);
+    let base = Single { fc: LinearConfig::new(1024, 1024).init::<Plain>(&device) };
+    let config = LoraConfig::new(8, 16.0).with_init(Init::RandomBoth);
+    let fresh = Lora::overlay(base).attach(&config).expect("it can be attached");
+    let merged = fresh.merge().expect("it is finite");
+    let (first, later) = (fresh.clone(), fresh);
+    later.with_adapters(|single| single.fc.forward(x.clone()));
+    let works: Vec<Work> = vec![
+        Box::new(|| drop(merged.fc.forward(x.clone()))),
+        Box::new(|| drop(first.clone().with_adapters(|single| single.fc.forward(x.clone())))),
+        Box::new(|| drop(later.with_adapters(|single| single.fc.forward(x.clone())))),
+    ];
+    let times = medians(works);
+    print_header(
+        "Inference with the overlay, one row, width 1024, rank 8",
+        &["merged, ms", "first pass / merged", "later pass / merged"],
+    );
+    print_row(&[
+        format!("{:.3}", times[0]),
+        format!("{:.1}", times[1] / times[0]),
+        format!("{:.2}", times[2] / times[0]),
+    ]);
     println!();
 }

@@ -104,15 +104,7 @@ macro_rules! lora_layer {
                 }
 
                 fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
-                    self.adapter = adapter.map(|adapter| {
-                        layer::check_fit(self, &adapter);
-                        LoraAdapter { layout: self.layout(), ..adapter }
-                    });
-                    if self.adapter.is_some() {
-                        // This also draws the values of a base that was never used, so that all
-                        // clones share them from here on.
-                        self.base = self.base.clone().no_grad();
-                    }
+                    self.set_adapter(adapter);
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
