@@ -1,5 +1,5 @@
-//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `fused` computes the
-//! same formula for linear layers on CPU backends, in fewer passes over memory.
+//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `fused` computes
+//! the same formula for linear layers on CPU backends, in fewer passes over memory.
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod fused;
@@ -43,43 +43,44 @@ pub use module::LoraAdapterRecord;
 ///          y = x·W + s·(x·A)·B
 /// ```
 ///
-/// With a rank far below the matrix's sides, A and B hold a small share of W's parameters:
-/// `rank·(d_input + d_output)` instead of `d_input·d_output`. Only they get gradients and optimizer
-/// state. Since the update has W's shape, it can be added to W once training is over
-/// ([`delta`](Self::delta)); inference then costs what it did before.
+/// If the rank is far below `d_input` and `d_output`, A and B have far fewer parameters than W:
+/// `rank·(d_input + d_output)` instead of `d_input·d_output`. Only A and B get gradients and optimizer
+/// state. ΔW has the shape of W, so it can be added to W after training ([`delta`](Self::delta)).
+/// Inference then costs as much as without an adapter.
 ///
-/// [`forward`](Self::forward) multiplies from the left, `(x·A)·B`, so that neither ΔW nor its
-/// gradient, both as large as W, ever exist during training.
+/// [`forward`](Self::forward) computes `(x·A)·B` from left to right. It forms neither ΔW nor the
+/// gradient of ΔW, which are both as large as W.
 ///
-/// The factors always train. On an autodiff backend they are leaves that require gradients, also after
-/// the module was cloned, moved to another device, loaded from a record, or turned into its
-/// [`valid`](burn::module::AutodiffModule::valid) form and back. [`no_grad`](burn::module::Module::no_grad)
-/// stops that until the next of these trips.
+/// The factors are trainable by default. On an autodiff backend they are leaves that require gradients,
+/// also after the module was cloned, moved to another device, loaded from a record, or turned into its
+/// [`valid`](burn::module::AutodiffModule::valid) form and back.
+/// [`no_grad`](burn::module::Module::no_grad) freezes them until the module is loaded from a record or
+/// comes back from its `valid` form.
 #[derive(Debug)]
 pub struct LoraAdapter<B: Backend> {
     /// The factor A that reads the input: `[d_input, rank]`.
     pub a: Param<Tensor<B, 2>>,
     /// The factor B that writes the output: `[rank, d_output]`.
     pub b: Param<Tensor<B, 2>>,
-    /// The bias that is learned along with B, if any: `[d_output]`.
+    /// The bias that trains with A and B, if there is one: `[d_output]`.
     pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The strength that [`scaling`](Self::scaling) turns into the scale `s`.
+    /// The value that [`scaling`](Self::scaling) turns into the scale `s`.
     pub alpha: f64,
     /// The rule for the scale `s`.
     pub scaling: Scaling,
-    /// The dropout on the adapter's input; active on autodiff backends only.
+    /// The dropout on the adapter's input. It is active on autodiff backends only.
     pub dropout: Dropout,
-    /// How the layer that it was made for keeps the weight.
+    /// How the layer that the adapter was made for stores its weight.
     pub(crate) layout: WeightLayout,
 }
 
 impl<B: Backend> LoraAdapter<B> {
-    /// An adapter made of given factors, `a: [d_input, rank]` and `b: [rank, d_output]`, without
-    /// bias or dropout.
+    /// An adapter with the factors `a: [d_input, rank]` and `b: [rank, d_output]`, without bias or
+    /// dropout.
     ///
     /// # Panics
     ///
-    /// If the factors do not agree on the rank, or the rank is 0.
+    /// If A and B have different ranks, or the rank is 0.
     pub fn new(a: Tensor<B, 2>, b: Tensor<B, 2>, alpha: f64, scaling: Scaling) -> Self {
         let ([_, rank], [b_rank, _]) = (a.dims(), b.dims());
         assert!(
@@ -94,10 +95,10 @@ impl<B: Backend> LoraAdapter<B> {
         Self { a, b, bias: None, alpha, scaling, dropout, layout }
     }
 
-    /// A fresh adapter for a weight of `[d_input, d_output]`, drawn as `config` says. Everything in
-    /// `config` that concerns a whole model, such as its targets, is ignored.
+    /// A fresh adapter for a weight `[d_input, d_output]`, with initial values as `config` says. Fields
+    /// of `config` that concern a whole model, such as the targets, are ignored.
     ///
-    /// The factors are drawn on the host from the seed alone: they are the same on every backend.
+    /// The factors are drawn on the host from the seed alone, so they are the same on every backend.
     ///
     /// # Panics
     ///
@@ -175,8 +176,8 @@ impl<B: Backend> LoraAdapter<B> {
         linear(x.clone(), weight, bias) + self.forward(x)
     }
 
-    /// The update of the output where a row of x selects one row of the weight:
-    /// indices `[batch, length]` to `[batch · length, d_output]`.
+    /// The update of the output of an embedding, where each index selects one row of the weight:
+    /// `[batch, length]` to `[batch · length, d_output]`.
     pub(crate) fn forward_lookup(&self, indices: Tensor<B, 2, Int>) -> Tensor<B, 2> {
         let hidden = embedding(self.a.val(), indices).flatten::<2>(0, 1).mul_scalar(self.scale());
         hidden.matmul(self.b.val())
@@ -191,7 +192,7 @@ impl<B: Backend> LoraAdapter<B> {
 
     /// The update of the output of a convolution: `[batch, channels_in, ..]` to
     /// `[batch, channels_out, ..]`. `times_a` multiplies each patch of x with A, which gives
-    /// `[batch, groups · rank, ..]`; B then acts at each place.
+    /// `[batch, groups · rank, ..]`. B is then applied at each position.
     pub(crate) fn forward_conv<const D: usize>(
         &self,
         x: Tensor<B, D>,
@@ -203,7 +204,7 @@ impl<B: Backend> LoraAdapter<B> {
         let (rank, columns) = (self.rank(), self.b.dims()[1]);
         let places: usize = shape[2..].iter().product();
         // B has a column for each output channel of all groups. In a transposed convolution it has
-        // those of one group, which all groups share.
+        // only the columns of one group, and all groups share them.
         let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
         let b_groups = if transposed { 1 } else { groups };
         // Reshaped before it is permuted: Burn's wgpu backend reshapes a transposed vector wrongly.
@@ -234,7 +235,7 @@ impl<B: Backend> LoraAdapter<B> {
         self.bias.as_ref().map(|bias| bias.val().mul_scalar(self.scale()))
     }
 
-    /// The scale `s`, by which the product of A and B counts.
+    /// The scale `s` of the update `s·A·B`.
     pub fn scale(&self) -> f64 {
         self.scaling.scale(self.alpha, self.rank())
     }
@@ -249,24 +250,24 @@ impl<B: Backend> LoraAdapter<B> {
         [self.a.dims()[0], self.b.dims()[1]]
     }
 
-    /// How many parameters train: `rank·(d_input + d_output)`, and `d_output` more with a bias.
+    /// The number of parameters: `rank·(d_input + d_output)`, plus `d_output` with a bias.
     pub fn num_trainable(&self) -> usize {
         Module::num_params(self)
     }
 }
 
-/// A leaf that requires gradients, whatever the tensor was before.
+/// The tensor as a trainable parameter. `detach` makes it a leaf of the autodiff graph.
 fn trainable<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
     Param::from_tensor(tensor.detach())
 }
 
-/// The parameter's value as a constant. `detach` alone would not do: it keeps the requirement of
-/// gradients.
+/// The parameter's value as a constant. `detach` alone is not enough, because Burn keeps the
+/// `require_grad` flag of a detached tensor.
 pub(crate) fn frozen<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Tensor<B, D> {
     param.val().detach().set_require_grad(false)
 }
 
-/// Merging in half precision would round twice; sums of weights are formed in `f32` or better.
+/// The tensor, cast to `f32` if it is in half precision. Merging in half precision would round twice.
 pub(crate) fn at_least_f32<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Tensor<B, D> {
     match tensor.dtype() {
         DType::F16 | DType::BF16 => tensor.cast(FloatDType::F32),

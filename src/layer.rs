@@ -1,4 +1,4 @@
-//! Layers that can carry an adapter. Each shows its weight to the same [`LoraAdapter`] as a matrix.
+//! Layers that can carry an adapter. Each layer presents its weight to [`LoraAdapter`] as a matrix.
 
 mod attention;
 mod conv;
@@ -22,19 +22,19 @@ pub use conv::{LoraConv1d, LoraConv2d, LoraConvTranspose2d};
 pub use embedding::LoraEmbedding;
 pub use linear::LoraLinear;
 
-/// A frozen base layer with at most one adapter, as a walk through a model sees it.
+/// A base layer with at most one adapter, as a walk through a model sees it.
 pub(crate) trait LoraLayer<B: Backend> {
     /// The adapter, if there is one.
     fn adapter(&self) -> Option<&LoraAdapter<B>>;
 
-    /// Puts an adapter on the base, and freezes the base; or takes the adapter off, and leaves the
+    /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
     /// base as it is. Panics if the adapter [does not fit](check_fit).
     fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
     fn weight_shape(&self) -> [usize; 2];
 
-    /// How the base keeps the weight.
+    /// How the base stores the weight.
     fn weight_layout(&self) -> WeightLayout;
 
     /// The base's weight seen as a matrix, as a constant: `[d_input, d_output]`.
@@ -43,8 +43,8 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// Whether the adapter can have a bias.
     fn takes_bias(&self) -> bool;
 
-    /// Whether the adapter sees the layer's input, on which its dropout acts. True unless said
-    /// otherwise.
+    /// Whether the adapter can have dropout. Dropout acts on the layer's input, which the adapter of a
+    /// stock module does not see.
     fn takes_dropout(&self) -> bool {
         true
     }
@@ -52,29 +52,28 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// The device of the base.
     fn device(&self) -> B::Device;
 
-    /// Adds the adapter's update to a copy of the base, which replaces it, and drops the adapter.
-    /// Returns whether every weight is finite; if not, the layer is as it was.
+    /// Replaces the base by a copy with the adapter's update added, and drops the adapter. Returns
+    /// false, and leaves the layer as it is, if the merged weight or bias is not finite.
     fn merge_adapter(&mut self) -> bool;
 }
 
-/// A layer of Burn's that has a drop-in here: what [`LoraConfig::init`] takes.
+/// A layer of Burn for which this crate has a drop-in replacement. [`LoraConfig::init`] accepts it.
 pub trait Adaptable<B: Backend>: Sized {
-    /// The drop-in.
+    /// The drop-in replacement.
     type Lora;
 
-    /// The drop-in with a fresh adapter.
+    /// The drop-in replacement, with a fresh adapter.
     fn with_fresh_adapter(self, config: &LoraConfig) -> Self::Lora;
 }
 
 impl LoraConfig {
-    /// Puts a fresh adapter on a trained layer: on a [`Linear`](burn::nn::Linear), for example, which
-    /// becomes a [`LoraLinear`]. Everything that concerns a whole model, such as the targets, is
-    /// ignored.
+    /// Puts a fresh adapter on a trained layer. A [`Linear`](burn::nn::Linear), for example, becomes a
+    /// [`LoraLinear`]. Fields that concern a whole model, such as the targets, are ignored.
     ///
     /// # Panics
     ///
-    /// If a value of the configuration is invalid, or asks for a bias on a layer that cannot have one:
-    /// an embedding, or a transposed convolution with groups.
+    /// If a value of the configuration is invalid, or if it asks for a bias on a layer that cannot have
+    /// one: an embedding, or a transposed convolution with groups.
     pub fn init<B: Backend, L: Adaptable<B>>(&self, base: L) -> L::Lora {
         if let Err(error) = self.validate() {
             panic!("{error}");
@@ -89,7 +88,7 @@ pub(crate) fn fresh<B: Backend>(config: &LoraConfig, layer: &dyn LoraLayer<B>) -
     LoraAdapter::init_for(config, layout, shape, &layer.device())
 }
 
-/// Fails unless the adapter can be put on the layer.
+/// Panics unless the adapter can be put on the layer.
 #[track_caller]
 pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdapter<B>) {
     let shape = layer.weight_shape();
@@ -110,8 +109,8 @@ pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdap
     );
 }
 
-/// The parameter plus `delta`, formed in `f32` or better, in the parameter's own precision, and
-/// frozen.
+/// The parameter plus `delta`, frozen. The sum is formed in `f32` or better, and then cast to the
+/// parameter's type.
 pub(crate) fn plus<B: Backend, const D: usize>(
     param: &Param<Tensor<B, D>>,
     delta: Tensor<B, D>,
@@ -124,7 +123,7 @@ pub(crate) fn plus<B: Backend, const D: usize>(
     })
 }
 
-/// The base's bias plus the adapter's, where there is one, or the other.
+/// The base's bias plus the adapter's. If only one of the two exists, it is the result.
 fn plus_bias<B: Backend>(
     bias: &Option<Param<Tensor<B, 1>>>,
     delta: Option<Tensor<B, 1>>,
@@ -136,12 +135,12 @@ fn plus_bias<B: Backend>(
     }
 }
 
-/// The tensor as a parameter that does not train.
+/// The tensor as a frozen parameter.
 fn constant<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
     Param::initialized(ParamId::new(), tensor)
 }
 
-/// The parameter as one that does not train, whatever its flag says.
+/// The parameter's value as a frozen parameter, whatever its `require_grad` flag says.
 fn fixed<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
     constant(frozen(param))
 }

@@ -1,4 +1,4 @@
-//! The directory in which Python's PEFT library keeps adapters: `adapter_config.json` and
+//! The directory format in which Python's PEFT library stores adapters: `adapter_config.json` and
 //! `adapter_model.safetensors`.
 
 mod config;
@@ -22,15 +22,16 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 impl<B: Backend> LoraAdapters<B> {
     /// Reads a directory written by [`save`](Self::save), or by Python's PEFT library.
     ///
-    /// Adapters of linear layers are read, with `alpha/r` and rsLoRA scaling, rank and alpha
-    /// patterns, `lora_bias`, `bias` and `modules_to_save`, in `f32`, `f16` or `bf16`; they become
-    /// the backend's default type. What the configuration says beyond that is kept, and saved again.
+    /// Supported are adapters of linear layers, embeddings and convolutions without groups, with
+    /// `alpha/r` or rsLoRA scaling, rank and alpha patterns, `lora_bias`, `bias` and `modules_to_save`.
+    /// Tensors in `f32`, `f16` or `bf16` are converted to the backend's default type. All other fields
+    /// of the configuration are kept, and saved again.
     ///
     /// # Errors
     ///
-    /// If a file is missing, malformed, or holds NaN or infinite values; if the tensors are not
-    /// exactly those that the configuration calls for, listing all that differ; or if the
-    /// configuration has a field set that would change the result and is not supported.
+    /// If a file is missing, is malformed, or holds NaN or infinite values. If the tensors are not
+    /// exactly those that the configuration requires; the error lists all differences. If the
+    /// configuration sets an unsupported field that would change the result.
     pub fn load(dir: impl AsRef<Path>, device: &B::Device) -> Result<Self, LoraError> {
         let dir = dir.as_ref();
         let (config_path, weights_path) = (dir.join(CONFIG), dir.join(WEIGHTS));
@@ -62,20 +63,20 @@ impl<B: Backend> LoraAdapters<B> {
 
     /// Writes the adapters as a directory that [`load`](Self::load) and Python's PEFT library read.
     ///
-    /// The directory appears, or replaces the one that is there, as a whole: whenever the process
-    /// is interrupted, the old adapters or the new ones are there. (Where the operating system cannot
-    /// exchange two directories, on Windows for one, there is a moment with neither in its place, and
-    /// the old ones beside it.) Other files in it are kept; a directory that holds directories or
-    /// links is refused. An interrupted save may leave a hidden directory beside it.
+    /// The directory is replaced in one step: if the process is interrupted, `dir` holds either the old
+    /// adapters or the new ones. (There is an exception where the operating system cannot exchange two
+    /// directories, as on Windows: for a moment `dir` does not exist, and the old directory is next to
+    /// it.) Other files in `dir` are kept. It is an error if `dir` holds directories or links. An
+    /// interrupted save may leave a hidden directory next to `dir`.
     ///
-    /// PEFT knows the scaling rules `alpha/rank` and `alpha/√rank`, one for all adapters; other sets
-    /// are written with the alphas that give the same scales by `alpha/rank`. Of dropout it knows one
-    /// probability: the largest is written.
+    /// PEFT has one scaling rule for all adapters of a directory, `alpha/rank` or `alpha/√rank`. Other
+    /// sets are written with `alpha/rank`, and with the alphas that give the same scales. PEFT has one
+    /// dropout probability for all adapters: the largest one is written.
     ///
     /// # Errors
     ///
-    /// If something cannot be expressed in PEFT's format, or a file cannot be written; what was
-    /// there before stays.
+    /// If something cannot be expressed in PEFT's format, or a file cannot be written. An existing
+    /// directory then stays as it was.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), LoraError> {
         let dir = dir.as_ref();
         let config = config::write(self, &dir.join(CONFIG).display().to_string())?;
@@ -87,7 +88,7 @@ impl<B: Backend> LoraAdapters<B> {
     }
 }
 
-/// Opens a regular file, and tells its length. Anything else, such as a device, could go on forever.
+/// Opens a regular file, and returns its length. Other files, such as devices, may have no end.
 fn open(path: &Path) -> Result<(File, u64), LoraError> {
     let io = |source| LoraError::Io { path: path.to_owned(), source };
     let metadata = fs::metadata(path).map_err(io)?;

@@ -1,14 +1,15 @@
 //! A linear layer with its adapter in fewer passes over memory, for the CPU backends.
 //!
-//! Composed of Burn's operations, `x·W + b + s·(x·A)·B` writes a tensor of `[batch, d_output]` for
-//! the update, only to read it again for the sum, and does the same to `[batch, d_input]` for the
-//! gradient. On a CPU these passes cost several times what the update's arithmetic does. Here both
-//! updates are added in place as they are computed, and the layer is a single node of the autodiff
-//! graph, which chooses for each gradient the order of factors that CPU kernels are fast at.
+//! With Burn's operations, `x·W + b + s·(x·A)·B` writes the update to a tensor `[batch, d_output]`, and
+//! reads that tensor again for the sum. The backward pass does the same with `[batch, d_input]` for the
+//! gradient of x. On a CPU these passes over memory cost several times as much as the arithmetic of the
+//! update. Here both updates are added in place while they are computed. The layer is a single node of
+//! the autodiff graph, so that the backward pass can use, for each gradient, the order of factors for
+//! which CPU kernels are fast.
 //!
-//! It is the same formula. [`LoraAdapter::forward_on`](super::LoraAdapter::forward_on) uses it on the
-//! backends that the crate's features name, with their default element types, and Burn's operations
-//! everywhere else.
+//! The formula is the same. [`LoraAdapter::forward_on`](super::LoraAdapter::forward_on) uses this module
+//! on the backends of the features `flex` and `ndarray`, with their default element types, for adapters
+//! without a bias and without active dropout. In all other cases it uses Burn's operations.
 
 mod cpu;
 mod node;
@@ -21,7 +22,7 @@ use burn::tensor::{DType, Tensor, backend::Backend};
 use cpu::Cpu;
 use rows::add_product;
 
-/// What the layer computes with.
+/// The values that the layer computes with.
 pub(super) struct Layer<B: Backend> {
     /// The base's weight, a constant: `[d_input, d_output]`.
     pub weight: Tensor<B, 2>,
@@ -35,14 +36,14 @@ pub(super) struct Layer<B: Backend> {
     pub scale: f64,
 }
 
-/// A backend that has the layer as one operation.
+/// A backend that computes the layer as one operation.
 trait Fused: Backend {
-    /// `x·W + b + s·(x·A)·B`, tracked for x, A and B where the backend is an autodiff one.
+    /// `x·W + b + s·(x·A)·B`. On an autodiff backend, gradients reach x, A and B.
     fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2>;
 }
 
-/// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; `None` if the backend does not
-/// have the layer as one operation.
+/// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; `None` if this module cannot
+/// compute the layer on the backend, or with these types and shapes.
 pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
     if !layer.fits() || x.dtype() != DType::F32 {
         return None;
@@ -53,7 +54,7 @@ pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<
     })
 }
 
-/// The layer on the backend K, if it is what `x` and `layer` are on.
+/// The output of the layer on the backend K; `None` if `x` and `layer` are on another backend.
 fn run_on<K: Fused>(x: &dyn Any, layer: &dyn Any) -> Option<Box<dyn Any>> {
     let x: &Tensor<K, 2> = x.downcast_ref()?;
     Some(Box::new(K::forward(x.clone(), layer.downcast_ref()?)))
@@ -77,8 +78,9 @@ impl<K: Cpu> Layer<K> {
     }
 }
 
-/// Runs the work on a thread of rayon's pool if its products are large enough for `flex` to use that
-/// pool. Otherwise each product would enter the pool by itself, and wake and stop its threads each time.
+/// Runs `work` on a thread of rayon's pool if its products are large enough for `flex` to use that pool.
+/// If `work` ran on another thread, each product would enter the pool by itself, and the pool's threads
+/// would wake and stop for each product.
 fn in_pool<R: Send>(
     batch: usize,
     [d_input, d_output]: [usize; 2],
@@ -92,8 +94,8 @@ fn in_pool<R: Send>(
 }
 
 impl<B: Backend> Layer<B> {
-    /// Whether everything is in `f32` and has the expected shape. Everything else is left to Burn's
-    /// operations, which report a wrong shape.
+    /// Whether all tensors are in `f32` and have the expected shapes. Otherwise Burn's operations are
+    /// used, which report a wrong shape.
     fn fits(&self) -> bool {
         let ([d_input, d_output], [_, rank]) = (self.weight.dims(), self.a.dims());
         let bias = self.bias.as_ref();

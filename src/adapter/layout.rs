@@ -1,19 +1,19 @@
-//! How layers keep their weights, and how an adapter sees them as matrices.
+//! How layers store their weights, and how an adapter sees the weights as matrices.
 
 use burn::tensor::{Tensor, backend::Backend};
 
-/// How a layer keeps the weight that its adapter sees as a matrix `[d_input, d_output]`.
+/// How a layer stores the weight that its adapter sees as a matrix `[d_input, d_output]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum WeightLayout {
-    /// As the matrix itself, `[d_input, d_output]`, like [`Linear`](burn::nn::Linear). A weight of
-    /// more dimensions counts as `[first, all others]`.
+    /// As the matrix itself, `[d_input, d_output]`, like [`Linear`](burn::nn::Linear). A weight with
+    /// more dimensions is seen as `[first, all others]`.
     Matrix,
     /// As the kernel of a convolution, `[d_output, channels_in / groups, ..kernel]`. The matrix has
     /// `d_input = channels_in / groups · kernel` rows.
     Conv {
         /// The kernel's size, per spatial dimension.
         kernel: Vec<usize>,
-        /// The groups of channels, if known to be more than 1.
+        /// The number of groups of channels; 1 if it is not known.
         groups: usize,
     },
     /// As the kernel of a transposed convolution, `[channels_in, d_output, ..kernel]`, where
@@ -23,12 +23,12 @@ pub(crate) enum WeightLayout {
         kernel: Vec<usize>,
     },
     /// As a table of embeddings, `[d_input, d_output]`, from which the input selects rows. An adapter
-    /// starts with A at zero and B at random, so that it only ever changes rows that were looked up.
+    /// starts with A at zero and B at random, so that a lookup in training changes only its own rows.
     Embedding,
 }
 
 impl WeightLayout {
-    /// The shape of the matrix, `[d_input, d_output]`, of a weight of shape `dims`.
+    /// The shape of the matrix, `[d_input, d_output]`, for a weight of shape `dims`.
     pub fn matrix_shape(&self, dims: &[usize]) -> [usize; 2] {
         let rest = |dims: &[usize]| dims.iter().product::<usize>();
         match self {
@@ -79,8 +79,8 @@ impl WeightLayout {
         }
     }
 
-    /// Whether an adapter of this layout can be put on a layer of the other. A plain matrix fits every
-    /// layer of its shape, and the number of groups does not matter.
+    /// Whether an adapter with this layout can be put on a layer with the layout `layer`. A plain matrix
+    /// fits every layout, and the number of groups does not matter.
     pub fn fits(&self, layer: &Self) -> bool {
         match (self, layer) {
             (Self::Matrix, _) => true,
@@ -90,8 +90,8 @@ impl WeightLayout {
     }
 }
 
-/// The tensor with its last two dimensions swapped, ready to be reshaped. If one of them has size 1, no
-/// element moves and a reshape is enough: Burn's wgpu backend reshapes a transposed vector wrongly.
+/// The tensor with its last two dimensions swapped. If one of them has size 1, no element moves, and the
+/// tensor is reshaped instead: Burn's wgpu backend later reshapes a transposed vector wrongly.
 fn swapped<B: Backend>(tensor: Tensor<B, 3>) -> Tensor<B, 3> {
     let [first, rows, columns] = tensor.dims();
     match rows == 1 || columns == 1 {

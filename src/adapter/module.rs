@@ -1,5 +1,5 @@
-//! `LoraAdapter` as a Burn module. It is written by hand and not derived, to keep two promises: the
-//! factors stay trainable, and the scaling is part of the record.
+//! `LoraAdapter` as a Burn module. It is written by hand and not derived, so that the factors stay
+//! trainable and the record contains the scaling.
 
 use std::fmt;
 
@@ -19,7 +19,7 @@ use burn::{
 use super::{LoraAdapter, WeightLayout};
 use crate::config::Scaling;
 
-/// What a record keeps of a [`LoraAdapter`]: everything, so that it acts the same once restored.
+/// The record of a [`LoraAdapter`]. It holds every value that the adapter computes with.
 #[derive(Debug, Clone, Record)]
 pub struct LoraAdapterRecord<B: Backend> {
     /// The factor A: `[d_input, rank]`.
@@ -28,7 +28,7 @@ pub struct LoraAdapterRecord<B: Backend> {
     pub b: Param<Tensor<B, 2>>,
     /// The bias, if the adapter has one: `[d_output]`.
     pub bias: Option<Param<Tensor<B, 1>>>,
-    /// The strength.
+    /// The value that `scaling` turns into the scale `s`.
     pub alpha: f64,
     /// The rule for the scale `s`.
     pub scaling: Scaling,
@@ -68,7 +68,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
         }
     }
 
-    /// Moves the factors and keeps them leaves. After a plain `to_device` they would not be leaves, and
+    /// Moves the factors and keeps them leaves. After Burn's `to_device` they would not be leaves, and
     /// no optimizer could train them.
     fn to_device(self, device: &B::Device) -> Self {
         self.fork(device)
@@ -99,7 +99,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
         Self { a, b, bias, ..self }
     }
 
-    /// Takes over the record as a whole, rank and scaling included.
+    /// Replaces everything but the layout by the record's values, including the rank and the scaling.
     fn load_record(self, record: Self::Record) -> Self {
         let device = self.a.device();
         Self { layout: self.layout, ..Self::from_record(record, &device) }
@@ -118,7 +118,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
 }
 
 impl<B: Backend> LoraAdapter<B> {
-    /// The adapter that `record` describes, on `device`. The layer that takes it sets the layout.
+    /// The adapter that `record` describes, on `device`. The layer that gets the adapter sets its layout.
     pub(crate) fn from_record(record: LoraAdapterRecord<B>, device: &B::Device) -> Self {
         Self {
             a: trainable_param(record.a, device),
@@ -132,8 +132,8 @@ impl<B: Backend> LoraAdapter<B> {
     }
 }
 
-/// The parameter as a leaf that requires gradients. It keeps its id, by which optimizers find its
-/// state.
+/// The parameter as a leaf that requires gradients. It keeps its id, by which an optimizer finds the
+/// parameter's state.
 fn trainable_param<B: Backend, const D: usize>(
     param: Param<Tensor<B, D>>,
     device: &B::Device,

@@ -29,9 +29,9 @@ use crate::{config::LoraConfig, error::LoraError};
 /// assert_eq!(y.dims(), [2, 5, 64]);
 /// ```
 ///
-/// It computes what the base computes, masks, caches and quiet softmax included, and its parameters
-/// keep the base's paths (`query.weight`, …). Input and cache are types of this crate, with the
-/// constructors of Burn's, whose fields nobody else can read.
+/// It supports everything that the base supports, including masks, caches and quiet softmax. Its
+/// parameters have the base's paths (`query.weight`, …). Input and cache are types of this crate, because
+/// the fields of Burn's types are private. They have the same constructors as Burn's types.
 #[derive(Module, Debug)]
 pub struct LoraMultiHeadAttention<B: Backend> {
     /// The projection to the queries.
@@ -50,9 +50,9 @@ pub struct LoraMultiHeadAttention<B: Backend> {
     pub n_heads: usize,
     /// The size of a head's queries and keys.
     pub d_k: usize,
-    /// What masked scores are set to.
+    /// The value that masked scores are set to.
     pub min_float: f64,
-    /// Whether heads may attend to nothing.
+    /// Whether quiet softmax is used, with which a head can attend to nothing.
     pub quiet_softmax: bool,
 }
 
@@ -75,9 +75,9 @@ impl<B: Backend> From<MultiHeadAttention<B>> for LoraMultiHeadAttention<B> {
 }
 
 impl LoraConfig {
-    /// Puts fresh adapters on the projections of a trained attention layer: on those that
-    /// [`targets`](Self::targets) name, or, if it is empty, on the queries and values, as the paper
-    /// does.
+    /// Puts fresh adapters on the projections of a trained attention layer that
+    /// [`targets`](Self::targets) names. If `targets` is empty, the projections to the queries and
+    /// values get adapters, as in the paper.
     ///
     /// # Panics
     ///
@@ -115,7 +115,7 @@ impl LoraConfig {
 #[derive(Clone, Debug)]
 pub struct LoraMhaInput<B: Backend> {
     query: Tensor<B, 3>,
-    /// Keys and values, where they are not the queries.
+    /// The keys and values; `None` if they are the queries.
     key_value: Option<(Tensor<B, 3>, Tensor<B, 3>)>,
     mask_pad: Option<Tensor<B, 2, Bool>>,
     mask_attn: Option<Tensor<B, 3, Bool>>,
@@ -152,7 +152,7 @@ impl<B: Backend> LoraMhaInput<B> {
     }
 }
 
-/// What a [`LoraMultiHeadAttention`] remembers of a sequence that grows token by token.
+/// The cache of a [`LoraMultiHeadAttention`] for a sequence that grows token by token.
 #[derive(Clone, Debug)]
 pub struct LoraMhaCache<B: Backend> {
     query: Cached<B, 4>,
@@ -162,14 +162,15 @@ pub struct LoraMhaCache<B: Backend> {
 }
 
 impl<B: Backend> LoraMhaCache<B> {
-    /// For a sequence that attends to itself: in each call but the first, only the last position of
-    /// the input is new.
+    /// A cache for a sequence that attends to itself. After the first call, only the last position of
+    /// each input is new.
     pub fn autoregressive() -> Self {
         let (query, key, value) = (Cached::growing(2), Cached::growing(2), Cached::growing(2));
         Self { query, key, value, output: Cached::growing(1) }
     }
 
-    /// For a sequence that attends to another, whose keys and values are computed once.
+    /// A cache for a sequence that attends to another sequence. The keys and values of the other
+    /// sequence are computed once.
     pub fn autoregressive_cross_attention() -> Self {
         Self { key: Cached::fixed(), value: Cached::fixed(), ..Self::autoregressive() }
     }
@@ -179,7 +180,7 @@ impl<B: Backend> LoraMhaCache<B> {
 #[derive(Clone, Debug)]
 struct Cached<B: Backend, const D: usize> {
     value: Option<Tensor<B, D>>,
-    /// The dimension along which it grows, if it does.
+    /// The dimension along which the result grows; `None` if it does not grow.
     grows: Option<usize>,
 }
 
@@ -237,8 +238,8 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
     }
 
     /// Applies the layer to a sequence that has grown by one position since the last call with the
-    /// same cache; shapes are those of [`forward`](Self::forward). The base's caches are meant for
-    /// inference, and so is this.
+    /// same cache. The shapes are those of [`forward`](Self::forward). Like the base's caches, this is
+    /// meant for inference.
     pub fn forward_cache(
         &self,
         input: LoraMhaInput<B>,

@@ -7,8 +7,8 @@ use burn::{
 use super::{constant, fixed, module::lora_layer};
 use crate::adapter::{LoraAdapter, WeightLayout};
 
-/// A drop-in for Burn's [`Conv1d`] that can carry an adapter; see [`LoraConv2d`], of which it is the
-/// sibling with one spatial dimension.
+/// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
+/// spatial dimension.
 #[derive(Debug)]
 pub struct LoraConv1d<B: Backend> {
     /// The pretrained layer.
@@ -20,10 +20,10 @@ pub struct LoraConv1d<B: Backend> {
 ///
 /// The kernel `[channels_out, channels_in / groups, height, width]` is seen as the matrix
 /// `[channels_in / groups · height · width, channels_out]` that multiplies each patch of the input.
-/// Its update needs no kernel of that size: the input is convolved with `rank` filters, made of A,
-/// as the base convolves it with `channels_out`, with the same stride, padding, dilation and groups;
-/// B then mixes the `rank` results at each place, which is a convolution with a 1×1 kernel. With
-/// groups, every group of channels is convolved with the same `rank` filters.
+/// A forward pass does not form an update of that size. The input is convolved with the columns of A,
+/// which are `rank` filters, with the base's stride, padding, dilation and groups. B then mixes the
+/// `rank` results at each position, like a convolution with a 1×1 kernel. With groups, every group of
+/// channels is convolved with the same `rank` filters.
 ///
 /// ```
 /// use burn::{backend::Flex, nn::{PaddingConfig2d, conv::Conv2dConfig}, tensor::Tensor};
@@ -36,8 +36,8 @@ pub struct LoraConv1d<B: Backend> {
 /// assert_eq!(y.dims(), [1, 32, 8, 8]);
 /// ```
 ///
-/// Freezing, parameter paths, files and records are those of [`LoraLinear`](crate::LoraLinear).
-/// PEFT's files have no place for adapters with groups: saving them is an error.
+/// Freezing, parameter paths, files and records work as in [`LoraLinear`](crate::LoraLinear). PEFT
+/// computes a different update for convolutions with groups, so saving such adapters is an error.
 #[derive(Debug)]
 pub struct LoraConv2d<B: Backend> {
     /// The pretrained layer.
@@ -50,11 +50,11 @@ pub struct LoraConv2d<B: Backend> {
 /// The kernel `[channels_in, channels_out / groups, height, width]` is seen as the matrix
 /// `[channels_in · height · width, channels_out / groups]`. The update is a transposed convolution
 /// of the input to `rank` channels per group, with the base's stride, padding and dilation, followed
-/// by B at each place of the output. With groups, B is the same for all of them, and cannot have a
+/// by B at each position of the output. With groups, all groups share B, and the adapter cannot have a
 /// bias.
 ///
-/// Freezing, parameter paths and records are those of [`LoraLinear`](crate::LoraLinear). PEFT's
-/// files have no place for such adapters: saving them is an error.
+/// Freezing, parameter paths and records work as in [`LoraLinear`](crate::LoraLinear). PEFT has no
+/// adapters for transposed convolutions, so saving them is an error.
 #[derive(Debug)]
 pub struct LoraConvTranspose2d<B: Backend> {
     /// The pretrained layer.
@@ -118,14 +118,15 @@ impl<B: Backend> LoraConvTranspose2d<B> {
         WeightLayout::ConvTranspose { kernel: self.base.weight.shape()[2..].to_vec() }
     }
 
-    /// The matrix has one column for a channel of all groups, where the bias has one for each.
+    /// With groups, all groups share the columns of the matrix, but the base's bias has an element for
+    /// each channel of each group.
     fn can_take_bias(&self) -> bool {
         self.base.groups == 1
     }
 }
 
-/// The output of a convolution with an adapter, where `convolve` is the base's with another kernel and
-/// bias: with W and b, which are constants, and with the filters that A is made into.
+/// The output of a convolution with an adapter. `convolve` applies the base with another kernel and
+/// bias: once with W and b as constants, and once with the filters in A.
 fn forward<B: Backend, const D: usize>(
     adapter: &LoraAdapter<B>,
     weight: &Param<Tensor<B, D>>,
@@ -150,7 +151,7 @@ fn for_each_group<B: Backend, const D: usize>(
     filters: Tensor<B, D>,
     groups: usize,
 ) -> Tensor<B, D> {
-    // Not `repeat_dim`, whose gradient is wrong in Burn 0.21.
+    // `repeat_dim` cannot be used, because its gradient is wrong in Burn 0.21.
     Tensor::cat(vec![filters; groups], 0)
 }
 

@@ -8,12 +8,11 @@ use crate::adapter::{LoraAdapter, WeightLayout, frozen};
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.
 ///
-/// The table `[n_embedding, d_model]` is the matrix that a one-hot row would multiply. Its update
-/// needs no table of that size: the same rows are looked up in A, `[n_embedding, rank]`, and
-/// multiplied with B, `[rank, d_model]`. Unlike elsewhere A starts at zero, and B at random from the
-/// normal distribution with deviation 1, as in PEFT: only rows that were looked up in training ever
-/// differ from the base's. Dropout and a bias make no sense here; the one is ignored, the other
-/// refused.
+/// The table `[n_embedding, d_model]` is the weight matrix. A forward pass does not form an update of
+/// that size: it looks up the same rows in A, `[n_embedding, rank]`, and multiplies them with B,
+/// `[rank, d_model]`. As in PEFT, A starts at zero and B is drawn from the normal distribution with
+/// standard deviation 1. So lookups in training change only the rows that are looked up. An adapter's
+/// dropout is ignored, and a bias is an error.
 ///
 /// ```
 /// use burn::{backend::Flex, nn::EmbeddingConfig, tensor::Tensor};
@@ -28,7 +27,7 @@ use crate::adapter::{LoraAdapter, WeightLayout, frozen};
 /// assert_eq!(layer.project(x).dims(), [2, 3, 1000]);
 /// ```
 ///
-/// Freezing, parameter paths, files and records are those of [`LoraLinear`](crate::LoraLinear).
+/// Freezing, parameter paths, files and records work as in [`LoraLinear`](crate::LoraLinear).
 #[derive(Debug)]
 pub struct LoraEmbedding<B: Backend> {
     /// The pretrained layer.
@@ -46,8 +45,12 @@ impl<B: Backend> LoraEmbedding<B> {
         base + adapter.forward_lookup(input).reshape([batch, length, d_model])
     }
 
-    /// Uses the table as the output projection that goes with it (*tied* weights): the product of
-    /// each vector with each embedding, `[batch, length, d_model]` to `[batch, length, n_embedding]`.
+    /// Uses the table as an output projection (*tied* weights): the product of each vector with each
+    /// embedding, `[batch, length, d_model]` to `[batch, length, n_embedding]`.
+    ///
+    /// # Panics
+    ///
+    /// If the last dimension of `hidden` is not `d_model`.
     pub fn project(&self, hidden: Tensor<B, 3>) -> Tensor<B, 3> {
         let [batch, length, d_model] = hidden.dims();
         let [n_embedding, expected] = self.weight_shape();

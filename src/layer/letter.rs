@@ -1,9 +1,9 @@
-//! How a walk through a model gets hold of the layers in it.
+//! How a walk through a model gets access to the layers in it.
 //!
-//! Burn's visitors and mappers are shown parameters, and never the layer that holds them. So a walk
-//! that wants the layer leaves a letter when it is told that it enters the layer's adapter, and the
-//! layer takes it in its very next statement. Nothing else runs in between, and a letter never
-//! leaves its thread.
+//! Burn's visitors and mappers see parameters, but not the layer that holds them. A walk that needs the
+//! layer leaves a closure, the *letter*, in a thread-local variable when it enters the layer's adapter.
+//! The layer's next statement takes the letter and calls it with the layer. Nothing else runs in
+//! between.
 
 use std::{any::Any, cell::RefCell};
 
@@ -11,36 +11,36 @@ use burn::tensor::backend::Backend;
 
 use super::LoraLayer;
 
-/// The name under which a layer shows its adapter, there or not, to visitors and mappers.
+/// The name under which a layer passes its adapter to visitors and mappers, even if it has none.
 pub(crate) const ADAPTER: &str = "adapter";
 
-/// The container that goes with [`ADAPTER`]. No struct can have this name, so that no module of a
-/// user's is taken for a layer of this crate.
+/// The container name that goes with [`ADAPTER`]. No struct can have this name, so no module of another
+/// crate is taken for a layer of this crate.
 pub(crate) const TAG: &str = "burn-lora layer";
 
-/// What a walk wants to read of a layer.
+/// A letter that reads a layer.
 pub(crate) type Look<B> = Box<dyn FnOnce(&dyn LoraLayer<B>)>;
 
-/// What a walk does to a layer.
+/// A letter that changes a layer.
 pub(crate) type Change<B> = Box<dyn FnOnce(&mut dyn LoraLayer<B>)>;
 
 thread_local! {
     static LETTER: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
 }
 
-/// Leaves a [`Look`] for a layer that is being visited, or a [`Change`] for one that is being mapped.
+/// Leaves a letter for a layer: a [`Look`] if it is being visited, a [`Change`] if it is being mapped.
 pub(crate) fn send(letter: impl Any) {
     LETTER.set(Some(Box::new(letter)));
 }
 
-/// Shows the layer to the walk that visits it, if that has asked.
+/// Passes the layer to the [`Look`] of the walk that visits it, if there is one.
 pub(crate) fn answer_look<B: Backend>(layer: &dyn LoraLayer<B>) {
     if let Some(look) = take::<Look<B>>() {
         look(layer);
     }
 }
 
-/// Lets the walk that maps the layer change it, if that has asked.
+/// Passes the layer to the [`Change`] of the walk that maps it, if there is one.
 pub(crate) fn answer_change<B: Backend>(layer: &mut dyn LoraLayer<B>) {
     if let Some(change) = take::<Change<B>>() {
         change(layer);

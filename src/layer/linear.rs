@@ -9,10 +9,10 @@ use crate::adapter::{LoraAdapter, WeightLayout, frozen};
 /// A drop-in for Burn's [`Linear`] that can carry an adapter: `y = x·W + b + s·(x·A)·B`, with W and
 /// b frozen.
 ///
-/// Without an adapter it *is* a `Linear`: the same output, the same trainable parameters, the same
-/// parameter paths (`weight`, `bias`). One model struct thus serves for pretraining, for tuning and,
-/// merged, for inference, and it loads records, safetensors and PyTorch files that were written for
-/// `Linear` fields.
+/// Without an adapter it behaves like a `Linear`: it has the same output, the same trainable parameters
+/// and the same parameter paths (`weight`, `bias`). So one model struct serves for pretraining, for
+/// fine-tuning and, after merging, for inference. It loads records, safetensors and PyTorch files that
+/// were written for `Linear` fields.
 ///
 /// ```
 /// use burn::{backend::Flex, nn::LinearConfig};
@@ -25,15 +25,15 @@ use crate::adapter::{LoraAdapter, WeightLayout, frozen};
 ///
 /// # Freezing
 ///
-/// With an adapter, no gradient ever reaches the base: its forward pass takes the weight and the
-/// bias as constants, whatever their flags say, and autodiff skips the work for them.
+/// With an adapter, no gradient reaches the base. The forward pass uses the weight and the bias as
+/// constants, whatever their `require_grad` flags say, and autodiff does no work for them.
 ///
 /// # Records
 ///
-/// The record holds the base and the adapter. Loading one that has an adapter attaches it; loading
-/// one without, such as a record of a plain `Linear`, replaces the base and keeps the adapter that
-/// is there. Formats without field names (Burn's `BinFileRecorder` and its kin) cannot tell a
-/// `Linear` from a `LoraLinear`: load such a file into a `Linear`, and convert that.
+/// The record holds the base and the adapter. Loading a record with an adapter replaces both. Loading
+/// a record without an adapter, such as that of a plain `Linear`, replaces the base and keeps the
+/// current adapter. Formats without field names, such as that of Burn's `BinFileRecorder`, cannot
+/// distinguish a `Linear` from a `LoraLinear`: load such a file into a `Linear`, and convert it.
 #[derive(Debug)]
 pub struct LoraLinear<B: Backend> {
     /// The pretrained layer.
@@ -57,16 +57,16 @@ impl<B: Backend> LoraLinear<B> {
         shape[D - 1] = d_output;
         let rows = shape[..D - 1].iter().product();
         if rows == 0 {
-            // `reshape` reads a size of 0 as "keep this size".
+            // `reshape` reads a size of 0 as "keep this size", so it cannot be used here.
             return Tensor::zeros(shape, &input.device());
         }
         if D == 2 {
-            // A matrix needs no reshape, which copies on some backends even if the shape is the same.
+            // A matrix is not reshaped: on some backends `reshape` copies even if the shape is the same.
             let rows = Tensor::from_primitive(input.into_primitive());
             return Tensor::from_primitive(self.forward_rows(rows).into_primitive());
         }
-        // One matrix product for all rows. A product per batch element is slower, and its gradient of
-        // the weight takes memory for each element.
+        // One matrix product for all rows. A product per batch element is slower, and the weight's
+        // gradient then takes memory for each element.
         self.forward_rows(input.reshape([rows, d_input])).reshape(shape)
     }
 

@@ -1,10 +1,10 @@
-//! Each layer as a Burn module, and as a [`LoraLayer`](super::LoraLayer). This is the same for all layers.
-//! It is written by hand and not derived, so that a layer has the parameter paths of its base, and the
-//! base stays frozen.
+//! Each layer as a Burn module, and as a [`LoraLayer`](super::LoraLayer). The code is the same for all
+//! layers. It is not derived, so that a layer has the parameter paths of its base, and the base stays
+//! frozen.
 
 /// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
 /// `base` and `adapter`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
-/// dimensions; the record has the parameters of the base, which are named last, and the adapter.
+/// dimensions. The last arguments name the base's parameters. The record holds these and the adapter.
 macro_rules! lora_layer {
     ($Layer:ident, $Base:ident, $D:literal, $weight:ident $(, $bias:ident)?) => {
         const _: () = {
@@ -31,7 +31,7 @@ macro_rules! lora_layer {
                 },
             };
 
-            /// What a record keeps of a layer: the fields of the base's record, and the adapter.
+            /// The record of a layer: the fields of the base's record, and the adapter.
             #[derive(Debug, Clone, Record)]
             pub struct LayerRecord<B: Backend> {
                 /// The base's weight.
@@ -50,8 +50,8 @@ macro_rules! lora_layer {
                     self.adapter.as_ref()
                 }
 
-                /// Puts an adapter on the base, and freezes the base; or, with `None`, takes the
-                /// adapter off, and leaves the base as it is.
+                /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off,
+                /// and leaves the base as it is.
                 ///
                 /// # Panics
                 ///
@@ -62,8 +62,8 @@ macro_rules! lora_layer {
                         layer::check_fit(self, &adapter);
                         LoraAdapter { layout: self.layout(), ..adapter }
                     });
-                    // This also draws the values of a base that was never used, so that all clones
-                    // share them from here on.
+                    // `val` also initialises a base that was never used, so that later clones share
+                    // its values.
                     let trains = || {
                         self.base.$weight.val().is_require_grad()
                             $(|| self.base.$bias.as_ref().is_some_and(|it| it.val().is_require_grad()))?
@@ -73,7 +73,7 @@ macro_rules! lora_layer {
                     }
                 }
 
-                /// Puts the parts back together, and freezes the base if there is an adapter.
+                /// The layer with this base and adapter. The base is frozen if there is an adapter.
                 fn assemble(base: $Base<B>, adapter: Option<LoraAdapter<B>>) -> Self {
                     let mut layer = Self::from(base);
                     layer.set_adapter(adapter);
@@ -108,8 +108,8 @@ macro_rules! lora_layer {
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
-                    // Not `lazy_shape`: for a column layout that is the transpose until the value is
-                    // drawn.
+                    // `lazy_shape` cannot be used: until a weight in Burn's column layout is
+                    // initialised, its `lazy_shape` is transposed.
                     self.layout().matrix_shape(&self.base.$weight.shape())
                 }
 

@@ -1,4 +1,4 @@
-//! `adapter_config.json`: what it says about the adapters.
+//! Reading and writing `adapter_config.json`.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -18,8 +18,8 @@ use crate::{
     pattern::Pattern,
 };
 
-/// Fields that change what an adapter computes, in ways that are not supported. Off, they are null,
-/// false or empty.
+/// Unsupported fields that change what an adapter computes. A field that is null, false or empty is off,
+/// and is accepted.
 const UNSUPPORTED: [&str; 11] = [
     "alora_invocation_tokens",
     "kasa_config",
@@ -34,11 +34,11 @@ const UNSUPPORTED: [&str; 11] = [
     "arrow_config",
 ];
 
-/// Initialisations that move a part of the base's weight into the adapter. Such an adapter does not
-/// fit the base that others know.
+/// Initialisations that move a part of the base's weight into the adapter. Such an adapter does not fit
+/// the original base.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
 
-/// What the file says about the adapters.
+/// The contents of the file.
 #[derive(Debug, Deserialize)]
 pub(crate) struct PeftConfig {
     peft_type: Option<String>,
@@ -54,9 +54,10 @@ pub(crate) struct PeftConfig {
     rank_pattern: Entries<usize>,
     #[serde(default)]
     alpha_pattern: Entries<f64>,
-    /// The two above, compiled.
+    /// `rank_pattern`, compiled.
     #[serde(skip)]
     ranks: Vec<(Pattern, usize)>,
+    /// `alpha_pattern`, compiled.
     #[serde(skip)]
     alphas: Vec<(Pattern, f64)>,
     #[serde(default)]
@@ -69,7 +70,7 @@ pub(crate) struct PeftConfig {
     pub layers_to_transform: Option<Indices>,
     pub layers_pattern: Option<Names>,
     init_lora_weights: Option<Value>,
-    /// Everything else.
+    /// All other fields.
     #[serde(flatten)]
     pub others: BTreeMap<String, Value>,
 }
@@ -133,8 +134,8 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
     if !(0.0..1.0).contains(&config.lora_dropout) {
         return Err(invalid(format!("`lora_dropout` is {}, not in [0, 1)", config.lora_dropout)));
     }
-    // A pattern that PEFT understands and this crate does not is an error: ignored, it would give a
-    // wrong rank.
+    // Patterns that this crate cannot compile are an error, because PEFT may accept them: to ignore them
+    // would give a wrong rank or alpha.
     config.ranks = compile_keys(&config.rank_pattern).map_err(invalid)?;
     config.alphas = compile_keys(&config.alpha_pattern).map_err(invalid)?;
     Ok(config)
@@ -149,7 +150,7 @@ fn is_on(value: &Value) -> bool {
     }
 }
 
-/// The keys of rank and alpha patterns, of which each means the whole of a path, or its end.
+/// Compiles the keys of rank or alpha patterns. A key matches a whole path or the end of a path.
 fn compile_keys<V: Copy>(patterns: &Entries<V>) -> Result<Vec<(Pattern, V)>, String> {
     let compiled = patterns.0.iter().map(|(key, value)| Ok((Pattern::new(key)?, *value)));
     compiled.collect::<Result<_, LoraError>>().map_err(|error| error.to_string())
@@ -172,7 +173,7 @@ impl PeftConfig {
         if self.use_rslora { Scaling::AlphaOverSqrtRank } else { Scaling::AlphaOverRank }
     }
 
-    /// The layers that the configuration means, if it says so.
+    /// The layers that the configuration targets, as [`Targets::new`] reads them.
     pub fn targets(&self) -> Option<Targets> {
         Targets::new(
             self.target_modules.as_ref(),
@@ -187,8 +188,8 @@ impl PeftConfig {
         self.modules_to_save.as_deref().unwrap_or_default()
     }
 
-    /// Whether the file may hold the parameter `name`, trained in full; `of_target` is whether it
-    /// belongs to the base of an adapted layer.
+    /// Whether the file may hold the parameter `name`, trained in full. `of_target` says whether the
+    /// parameter belongs to the base of an adapted layer.
     pub fn saves(&self, name: &str, of_target: bool) -> bool {
         let is_bias = name == "bias" || name.ends_with(".bias");
         let by_mode = match self.bias {
@@ -217,20 +218,20 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     for (path, adapter) in set.iter() {
         let reason = match &adapter.layout {
             WeightLayout::Conv { groups, .. } if *groups > 1 => {
-                ": its convolution has groups, for which PEFT has another update than this crate's"
+                ": its convolution has groups, for which PEFT computes a different update"
             }
             WeightLayout::ConvTranspose { .. } => {
                 ": PEFT has no adapters of transposed convolutions"
             }
             WeightLayout::Embedding if set.adapters.values().any(|it| it.bias.is_some()) => {
-                ": PEFT has no embeddings among adapters with biases"
+                ": PEFT has no adapters of embeddings in a set with biases"
             }
             _ => continue,
         };
         return Err(unsupported(path, reason));
     }
 
-    // A file has one scaling rule: rsLoRA's if every adapter uses it, and alpha/rank otherwise.
+    // A file has one scaling rule: rsLoRA's if every adapter uses it, alpha/rank otherwise.
     let rslora = set.adapters.values().all(|it| it.scaling == Scaling::AlphaOverSqrtRank);
     let alpha = |path: &str| {
         let adapter = &set.adapters[path];
@@ -260,7 +261,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         .extras
         .keys()
         .filter(|name| !within_any(&set.modules_to_save, name))
-        // Other extras are the tables of adapted embeddings, which PEFT expects without a field for them.
+        // The other extras are the tables of adapted embeddings. PEFT has no field for these.
         .filter(|name| *name == "bias" || name.ends_with(".bias"))
         .map(String::as_str)
         .collect();
@@ -285,7 +286,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         ("peft_type", json!("LORA")),
         ("r", json!(rank)),
         ("rank_pattern", json!(ranks)),
-        // An expression and not a list: a name in a list also matches every path that ends with it.
+        // An expression, because a name in a list also matches every path that ends with that name.
         (
             "target_modules",
             json!(paths().map(|it| regex::escape(it)).collect::<Vec<_>>().join("|")),
@@ -309,7 +310,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     Ok(text)
 }
 
-/// The number as PEFT writes it: without a fraction if it has none.
+/// The number as PEFT writes it: a whole number has no decimal point.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 { json!(value as i64) } else { json!(value) }
 }

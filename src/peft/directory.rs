@@ -1,4 +1,4 @@
-//! Replacing a directory as a whole.
+//! Replacing a directory in one step.
 
 use std::{ffi::OsString, fs, io, path::Path};
 
@@ -6,8 +6,8 @@ use tempfile::{Builder, TempDir};
 
 use crate::{error::LoraError, files::sync};
 
-/// Makes `dir` hold what `write` puts into the directory that it is given, as the files `names`,
-/// along with the other files that are in `dir` already. Until the very end `dir` is as it was.
+/// Replaces the files `names` in `dir`. `write` creates the new files in the directory that it is given.
+/// Other files in `dir` are kept. Until the last step `dir` does not change.
 pub(super) fn replace(
     dir: &Path,
     names: &[&str],
@@ -24,8 +24,8 @@ pub(super) fn replace(
         move |source| LoraError::Io { path, source }
     };
     let unfinished = create_beside(&dir).map_err(io(parent(&dir)))?;
-    // A temporary directory, which is removed at the end. By then it holds the old files, if all went
-    // well, and the unfinished new ones otherwise.
+    // The temporary directory is removed at the end. By then it holds the old files or, after an error,
+    // the unfinished new ones.
     let unfinished = unfinished.path();
     write(unfinished)?;
     if dir.exists() {
@@ -59,7 +59,7 @@ fn parent(dir: &Path) -> &Path {
     }
 }
 
-/// Takes over the files of the old directory that are not replaced.
+/// Links or copies to `new` the files of the old directory that are not replaced.
 fn keep_others(old: &Path, names: &[&str], new: &Path) -> io::Result<()> {
     for entry in fs::read_dir(old)? {
         let entry = entry?;
@@ -83,7 +83,7 @@ fn keep_others(old: &Path, names: &[&str], new: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives `new` the name `dir`, in one step that is done or not done.
+/// Gives `new` the name `dir`, in one atomic step if the system has one.
 fn exchange(new: &Path, dir: &Path) -> io::Result<()> {
     if !dir.exists() {
         return fs::rename(new, dir);
@@ -100,7 +100,7 @@ fn exchange(new: &Path, dir: &Path) -> io::Result<()> {
             Err(error) => return Err(error.into()),
         }
     }
-    // Two steps. Between them there is nothing at `dir`, and the old directory is beside it.
+    // Otherwise in two steps. Between them `dir` does not exist, and the old directory is next to it.
     let aside = new.with_extension("old");
     fs::rename(dir, &aside)?;
     if let Err(error) = fs::rename(new, dir) {

@@ -1,4 +1,4 @@
-//! JSON in which every key counts.
+//! JSON without duplicate keys.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -7,8 +7,8 @@ use serde::{
     de::{Error, IgnoredAny, MapAccess, SeqAccess, Visitor},
 };
 
-/// Any JSON without a key that occurs twice in an object. Parsers take the last of two, or the
-/// first, and so do not agree on what such a file says.
+/// Any JSON in which no object has the same key twice. Of two equal keys some parsers use the first, and
+/// others the last, so they would read such a file differently.
 pub(super) struct UniqueKeys;
 
 impl<'de> Deserialize<'de> for UniqueKeys {
@@ -67,7 +67,7 @@ impl<'de> Visitor<'de> for UniqueKeysVisitor {
     }
 }
 
-/// An object's entries in the order in which they stand.
+/// The entries of an object, in the order in which they are written.
 #[derive(Debug, Default, Clone)]
 pub(super) struct Entries<V>(pub Vec<(String, V)>);
 

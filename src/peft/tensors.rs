@@ -1,9 +1,10 @@
 //! `adapter_model.safetensors`: the names and the layout of the tensors.
 //!
-//! PyTorch keeps a linear weight as `[d_output, d_input]`, and PEFT its factors accordingly:
-//! A is `[rank, d_input]` and B is `[d_output, rank]`, the transposes of this crate's. Of a
-//! convolution A is a kernel, `[rank, channels_in, ..kernel]`, and B one of size 1,
-//! `[channels_out, rank, 1, ..]`: the same numbers in the same order. Embeddings have other names.
+//! PyTorch stores a linear weight as `[d_output, d_input]`, and PEFT stores the factors accordingly:
+//! A is `[rank, d_input]` and B is `[d_output, rank]`, the transposes of this crate's factors. For a
+//! convolution, A is a kernel `[rank, channels_in, ..kernel]`, and B is a kernel of size 1,
+//! `[channels_out, rank, 1, ..]`, with the elements in the same order. The factors of embeddings have
+//! other names.
 
 use std::{
     borrow::Cow,
@@ -38,14 +39,14 @@ const B_BIAS: &str = ".lora_B.bias";
 const EMBEDDING_A: &str = ".lora_embedding_A";
 const EMBEDDING_B: &str = ".lora_embedding_B";
 
-/// Parts of names by which adapters are known that are not supported.
+/// Parts of tensor names by which unsupported adapters are recognised, and the reasons to report.
 const UNSUPPORTED: [(&str, &str); 3] = [
     (".lora_magnitude_vector", ": DoRA cannot be read"),
     (".token_adapter.", ": trainable tokens cannot be read"),
     (".lora_ga_", ": LoRA-GA cannot be read"),
 ];
 
-/// What the header says of the tensors of one layer.
+/// The header's entries for the tensors of one layer.
 #[derive(Default)]
 struct Parts<'a> {
     a: Option<&'a TensorInfo>,
@@ -60,7 +61,7 @@ impl Parts<'_> {
         self.embedding_a.is_some() || self.embedding_b.is_some()
     }
 
-    /// How the layer keeps its weight, if A has a shape that makes sense.
+    /// How the layer stores its weight. [`check`] checks the shapes of A and B.
     fn layout(&self) -> WeightLayout {
         match self.a {
             Some(a) if a.shape.len() > 2 => {
@@ -72,17 +73,17 @@ impl Parts<'_> {
     }
 }
 
-/// What a tensor is, by its key.
+/// The meaning of a tensor, by its key.
 enum Role<'a> {
     A(&'a str),
     B(&'a str),
     Bias(&'a str),
-    /// A parameter that was trained in full, by its name in the model.
+    /// A parameter that was trained in full, with its name in the model.
     Extra(String),
 }
 
-/// Reads the file of `length` bytes. Its header is judged as a whole first; the tensors are then
-/// read one after the other, each straight to where it stays.
+/// Reads the file of `length` bytes. The whole header is checked first. The tensors are then read one
+/// after the other, each into its own buffer.
 pub(super) fn read<Bk: Backend>(
     config: PeftConfig,
     mut source: impl Read,
@@ -130,7 +131,7 @@ pub(super) fn read<Bk: Backend>(
     let mut names = BTreeSet::new();
     for (key, _, role) in &mut roles {
         let Role::Extra(name) = role else { continue };
-        // PEFT calls the parameters of an adapted layer's base `base_layer.*`.
+        // PEFT names the parameters of an adapted layer's base `base_layer.*`.
         let target = name.strip_suffix(".base_layer.bias").filter(|path| layers.contains_key(path));
         // PEFT also saves the table of an adapted embedding.
         let table = name.strip_suffix(".base_layer.weight");
@@ -150,12 +151,12 @@ pub(super) fn read<Bk: Backend>(
     for (path, parts) in &layers {
         if is_grouped(parts, config.rank(path)) {
             let (file, field) = (file.to_owned(), format!("{PREFIX}{path}{B}"));
-            let reason = ": its convolution has groups, which PEFT's adapter mixes, so that it is no \
-                          update of the kernel";
+            let reason = ": its convolution has groups, and PEFT's adapter mixes channels of different \
+                          groups, which no update of the kernel can do";
             return Err(LoraError::Unsupported { file, field, reason: reason.to_owned() });
         }
         check(path, parts, &config, &mut mismatch);
-        // PEFT would not put an adapter there.
+        // PEFT would not put an adapter on this layer.
         if targets.as_ref().is_some_and(|targets| !targets.matches(path)) {
             mismatch.unexpected.push(format!("{PREFIX}{path} (not a target)"));
         }
@@ -206,14 +207,14 @@ pub(super) fn read<Bk: Backend>(
     Ok(LoraAdapters { adapters, extras, modules_to_save, targets, names_in_file, config })
 }
 
-/// Reads the length of the header and the header, and checks that it describes all that follows.
+/// Reads the header and its length, and checks that the header describes all bytes that follow.
 fn read_header(source: &mut impl Read, length: u64) -> Result<Metadata, String> {
     let mut bytes = [0; 8];
     source.read_exact(&mut bytes).map_err(|error| format!("header: {error}"))?;
     let announced = u64::from_le_bytes(bytes);
     let rest = length.saturating_sub(8);
     if announced > rest {
-        return Err(format!("a header of {announced} bytes is announced, and {rest} are there"));
+        return Err(format!("the header should have {announced} bytes, but only {rest} follow"));
     }
     let mut header = vec![0; announced as usize];
     source.read_exact(&mut header).map_err(|error| format!("header: {error}"))?;
@@ -222,18 +223,18 @@ fn read_header(source: &mut impl Read, length: u64) -> Result<Metadata, String> 
         serde_json::from_slice(&header).map_err(|error| format!("header: {error}"))?;
     let (announced, rest) = (header.data_len() as u64, rest - announced);
     if announced != rest {
-        return Err(format!("{announced} bytes of tensors are announced, and {rest} are there"));
+        return Err(format!("the tensors should have {announced} bytes, but {rest} follow"));
     }
     Ok(header)
 }
 
-/// Whether the layer is a convolution with groups: B then has fewer columns than the rank.
+/// Whether the layer is a convolution with groups. PEFT's B then has fewer columns than the rank.
 fn is_grouped(parts: &Parts, rank: usize) -> bool {
     let columns = parts.b.filter(|b| b.shape.len() > 2).map(|b| b.shape[1]);
     columns.is_some_and(|columns| columns > 0 && columns < rank && rank.is_multiple_of(columns))
 }
 
-/// Notes what is wrong with the tensors of a layer.
+/// Adds to `mismatch` what is wrong with the tensors of a layer.
 fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch) {
     let key = |suffix: &str| format!("{PREFIX}{path}{suffix}");
     let rank = config.rank(path);
@@ -281,7 +282,7 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
     expect((parts.bias, B_BIAS), &bias_fits, "[d_output]".to_owned());
 }
 
-/// The next tensor's elements, all finite, in `f32`.
+/// Reads the next tensor's elements as `f32`. It is an error if one of them is not finite.
 fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<Vec<f32>, String> {
     let count = info.shape.iter().product();
     let mut halves = |convert: fn(u16) -> f32| {
@@ -307,12 +308,13 @@ fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<Vec<f32>, St
     if all_finite(&values) { Ok(values) } else { Err("holds NaN or infinite values".to_owned()) }
 }
 
-/// Without a branch per element, which would cost as much as reading them.
+/// Whether all values are finite. A branch per element would take as long as reading the values.
 fn all_finite(values: &[f32]) -> bool {
     values.chunks(4096).all(|chunk| chunk.iter().fold(true, |all, it| all & it.is_finite()))
 }
 
-/// A tensor on its way to the file. Its elements are fetched only when it is their turn.
+/// A tensor to be written to the file. Its elements are copied to the host only when they are written,
+/// so that the host does not hold all tensors at once.
 struct Outgoing<'a, Bk: Backend> {
     values: Values<Bk>,
     /// The shape in the file.
@@ -322,7 +324,7 @@ struct Outgoing<'a, Bk: Backend> {
 }
 
 enum Values<Bk: Backend> {
-    /// A factor, which the file holds transposed.
+    /// A factor. The file holds its transpose.
     Factor(Tensor<Bk, 2>),
     Flat(Tensor<Bk, 1>),
 }
@@ -393,7 +395,7 @@ pub(super) fn write<Bk: Backend>(set: &LoraAdapters<Bk>, path: &Path) -> Result<
         tensors.insert(format!("{PREFIX}{path}{a_name}"), factor(adapter.a.val(), a_shape));
         tensors.insert(format!("{PREFIX}{path}{b_name}"), factor(adapter.b.val(), b_shape));
         if any_bias {
-            // PEFT has biases everywhere or nowhere.
+            // In PEFT all adapters of a file have a bias, or none has one.
             let bias = match &adapter.bias {
                 Some(bias) => bias.val(),
                 None => Tensor::zeros([d_output], &adapter.a.device()),
@@ -421,8 +423,8 @@ pub(super) fn write<Bk: Backend>(set: &LoraAdapters<Bk>, path: &Path) -> Result<
 }
 
 fn host<Bk: Backend, const D: usize>(tensor: Tensor<Bk, D>) -> Vec<f32> {
-    // A copy that nobody shares, which changes no bit: burn-ndarray hands out its memory as it is,
-    // where it would read a shared tensor element by element, ten times slower.
+    // The product with 1 has the same bits and is not shared. burn-ndarray returns the memory of an
+    // unshared tensor as it is, but reads a shared one element by element, which is ten times slower.
     let data = tensor.mul_scalar(1.0).into_data().convert::<f32>();
     data.into_vec().expect("the data was converted to this type")
 }

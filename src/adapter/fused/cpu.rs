@@ -1,4 +1,4 @@
-//! The CPU backends, and what the fused layer needs to know of each.
+//! The CPU backends, and what the fused layer needs from each of them.
 
 use std::any::Any;
 
@@ -9,9 +9,9 @@ use burn::{
 
 use super::run_on;
 
-/// A backend that computes on the CPU, with tensors that can be seen as slices.
+/// A backend that computes on the CPU and gives access to its tensors as slices.
 pub(in crate::adapter) trait Cpu: Backend {
-    /// The elements of an `f32` tensor row by row; `None` if it keeps them in another order.
+    /// The elements of an `f32` tensor row by row; `None` if they are stored in another order.
     fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]>;
 
     /// The same, mutable; `None` also if the tensor is shared.
@@ -22,7 +22,7 @@ pub(in crate::adapter) trait Cpu: Backend {
         left.matmul(right)
     }
 
-    /// The product where `thin: [columns, rank]`.
+    /// The product `x·thin`, for `x: [batch, columns]` and `thin: [columns, rank]`.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
         Self::product(x, thin)
     }
@@ -60,8 +60,8 @@ impl Cpu for burn_flex::Flex {
         tensor.try_storage_mut().filter(|_| whole)
     }
 
-    /// Its kernel computes a product below [`SHARED`] on one thread. A batch of products uses several
-    /// threads from 128³ multiplications on.
+    /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single product
+    /// below [`SHARED`] on one thread, but a batch of products on several from 128³ multiplications on.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
         const BATCH_SHARED: usize = 128 * 128 * 128;
         /// With fewer rows per thread, starting the threads takes longer than the product.
@@ -73,7 +73,7 @@ impl Cpu for burn_flex::Flex {
             && batch.is_multiple_of(threads)
             && batch / threads >= ROWS;
         let primitive = x.clone().into_primitive().tensor();
-        // Any other view would have to be copied before it can be split.
+        // Flex would have to copy any other view before it can split it.
         let splits = Self::rows(&primitive).is_some() && primitive.layout().start_offset() == 0;
         if !gains || !splits {
             return x.matmul(thin);
@@ -85,7 +85,7 @@ impl Cpu for burn_flex::Flex {
 
 #[cfg(feature = "ndarray")]
 impl Cpu for burn_ndarray::NdArray {
-    /// The backend's own product copies both factors and the result.
+    /// Multiplies without copies. The backend's own product copies both factors and the result.
     fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
         use burn::tensor::TensorPrimitive;
         use burn_ndarray::NdArrayTensor;

@@ -23,16 +23,16 @@ use super::{
 #[derive(Debug)]
 struct LoraLinearNode;
 
-/// What the gradients are computed from. Only two tensors grow with the batch: x, which the checkpointer
-/// keeps, and the hidden tensor, which has `rank` columns.
+/// The values that the gradients are computed from. Only two tensors grow with the batch: x, which the
+/// checkpointer keeps, and the hidden tensor, which has `rank` columns.
 #[derive(Clone, Debug)]
 struct State<K: Cpu> {
-    /// Kept only for the gradient of A.
+    /// The node of x. It is kept only for the gradient of A.
     x: Option<NodeId>,
     weight: Tensor<K, 2>,
     a: Tensor<K, 2>,
     b: Tensor<K, 2>,
-    /// `s·(x·A)`, kept only for the gradient of B: `[batch, rank]`.
+    /// `s·(x·A)`: `[batch, rank]`. It is kept only for the gradient of B.
     hidden: Option<Tensor<K, 2>>,
     scale: f64,
 }
@@ -40,7 +40,7 @@ struct State<K: Cpu> {
 impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
     type State = State<K>;
 
-    /// With `dy` the output's gradient and `h = s·(x·A)`:
+    /// Computes, from the output's gradient `dy` and `h = s·(x·A)`:
     ///
     /// ```text
     /// dB = hᵀ·dy        dh = s·(dy·Bᵀ)        dA = xᵀ·dh        dx = dy·Wᵀ + dh·Aᵀ
@@ -63,7 +63,7 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
 }
 
 impl<K: Cpu> State<K> {
-    /// The gradients of x, A and B, each if it is needed.
+    /// The gradients of x, A and B; `None` for each that is not needed.
     fn gradients(
         self,
         x: Option<Tensor<K, 2>>,
@@ -77,7 +77,7 @@ impl<K: Cpu> State<K> {
                 return [None, None, db];
             }
             let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
-            // Computed as its transpose: CPU kernels are several times slower at `xᵀ·dh`.
+            // `dA` is computed as its transpose, because CPU kernels are several times slower at `xᵀ·dh`.
             let da = x.map(|x| transposed(K::product(d_hidden.clone().transpose(), x)));
             let dx = x_wanted
                 .then(|| add_product(times_transposed(dy, weight), None, d_hidden, transposed(a)));
@@ -112,8 +112,8 @@ impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
     }
 }
 
-/// The tensor without autodiff. `Tensor::inner` has stronger bounds on the backend if another crate
-/// switches on Burn's feature `distributed`.
+/// The tensor without autodiff. `Tensor::inner` cannot be used, because its bounds on the backend are
+/// stronger if another crate enables Burn's feature `distributed`.
 fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
     tensor: &Tensor<Autodiff<K, C>, D>,
 ) -> Tensor<K, D> {
@@ -124,8 +124,8 @@ fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
 /// `y·Wᵀ`, for `y: [batch, d_output]` and `weight: [d_input, d_output]`.
 fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Tensor<K, 2>) -> Tensor<K, 2> {
     let ([batch, _], [d_input, d_output]) = (y.dims(), weight.dims());
-    // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to compute
-    // `(W·yᵀ)ᵀ`, which reorders the input and the output instead.
+    // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to
+    // compute `(W·yᵀ)ᵀ`, which reorders the input and the output instead.
     if batch * (d_input + d_output) > d_input * d_output {
         return K::product(y, weight.transpose());
     }

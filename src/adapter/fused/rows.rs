@@ -6,15 +6,17 @@ use rayon::prelude::*;
 
 use super::cpu::Cpu;
 
-/// How many rows of a matrix stay in a core's cache between two uses.
+/// How many rows of a matrix are processed at once. They stay in a core's cache between two uses.
 const ROWS: usize = 64;
 
-/// From this number of multiplications, or of elements moved, waking another thread pays.
+/// From this number of multiplications on, several threads are faster than one.
 const WORTH_THREADS: usize = 1 << 20;
+
+/// From this number of moved elements on, several threads are faster than one.
 const WORTH_THREADS_MOVED: usize = 1 << 17;
 
 /// `y + bias + left·right`, for `y: [batch, columns]`, `bias: [columns]`, `left: [batch, rank]` and
-/// `right: [rank, columns]`. In place: y must not be used elsewhere.
+/// `right: [rank, columns]`. The sum is formed in place, so y must not be shared.
 pub(super) fn add_product<K: Cpu>(
     y: Tensor<K, 2>,
     bias: Option<Tensor<K, 1>>,
@@ -30,7 +32,7 @@ pub(super) fn add_product<K: Cpu>(
     let right = DMatrixView::from_slice(rows::<K>(&right), columns, rank);
     let bias = bias.as_ref().map(rows::<K>);
     let left = rows::<K>(&left);
-    let y_rows = K::rows_mut(&mut y).expect("y was just computed, for nothing else");
+    let y_rows = K::rows_mut(&mut y).expect("y was just computed and is not shared");
     if y_rows.len() * rank < WORTH_THREADS {
         add_rows(y_rows, bias, left, right);
     } else {
@@ -71,10 +73,10 @@ pub(super) fn transposed<K: Cpu>(matrix: Tensor<K, 2>) -> Tensor<K, 2> {
     Tensor::from_primitive(TensorPrimitive::Float(K::float_from_data(transpose, &device)))
 }
 
-/// The side of the squares that are transposed at once: one line of the cache.
+/// The side of the square tiles that are transposed at once. 16 elements fill one cache line.
 const TILE: usize = 16;
 
-/// Writes the first columns of a matrix as rows of `height` numbers.
+/// Writes the first columns of a matrix into `rows`, as rows of `height` elements.
 fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f32]) {
     for (left, rows) in (0..).step_by(TILE).zip(rows.chunks_mut(TILE * height)) {
         let columns = rows.len() / height;
@@ -94,7 +96,7 @@ fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f3
     }
 }
 
-/// The tensor with its elements stored by row; copied if they are not.
+/// The tensor with its elements stored by row. It is copied if they are stored in another order.
 fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     let shape: Shape = tensor.shape();
     let primitive = tensor.into_primitive().tensor();
