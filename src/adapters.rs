@@ -1,4 +1,4 @@
-//! A model's adapters as a value.
+//! The adapters of a model, as a value.
 
 mod combine;
 pub(crate) mod low_rank;
@@ -19,13 +19,12 @@ pub use combine::Combination;
 pub use low_rank::Approximation;
 pub use renaming::Renaming;
 
-/// The adapters of a whole model, by the paths of its layers, apart from the model.
+/// The adapters of a whole model, by the paths of its layers, separate from the model.
 ///
-/// This is what training produces, what a file holds, and what is swapped: taken from a model by
-/// [`Lora::adapters`](crate::Lora::adapters), put on one by
-/// [`LoraModule::switch`](crate::LoraModule::switch), and stored as a directory that Python's PEFT
-/// library reads and writes ([`save`](Self::save), [`load`](Self::load)). Besides the adapters it
-/// holds the parameters that were trained in full, such as a new head.
+/// [`Lora::adapters`](crate::Lora::adapters) takes such a set from a model, and
+/// [`LoraModule::switch`](crate::LoraModule::switch) puts one on a model. [`save`](Self::save) and
+/// [`load`](Self::load) store it as a directory that Python's PEFT library reads and writes. Besides the
+/// adapters, a set holds the parameters that were trained in full, such as a new head.
 ///
 /// ```no_run
 /// use burn::{module::Module, tensor::backend::Backend};
@@ -41,22 +40,21 @@ pub use renaming::Renaming;
 /// }
 /// ```
 ///
-/// A model whose twin in Python calls its modules otherwise exchanges adapters with it by a
-/// [`Renaming`].
+/// If the same model in Python has other module names, use a [`Renaming`] to exchange adapters.
 #[derive(Clone, Debug)]
 pub struct LoraAdapters<B: Backend> {
-    /// Boxed, since the nodes of a map leave room for more values than they hold.
+    /// Boxed, because the nodes of a map allocate space for more values than they hold.
     pub(crate) adapters: BTreeMap<String, Box<LoraAdapter<B>>>,
-    /// What was trained in full, by PyTorch's name and in PyTorch's layout: only a model knows what
-    /// of it to transpose.
+    /// The parameters that were trained in full, by PyTorch's names and in PyTorch's layout. Only a
+    /// model knows which of them Burn stores transposed.
     pub(crate) extras: BTreeMap<String, Extra<B>>,
-    /// The modules that the extras are the parameters of.
+    /// The modules that the parameters in `extras` belong to.
     pub(crate) modules_to_save: Vec<String>,
-    /// The layers that the adapters were made for, if a file said so.
+    /// The layers that the configuration in a file targets, if the set was loaded from one.
     pub(crate) targets: Option<Targets>,
-    /// From the paths here to the names in the file, by which the targets are given.
+    /// The renamings from the paths here to the names in the file, which `targets` uses.
     pub(crate) names_in_file: Vec<Renaming>,
-    /// What a file said beyond what this crate uses, to be saved again.
+    /// The fields of a file's configuration that this crate does not use. They are saved again.
     pub(crate) config: BTreeMap<String, serde_json::Value>,
 }
 
@@ -91,12 +89,12 @@ impl<B: Backend> LoraAdapters<B> {
         self.adapters.iter().map(|(path, adapter)| (path.as_str(), adapter.as_ref()))
     }
 
-    /// Whether the file that the set came from says that the layer at `path` has an adapter.
+    /// Whether the file that the set was loaded from targets the layer at `path`.
     pub(crate) fn is_target(&self, path: &str) -> bool {
         self.targets.as_ref().is_some_and(|targets| targets.matches(&self.name_in_file(path)))
     }
 
-    /// The targets of the file that the set came from that are none of the layers at `paths`.
+    /// The targets in the file that the set was loaded from that match none of the layers at `paths`.
     pub(crate) fn unmatched_targets(&self, paths: &[String]) -> Vec<String> {
         let names: Vec<_> = paths.iter().map(|path| self.name_in_file(path)).collect();
         let targets = self.targets.as_ref();
@@ -117,13 +115,13 @@ impl<B: Backend> LoraAdapters<B> {
         self.adapters.is_empty()
     }
 
-    /// The number of parameters, those trained in full included.
+    /// The number of parameters, including those that were trained in full.
     pub fn num_params(&self) -> usize {
         let adapters = self.adapters.values().map(|it| it.num_trainable());
         adapters.chain(self.extras.values().map(Extra::num_elements)).sum()
     }
 
-    /// The bytes that the parameters take in memory.
+    /// The number of bytes that the parameters take in memory.
     pub fn num_bytes(&self) -> usize {
         let adapters = self.adapters.values();
         let adapters = adapters.map(|it| it.num_trainable() * it.a.dtype().size());
@@ -139,7 +137,7 @@ impl<B: Backend> Extra<B> {
 }
 
 impl<B: Backend> fmt::Display for LoraAdapters<B> {
-    /// A table of the layers, and one line on the whole.
+    /// A table of the layers, and a line with the totals.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let shape =
             |dims: &[usize]| dims.iter().map(usize::to_string).collect::<Vec<_>>().join("x");

@@ -1,4 +1,4 @@
-//! The recipe for adapters.
+//! The configuration of adapters.
 
 mod targets;
 
@@ -9,8 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{error::LoraError, pattern::Pattern};
 
-/// How strongly an adapter counts: the rule that turns `alpha` and the rank into the scale
-/// `s` of `s·A·B`.
+/// The rule that turns `alpha` and the rank into the scale `s` of the update `s·A·B`.
 ///
 /// With `rank` 4 and `alpha` 8 the three rules give 8, 2 and 4.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,7 +18,7 @@ pub enum Scaling {
     /// `s = alpha`.
     #[default]
     Alpha,
-    /// `s = alpha / rank`: the LoRA paper, and PEFT's default.
+    /// `s = alpha / rank`: the rule of the LoRA paper, and PEFT's default.
     AlphaOverRank,
     /// `s = alpha / √rank`: rsLoRA, whose updates keep their size as the rank grows
     /// ([Kalajdzievski 2023](https://arxiv.org/abs/2312.03732)).
@@ -47,8 +46,9 @@ impl fmt::Display for Scaling {
     }
 }
 
-/// How a fresh adapter's factors are drawn. B starts at zero, unless said otherwise, so that a
-/// fresh adapter changes nothing.
+/// How a fresh adapter's factors are drawn. Except with [`RandomBoth`](Self::RandomBoth), B starts at
+/// zero, so that a fresh adapter changes nothing. On a [`LoraEmbedding`](crate::LoraEmbedding), A starts
+/// at zero instead, and B is drawn from the normal distribution.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Init {
@@ -57,15 +57,15 @@ pub enum Init {
     KaimingUniform,
     /// A from the normal distribution with standard deviation `1/rank`: PEFT's `"gaussian"`.
     Gaussian,
-    /// A as by [`KaimingUniform`](Self::KaimingUniform), and B from the uniform distribution on
+    /// A as with [`KaimingUniform`](Self::KaimingUniform), and B from the uniform distribution on
     /// `±1/√rank`: PEFT's `init_lora_weights=False`. Such an adapter changes the output from the
-    /// start; meant for tests.
+    /// start. It is meant for tests.
     RandomBoth,
 }
 
-/// The recipe for adapters: how large they are, how they start, and which layers get one.
+/// The configuration of adapters: their ranks, their initial values, and which layers get one.
 ///
-/// Plain data: it can be built in code, or read from JSON with Burn's [`Config::load`].
+/// It is plain data. It can be built in code, or read from JSON with Burn's [`Config::load`].
 ///
 /// ```
 /// use burn_lora::{LoraConfig, Scaling};
@@ -78,9 +78,9 @@ pub enum Init {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
-    /// The rank: how many columns A and how many rows B has. At least 1.
+    /// The rank: the number of columns of A, and of rows of B. At least 1.
     pub rank: usize,
-    /// The strength, turned into the scale `s` by [`scaling`](Self::scaling).
+    /// The value that [`scaling`](Self::scaling) turns into the scale `s`.
     pub alpha: f64,
     /// The rule for the scale `s`. Default: [`Scaling::Alpha`].
     #[serde(default)]
@@ -89,37 +89,37 @@ pub struct LoraConfig {
     #[serde(default)]
     pub init: Init,
     /// The probability with which each element of the adapter's input is dropped during training,
-    /// in `[0, 1)`. It never touches the base's input. Default: 0.
+    /// in `[0, 1)`. The base's input is not affected. Default: 0.
     #[serde(default)]
     pub dropout: f64,
-    /// Whether the adapter also learns a bias, starting at zero: `s·(x·A·B + bias)`; PEFT's
+    /// Whether the adapter also has a bias, which starts at zero: `s·(x·A·B + bias)`. PEFT calls it
     /// `lora_bias`. Default: false.
     #[serde(default)]
     pub bias: bool,
-    /// The layers to adapt: names or regular expressions that match a layer's path with its whole
-    /// length or with whole trailing segments. Empty, the default, means every layer that can
-    /// carry an adapter.
+    /// The target modules, which are the layers to adapt: names or regular expressions that match a
+    /// layer's whole path, or whole segments at the end of the path. If empty, every layer that can
+    /// carry an adapter is a target. Default: empty.
     #[serde(default)]
     pub targets: Vec<String>,
-    /// The layers to leave alone although a target matches; patterns as in
+    /// The layers that get no adapter even if a target matches. Patterns as in
     /// [`targets`](Self::targets). Default: none.
     #[serde(default)]
     pub excludes: Vec<String>,
-    /// Ranks that differ from [`rank`](Self::rank): the first pattern that matches a layer's path
-    /// decides. Default: none.
+    /// Ranks that replace [`rank`](Self::rank) for some layers. The first pattern that matches a layer's
+    /// path is used. Default: none.
     #[serde(default)]
     pub rank_pattern: Vec<(String, usize)>,
-    /// Strengths that differ from [`alpha`](Self::alpha): the first pattern that matches a layer's
-    /// path decides. Default: none.
+    /// Values that replace [`alpha`](Self::alpha) for some layers. The first pattern that matches a
+    /// layer's path is used. Default: none.
     #[serde(default)]
     pub alpha_pattern: Vec<(String, f64)>,
-    /// Modules or parameters that train in full, and are saved, next to the adapters: a new head,
-    /// say. What they hold is never adapted. Patterns as in [`targets`](Self::targets).
+    /// Modules or parameters that train in full and are saved with the adapters, such as a new head.
+    /// Layers in these modules get no adapter. Patterns as in [`targets`](Self::targets).
     /// Default: none.
     #[serde(default)]
     pub modules_to_save: Vec<String>,
-    /// The seed of the factors. Each layer draws from its own stream, chosen by the seed and the
-    /// layer's path, so that neither the backend nor the order of layers matters. Default: 0.
+    /// The seed of the factors. Each layer has its own random stream, which depends on the seed and the
+    /// layer's path, but not on the backend or the order of the layers. Default: 0.
     #[serde(default)]
     pub seed: u64,
 }
@@ -127,8 +127,8 @@ pub struct LoraConfig {
 impl Config for LoraConfig {}
 
 impl LoraConfig {
-    /// A recipe with the given rank and strength, and defaults for the rest. The scale `s` is `alpha`
-    /// itself; whoever comes from PEFT wants [`peft`](Self::peft).
+    /// A configuration with the given rank and alpha, and defaults for the rest. The scale `s` is
+    /// `alpha` itself. For PEFT's scaling, use [`peft`](Self::peft).
     pub fn new(rank: usize, alpha: f64) -> Self {
         Self {
             rank,
@@ -146,8 +146,8 @@ impl LoraConfig {
         }
     }
 
-    /// A recipe as PEFT has it: `alpha` counts in relation to the rank,
-    /// [`Scaling::AlphaOverRank`], so that the scale `s` is `lora_alpha / r`.
+    /// A configuration with PEFT's scaling, [`Scaling::AlphaOverRank`]: the scale `s` is
+    /// `lora_alpha / r`.
     ///
     /// ```
     /// use burn_lora::{LoraConfig, Scaling};
@@ -180,7 +180,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets whether the adapter learns a bias.
+    /// Sets whether the adapter has a bias.
     pub fn with_bias(mut self, bias: bool) -> Self {
         self.bias = bias;
         self
@@ -192,7 +192,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets the layers to leave alone.
+    /// Sets the layers that get no adapter.
     pub fn with_excludes<S: Into<String>>(mut self, excludes: impl IntoIterator<Item = S>) -> Self {
         self.excludes = strings(excludes);
         self
@@ -207,7 +207,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets the strengths of particular layers.
+    /// Sets the alphas of particular layers.
     pub fn with_alpha_pattern<S: Into<String>>(
         mut self,
         alphas: impl IntoIterator<Item = (S, f64)>,
@@ -216,7 +216,7 @@ impl LoraConfig {
         self
     }
 
-    /// Sets what trains in full next to the adapters.
+    /// Sets the modules and parameters that train in full.
     pub fn with_modules_to_save<S: Into<String>>(
         mut self,
         modules: impl IntoIterator<Item = S>,
@@ -261,8 +261,8 @@ impl LoraConfig {
         ranks.chain(alphas).try_for_each(|path| Pattern::new(path).map(drop))
     }
 
-    /// The recipe for the layer at `path` alone: rank and alpha as the patterns say, and its own
-    /// stream of random numbers.
+    /// The configuration for the layer at `path`: with the rank and alpha that the patterns give it, and
+    /// with its own seed.
     pub(crate) fn for_layer(&self, path: &str) -> Result<Self, LoraError> {
         Ok(Self {
             rank: first_match(&self.rank_pattern, path)?.unwrap_or(self.rank),
@@ -286,8 +286,8 @@ fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T
     Ok(None)
 }
 
-/// The 64-bit FNV-1a hash, which never changes, unlike the standard library's. The empty path hashes to
-/// zero, so that a single layer draws from the seed itself.
+/// The 64-bit FNV-1a hash, XORed with its offset. Unlike the standard library's hash, it never changes.
+/// The empty path hashes to zero, so that a single layer uses the seed itself.
 pub(crate) fn fnv1a(text: &str) -> u64 {
     const OFFSET: u64 = 0xcbf2_9ce4_8422_2325;
     const PRIME: u64 = 0x0000_0100_0000_01b3;

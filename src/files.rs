@@ -1,4 +1,4 @@
-//! Files that must be on the disk before others refer to them.
+//! Waiting until files are on the disk.
 
 use std::{fs::File, io, path::Path};
 
@@ -8,7 +8,8 @@ pub(crate) fn sync(path: &Path) -> io::Result<()> {
     File::open(path)?.sync_all()
 }
 
-/// Elsewhere a directory cannot be opened, and a file must be opened for writing to be synced.
+/// Waits until a file is on the disk. Outside Unix, a directory cannot be opened, and a file must be
+/// open for writing to be synced.
 #[cfg(not(unix))]
 pub(crate) fn sync(path: &Path) -> io::Result<()> {
     if path.is_dir() { Ok(()) } else { File::options().append(true).open(path)?.sync_all() }

@@ -1,21 +1,21 @@
-//! Patterns that mean paths in a model.
+//! Patterns that match paths in a model.
 
 use regex::{Regex, RegexBuilder};
 
 use crate::error::LoraError;
 
-/// A regular expression of reasonable size. One that would take long to compile is refused: no name
-/// needs it, and it may come from a file.
+/// Compiles a regular expression of limited size. A larger one is an error, because it may come from a
+/// file and take long to compile. No name needs one.
 pub(crate) fn compile(expression: &str) -> Result<Regex, regex::Error> {
     const SIZE_LIMIT: usize = 1 << 20;
     RegexBuilder::new(expression).size_limit(SIZE_LIMIT).build()
 }
 
-/// A regular expression that a dotted path matches with its whole length, or with whole trailing
-/// segments: `query`, `layers\.[0-3]\.query` and `.*query` all match `layers.0.query`.
+/// A regular expression that matches a whole dotted path, or whole segments at the end of the path:
+/// `query`, `layers\.[0-3]\.query` and `.*query` all match `layers.0.query`.
 ///
-/// Plain names thus behave as in PEFT's list of target modules, and any other expression as PEFT's
-/// rank and alpha patterns do.
+/// So plain names match as in PEFT's list of target modules, and other expressions match as PEFT's rank
+/// and alpha patterns do.
 #[derive(Clone, Debug)]
 pub(crate) struct Pattern {
     source: String,
@@ -40,19 +40,19 @@ impl Pattern {
         self.regex.is_match(path)
     }
 
-    /// Whether the path, or a module that holds it, matches: `head` covers `head.weight`.
+    /// Whether the path, or a module that contains it, matches: `head` covers `head.weight`.
     pub(crate) fn covers(&self, path: &str) -> bool {
         self.covering(path).is_some()
     }
 
-    /// What of the path matches: the path itself or the outermost module that does.
+    /// The part of the path that matches: the outermost module that matches, or the path itself.
     pub(crate) fn covering<'a>(&self, path: &'a str) -> Option<&'a str> {
         let ends = path.match_indices('.').map(|(end, _)| end).chain([path.len()]);
         ends.map(|end| &path[..end]).find(|module| self.matches(module))
     }
 }
 
-/// Fails with every pattern that `used` accepts for none of the `available` paths.
+/// Fails if there are patterns that `used` accepts for none of the `available` paths, and names them.
 pub(crate) fn require_matches(
     field: &'static str,
     patterns: &[Pattern],

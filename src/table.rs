@@ -1,6 +1,6 @@
-//! Tables of text.
+//! Text tables.
 
-/// The rows under their headers: the first column to the left, the others to the right.
+/// The rows under their headers. The first column is aligned left, the others right.
 pub fn table(headers: &[&str], rows: &[impl AsRef<[String]>]) -> String {
     let headers: Vec<_> = headers.iter().map(|&header| header.to_owned()).collect();
     let lines = || std::iter::once(&headers[..]).chain(rows.iter().map(AsRef::as_ref));
@@ -19,7 +19,7 @@ pub fn table(headers: &[&str], rows: &[impl AsRef<[String]>]) -> String {
     format!("{head}\n{rule}{body}")
 }
 
-/// The number with a comma between thousands.
+/// The number with commas between groups of three digits.
 pub fn grouped(number: usize) -> String {
     let digits = number.to_string();
     let groups = digits.as_bytes().rchunks(3).rev();

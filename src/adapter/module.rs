@@ -118,7 +118,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
 }
 
 impl<B: Backend> LoraAdapter<B> {
-    /// The adapter that `record` describes, on `device`. The layer that gets the adapter sets its layout.
+    /// The adapter that `record` describes, on `device`. The layer that gets it sets its layout.
     pub(crate) fn from_record(record: LoraAdapterRecord<B>, device: &B::Device) -> Self {
         Self {
             a: trainable_param(record.a, device),

@@ -1,4 +1,4 @@
-//! Sets of adapters as vectors: scaled, added, and merged in the ways of the literature.
+//! Scaling and adding sets of adapters, and merging them by published methods.
 
 use burn::{
     module::Param,
@@ -14,44 +14,45 @@ use crate::{
     error::LoraError,
 };
 
-/// How [`LoraAdapters::combine`] forms one adapter of several, for each layer.
+/// How [`LoraAdapters::combine`] forms one adapter from several, for each layer.
 ///
-/// Only [`Concatenate`](Self::Concatenate) adds the updates themselves. The others merge the factors
-/// A and B apart, as PEFT does: they need equal ranks, keep that rank, and are approximations, since
-/// the product of two sums is not the sum of the products.
+/// Only [`Concatenate`](Self::Concatenate) adds the updates exactly. The others merge the factors A and
+/// the factors B separately, as PEFT does. They need equal ranks, and keep that rank. They are
+/// approximations, because the product of two sums is not the sum of the products.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub enum Combination {
-    /// The weighted sum of the updates, exactly: the factors side by side, so that ranks add up.
+    /// The exact weighted sum of the updates. The factors are concatenated, so the ranks add up.
     Concatenate,
-    /// The weighted sums of the factors, each weighted by the root of its weight: PEFT's "linear".
+    /// The weighted sums of the factors: PEFT's "linear". A and B are each weighted by the square root
+    /// of the adapter's weight times its scale.
     Linear,
     /// TIES ([Yadav et al. 2023](https://arxiv.org/abs/2306.01708)): of each factor only the largest
-    /// elements are kept, and where they disagree on the sign, those of the stronger one.
+    /// elements are kept. Where their signs differ, only those with the sign of their sum are merged.
     Ties {
         /// The share of elements to keep, in `(0, 1]`.
         density: f64,
     },
-    /// DARE ([Yu et al. 2023](https://arxiv.org/abs/2311.03099)): elements are dropped at random, and
-    /// the others enlarged to make up for it, before the factors are added.
+    /// DARE ([Yu et al. 2023](https://arxiv.org/abs/2311.03099)): before the factors are added, elements
+    /// are dropped at random, and the others are divided by `density`.
     Dare {
         /// The probability with which an element is kept, in `(0, 1]`.
         density: f64,
-        /// The seed of what is dropped.
+        /// The seed of the random choice.
         seed: u64,
     },
-    /// DARE's dropping, and then TIES's election of signs.
+    /// Drops elements as DARE does, and then merges by sign as TIES does.
     DareTies {
         /// The probability with which an element is kept, in `(0, 1]`.
         density: f64,
-        /// The seed of what is dropped.
+        /// The seed of the random choice.
         seed: u64,
     },
 }
 
 impl<B: Backend> LoraAdapters<B> {
-    /// The adapters with all updates multiplied by `by`, exactly: -1 takes a task away instead of
-    /// adding it. What was trained in full stays as it is.
+    /// The adapters with all updates multiplied by `by`. Only alpha changes, so A and B are not rounded.
+    /// A negative number subtracts the updates. Parameters that were trained in full stay as they are.
     pub fn scaled(&self, by: f64) -> Self {
         let mut set = self.clone();
         for adapter in set.adapters.values_mut() {
@@ -60,8 +61,8 @@ impl<B: Backend> LoraAdapters<B> {
         set
     }
 
-    /// One set of several, each with its weight: for each layer the weighted sum of the updates, or
-    /// another combination of them. A layer that only some of the sets adapt takes part with those.
+    /// Combines several sets, each with a weight, into one: for each layer the weighted sum of the
+    /// updates, or another [`Combination`]. If only some of the sets adapt a layer, those are combined.
     ///
     /// ```
     /// # fn main() -> Result<(), burn_lora::LoraError> {
@@ -83,9 +84,10 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// # Errors
     ///
-    /// [`LoraError::Incompatible`] if adapters of one layer have different shapes, or for the
-    /// approximate ways different ranks; if a set has parameters that were trained in full, of
-    /// which there can be no sum; or if a weight or a density makes no sense.
+    /// [`LoraError::Incompatible`] if adapters of one layer have different shapes or layouts, or
+    /// different ranks unless `how` is [`Combination::Concatenate`]; if a set has parameters that were
+    /// trained in full, which cannot be added; or if a weight is not finite, or a density is not in
+    /// `(0, 1]`.
     pub fn combine(parts: &[(&Self, f64)], how: Combination) -> Result<Self, LoraError> {
         let incompatible = |path: &str, problem: String| {
             Err(LoraError::Incompatible { path: path.to_owned(), problem })
@@ -147,7 +149,7 @@ impl<B: Backend> LoraAdapters<B> {
 /// The weighted sum of the updates.
 fn concatenate<B: Backend>(parts: &[(&LoraAdapter<B>, f64)]) -> LoraAdapter<B> {
     let scales: Vec<_> = parts.iter().map(|(adapter, weight)| adapter.scale() * weight).collect();
-    // If all have the same scale, it stays a scale, and no factor is rounded.
+    // A common scale becomes the alpha of the sum, so that no factor has to be multiplied and rounded.
     let alpha = if scales.iter().all(|scale| *scale == scales[0]) { scales[0] } else { 1.0 };
     let own = |scale: f64| if alpha == scale { 1.0 } else { scale / alpha };
     let a = parts.iter().map(|(adapter, _)| frozen(&adapter.a)).collect();
@@ -161,8 +163,8 @@ fn concatenate<B: Backend>(parts: &[(&LoraAdapter<B>, f64)]) -> LoraAdapter<B> {
     sum
 }
 
-/// The factors merged apart. Each part's weight and scale are shared evenly by its two factors; a
-/// negative one turns the sign of A.
+/// Merges the factors A and the factors B separately. Both factors of a part are weighted by the square
+/// root of its weight times its scale. If that product is negative, the weight of A is negative.
 fn factorwise<B: Backend>(
     parts: &[(&LoraAdapter<B>, f64)],
     how: Combination,
@@ -175,7 +177,7 @@ fn factorwise<B: Backend>(
     let b = parts.iter().map(|(adapter, _)| frozen(&adapter.b)).collect();
     let (a, b) = (merge(a, &for_a, how, path, "A"), merge(b, &for_b, how, path, "B"));
     let mut merged = LoraAdapter::new(a, b, 1.0, Scaling::Alpha);
-    // Biases are not split into factors: they are added with their whole weight.
+    // A bias is not a product of two factors, so it is added with its whole weight.
     let biases = parts
         .iter()
         .zip(&scales)
@@ -206,7 +208,7 @@ fn merge<B: Backend>(
         }
     };
     let merged = match how {
-        Combination::Concatenate => unreachable!("this way does not merge factors"),
+        Combination::Concatenate => unreachable!("it does not merge factors"),
         Combination::Linear => weighted(tensors),
         Combination::Dare { density, seed } => weighted(pruned(tensors, &drop(density, seed))),
         Combination::Ties { density } => {
@@ -217,10 +219,10 @@ fn merge<B: Backend>(
             Some(elect(pruned(tensors, &drop(density, seed)), weights))
         }
     };
-    merged.expect("a layer is combined of at least one part")
+    merged.expect("a layer has at least one part")
 }
 
-/// Sets all but the `density` largest elements to zero.
+/// Keeps the largest elements, whose share is `density`, and sets the others to zero.
 fn keep_largest(values: &mut [f32], density: f64) {
     let keep = (density * values.len() as f64) as usize;
     let mut order: Vec<_> = (0..values.len()).collect();
@@ -230,14 +232,14 @@ fn keep_largest(values: &mut [f32], density: f64) {
     }
 }
 
-/// Keeps each element with probability `density`, enlarged so that the mean stays.
+/// Keeps each element with probability `density`, and divides it by `density` to keep the mean.
 fn drop_randomly(values: &mut [f32], density: f64, rng: &mut StdRng) {
     for value in values {
         *value = if rng.random_bool(density) { *value / density as f32 } else { 0.0 };
     }
 }
 
-/// The weighted mean, for each element, of those that have the sign of the sum of all.
+/// For each element, the weighted mean of the tensors' values that have the sign of their sum.
 fn elect<B: Backend>(tensors: Vec<Tensor<B, 2>>, weights: &[f64]) -> Tensor<B, 2> {
     let parts: Vec<Vec<f32>> = tensors.iter().map(|tensor| values(tensor.clone())).collect();
     on_host(tensors[0].clone(), |merged| {

@@ -1,4 +1,4 @@
-//! The best approximation by a low rank: of adapters of a higher one, and of fully trained weights.
+//! The best approximation of a given rank, of adapters of a higher rank and of fully trained weights.
 
 use std::collections::BTreeMap;
 
@@ -21,17 +21,18 @@ use crate::{
 pub struct Approximation<B: Backend> {
     /// The adapters.
     pub adapters: LoraAdapters<B>,
-    /// The share of each layer's update that is kept, by the names in `adapters`, from 0 to 1: that of
-    /// the sum of its squared elements. The relative error of the update, in the Frobenius norm, is
-    /// `√(1 - kept)`.
+    /// The share of each layer's update that is kept, from 0 to 1, by the paths in `adapters`. It is a
+    /// share of the sum of the update's squared elements. The relative error of the update, in the
+    /// Frobenius norm, is `√(1 - kept)`.
     pub kept: BTreeMap<String, f64>,
 }
 
 impl<B: Backend> LoraAdapters<B> {
     /// The best approximation of the updates by adapters of at most `rank`. The dense updates are
-    /// never formed: the factors are decomposed, and then a matrix as small as their rank.
+    /// never formed. The factors are decomposed by QR, which leaves a matrix whose sides are at most the
+    /// old rank.
     ///
-    /// Biases, and what was trained in full, stay as they are.
+    /// Biases, and parameters that were trained in full, stay as they are.
     ///
     /// # Panics
     ///
@@ -64,7 +65,7 @@ impl<B: Backend> LoraAdapters<B> {
 /// keeps. Only the leading singular vectors are needed; they are found by subspace iteration
 /// ([Halko et al. 2009](https://arxiv.org/abs/0909.4061)).
 pub(crate) fn extract<B: Backend>(delta: Tensor<B, 2>, rank: usize) -> (LoraAdapter<B>, f64) {
-    /// Directions beyond the rank, and rounds, that make the result as good as exact.
+    /// Directions beyond the rank, and rounds. With these numbers the result is nearly exact.
     const SPARE: usize = 10;
     const ROUNDS: usize = 8;
 
@@ -83,7 +84,7 @@ pub(crate) fn extract<B: Backend>(delta: Tensor<B, 2>, rank: usize) -> (LoraAdap
         let back = product(&transposed, &basis).qr().q();
         basis = product(&delta, &back).qr().q();
     }
-    // delta ≈ basis·(basisᵀ·delta), and the transpose of that in brackets is Q·R.
+    // delta ≈ basis·(basisᵀ·delta) = basis·Rᵀ·Qᵀ, where deltaᵀ·basis = Q·R.
     let rest = product(&transposed, &basis).qr();
     let small = Svd::new(rest.r().transpose());
     let kept = small.kept(rank, total);
@@ -99,7 +100,7 @@ struct Svd {
 
 impl Svd {
     fn new(matrix: DMatrix<f64>) -> Self {
-        // With NaN or infinite values the iteration would not end.
+        // The iteration does not end if a value is NaN or infinite.
         assert!(
             matrix.iter().all(|it| it.is_finite()),
             "there is no decomposition of NaN or infinite values"
@@ -115,12 +116,12 @@ impl Svd {
 
     fn kept(&self, rank: usize, total: f64) -> f64 {
         let kept: f64 = self.values.iter().take(rank).map(|it| it * it).sum();
-        // An update of zero is kept completely.
+        // All of an update of zero is kept.
         if total > 0.0 { (kept / total).min(1.0) } else { 1.0 }
     }
 
-    /// The adapter of the leading values, between the bases that the matrix maps between. Both of
-    /// its factors get the root of each value.
+    /// The adapter of the `rank` largest singular values. The columns of `input` and `output` are the
+    /// bases for the matrix's rows and columns. A and B are each scaled by the values' square roots.
     fn adapter<B: Backend>(
         &self,
         input: &DMatrix<f64>,

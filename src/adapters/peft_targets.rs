@@ -1,4 +1,4 @@
-//! Which layers `adapter_config.json` means, by PEFT's rules.
+//! Which layers `adapter_config.json` targets, by PEFT's rules.
 
 use regex::Regex;
 use serde::Deserialize;
@@ -10,7 +10,7 @@ use crate::pattern::compile;
 pub(crate) enum Modules {
     /// A regular expression, or "all-linear".
     Expression(String),
-    /// Names, or ends of names.
+    /// Paths, or ends of paths.
     Names(Vec<String>),
 }
 
@@ -28,27 +28,27 @@ pub(crate) enum Names {
     Many(Vec<String>),
 }
 
-/// Which layers a configuration means, by PEFT's rules.
+/// The layers that a configuration targets, by PEFT's rules.
 #[derive(Clone, Debug)]
 pub(crate) struct Targets {
     targets: Matcher,
     excludes: Option<Matcher>,
     modules_to_save: Vec<String>,
-    /// The layers' indices, and how to find them in a path.
+    /// The indices of the layers, and the expressions that find an index in a path.
     layers: Option<(Vec<usize>, Vec<Regex>)>,
 }
 
 #[derive(Clone, Debug)]
 enum Matcher {
     Expression(Regex),
-    /// Paths in full: what most expressions come to, without the memory of a compiled one.
+    /// Full paths. Most expressions only list some, and a list takes less memory than a compiled one.
     Paths(Vec<String>),
     Names(Vec<String>),
 }
 
 impl Targets {
-    /// The layers that the fields of the file mean; nothing if an expression is beyond this crate's
-    /// regular expressions, or the file names none.
+    /// The layers that the fields of the file target. `None` if an expression cannot be compiled here,
+    /// or if the file names no layers, or all linear ones.
     pub fn new(
         target_modules: Option<&Modules>,
         exclude_modules: Option<&Modules>,
@@ -68,7 +68,8 @@ impl Targets {
             Some(Names::One(pattern)) => vec![pattern.clone()],
             Some(Names::Many(patterns)) => patterns.clone(),
         };
-        // The first number after the pattern, or after any segment but the first.
+        // The index is the first number after a pattern. Without patterns, it is the first number after
+        // any segment but the first.
         let finders: Result<Vec<_>, _> = if patterns.is_empty() {
             compile(r"^.*?\.[^.]*\.(?P<index>\d+)\.").map(|finder| vec![finder])
         } else {
@@ -88,7 +89,7 @@ impl Targets {
     }
 }
 
-/// Whether the path is one of the modules, ends with one, or lies within one.
+/// Whether the path is one of the modules, ends with one, or is inside one.
 pub(crate) fn within_any(modules: &[String], path: &str) -> bool {
     let ends = path.match_indices('.').map(|(end, _)| end).chain([path.len()]);
     ends.into_iter().any(|end| is_or_ends_with(modules, &path[..end]))
@@ -100,7 +101,7 @@ fn is_or_ends_with(names: &[String], path: &str) -> bool {
     })
 }
 
-/// The text that an expression stands for, if it stands for one alone.
+/// The text that an expression matches, if it matches only one.
 fn unescape(expression: &str) -> Option<String> {
     let mut text = String::new();
     let mut characters = expression.chars();
@@ -147,7 +148,7 @@ impl Targets {
             return false;
         }
         match (&self.targets, &self.layers) {
-            // A name in full stands for itself, whatever the indices say.
+            // A full path in the list matches, whatever the indices are.
             (Matcher::Names(names), Some((indices, finders)))
                 if !names.iter().any(|name| name == path) =>
             {
@@ -159,7 +160,7 @@ impl Targets {
         }
     }
 
-    /// The names, or the expression, that match none of the paths.
+    /// The names that match none of the paths, or the expression if it matches none of them.
     pub fn unmatched<'a>(&self, paths: impl Iterator<Item = &'a str> + Clone) -> Vec<String> {
         match &self.targets {
             Matcher::Expression(regex) if !paths.clone().any(|path| regex.is_match(path)) => {

@@ -7,7 +7,7 @@ use burn::tensor::backend::Backend;
 use super::LoraAdapters;
 use crate::error::LoraError;
 
-/// From a model's paths to the names of its twin in Python, as pairs of templates.
+/// A mapping from a model's paths to the names that the same model has in Python, as pairs of templates.
 ///
 /// ```
 /// use burn_lora::Renaming;
@@ -21,11 +21,11 @@ use crate::error::LoraError;
 /// assert_eq!(names.apply("head"), "head");
 /// ```
 ///
-/// A template means the module at its path and all within; `*` stands for one name, a layer's number
-/// most often. The first pair whose template fits decides. What none fits keeps its path. An empty
-/// template is the model itself, which every path fits: it comes last.
+/// A template matches the module at its path, and everything in that module. `*` matches one name, such
+/// as a layer's number. The first pair whose template matches is used. A path that no template matches
+/// stays as it is. An empty template matches every path, so it must come last.
 ///
-/// A set of adapters is renamed before it is saved, and renamed back after it was loaded:
+/// Rename a set of adapters before you save it, and rename it back after you load it:
 ///
 /// ```no_run
 /// # use burn::{module::Module, tensor::backend::Backend};
@@ -43,7 +43,7 @@ pub struct Renaming {
 }
 
 impl Renaming {
-    /// A renaming of the first of each pair to the second.
+    /// A renaming from the first template of each pair to the second.
     ///
     /// # Panics
     ///
@@ -61,19 +61,19 @@ impl Renaming {
         Self { pairs }
     }
 
-    /// The renaming that leads back.
+    /// The renaming in the opposite direction.
     pub fn inverse(&self) -> Self {
         Self { pairs: self.pairs.iter().map(|(from, to)| (to.clone(), from.clone())).collect() }
     }
 
-    /// The new name of what is at `path`.
+    /// The new name of the module or parameter at `path`.
     pub fn apply(&self, path: &str) -> String {
         let renamed = self.pairs.iter().find_map(|(from, to)| rename(path, from, to));
         renamed.unwrap_or_else(|| path.to_owned())
     }
 }
 
-/// The path by the template `to`, if it fits the template `from`.
+/// The path with the template `from` replaced by `to`; `None` if the path does not match `from`.
 fn rename(path: &str, from: &str, to: &str) -> Option<String> {
     let mut names = path.split('.').filter(|name| !name.is_empty());
     let mut stars = Vec::new();
@@ -92,12 +92,12 @@ fn rename(path: &str, from: &str, to: &str) -> Option<String> {
 }
 
 impl<B: Backend> LoraAdapters<B> {
-    /// The set with other names for the layers and for what was trained in full.
+    /// The set with new names for the layers, and for the parameters that were trained in full.
     ///
     /// # Errors
     ///
-    /// [`LoraError::Incompatible`] if two layers or two parameters would get the same name, or a
-    /// parameter would no longer lie in the module that was trained in full.
+    /// [`LoraError::Incompatible`] if two layers or two parameters would get the same name, or if a
+    /// parameter would no longer be in the module that was trained in full.
     pub fn renamed(&self, names: &Renaming) -> Result<Self, LoraError> {
         for module in &self.modules_to_save {
             let within = |module: &str, name: &str| {
@@ -120,7 +120,7 @@ impl<B: Backend> LoraAdapters<B> {
         for module in &mut set.modules_to_save {
             *module = names.apply(module);
         }
-        // What a file says about its targets goes by the names in the file.
+        // `targets` uses the names in the file.
         set.names_in_file.insert(0, names.inverse());
         Ok(set)
     }

@@ -7,10 +7,10 @@ use crate::{
 };
 
 impl LoraConfig {
-    /// The paths, among those of all layers, of the layers that get an adapter: those that a target
-    /// matches, or all if there are no targets, without those that are excluded or train in full.
+    /// Chooses, from the paths of all layers, those that get an adapter: those that a target matches, or
+    /// all if there are no targets, without those that are excluded or train in full.
     ///
-    /// Fails if a pattern matches none of the paths, or if nothing is left.
+    /// Fails if a pattern other than those of `modules_to_save` matches no path, or if no path is left.
     pub(crate) fn choose(&self, paths: &[String]) -> Result<Vec<String>, LoraError> {
         let targets = Pattern::all(&self.targets)?;
         let excludes = Pattern::all(&self.excludes)?;

@@ -30,8 +30,8 @@ use crate::{config::LoraConfig, error::LoraError};
 /// ```
 ///
 /// It supports everything that the base supports, including masks, caches and quiet softmax. Its
-/// parameters have the base's paths (`query.weight`, …). Input and cache are types of this crate, because
-/// the fields of Burn's types are private. They have the same constructors as Burn's types.
+/// parameters have the base's paths (`query.weight`, …). Input and cache are types of this crate,
+/// because the fields of Burn's types are private. They have the same constructors as Burn's types.
 #[derive(Module, Debug)]
 pub struct LoraMultiHeadAttention<B: Backend> {
     /// The projection to the queries.

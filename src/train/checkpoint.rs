@@ -14,12 +14,12 @@ use serde::{Serialize, de::DeserializeOwned};
 
 use crate::files::sync;
 
-/// A recorder that writes beside the file and renames when it is done. If a run is killed while it
-/// writes, or a save fails, the old file stays, if there was one.
+/// A recorder that writes to a temporary file, and renames it when it is complete. If the run is killed
+/// during a save, or the save fails, an existing file stays as it was.
 ///
-/// It wraps one of Burn's file recorders. Use full precision for checkpoints: half precision destroys the
-/// optimizer's second moments. An error that Burn's recorder does not notice is not noticed here either,
-/// such as a disk that is full when the last bytes are written.
+/// It wraps one of Burn's file recorders. Use full precision for checkpoints: half precision cannot
+/// represent the optimizer's second moments. Errors that Burn's recorder does not report are not
+/// reported here either, such as a disk that is full when the last bytes are written.
 ///
 /// ```
 /// use burn::record::{FullPrecisionSettings, NamedMpkFileRecorder};
@@ -38,7 +38,7 @@ pub struct AtomicRecorder<R> {
 }
 
 impl<R> AtomicRecorder<R> {
-    /// Writes as `inner` does.
+    /// A recorder that writes the file format of `inner`.
     pub fn new(inner: R) -> Self {
         Self { inner }
     }
@@ -64,12 +64,12 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
         file.set_extension(R::file_extension());
         unfinished.set_extension(R::file_extension());
         let moved = written.and_then(|()| {
-            // Without this, the new name could reach the disk before the content.
+            // Without `sync`, the new name could reach the disk before the content.
             let moved = sync(&unfinished).and_then(|()| fs::rename(&unfinished, &file));
             moved.map_err(|error| RecorderError::Unknown(error.to_string()))
         });
         moved.map_err(|error| {
-            // It may not even exist.
+            // An error of `remove_file` does not matter: the file may not exist.
             let _ = fs::remove_file(&unfinished);
             RecorderError::Unknown(format!("{}: {error}", file.display()))
         })
@@ -80,22 +80,22 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
     }
 }
 
-/// What is added to the name of a file that is not complete.
+/// The suffix of the name of an incomplete file.
 const UNFINISHED: &str = "~unfinished";
 
 /// The files that burn-train writes for an epoch.
 const PARTS: [&str; 3] = ["model", "optim", "scheduler"];
 
-/// The last epoch of which `directory` has the whole checkpoint: the model, the optimizer and the
-/// learning rate. `directory` is the one that burn-train's `SupervisedTraining::new` was given; one that
-/// does not exist has none.
+/// The last epoch with a complete checkpoint in `directory`: the model, the optimizer and the learning
+/// rate. `directory` is the one that was passed to burn-train's `SupervisedTraining::new`. The result is
+/// `None` if the directory does not exist.
 ///
-/// A run that is killed between two files, or in the middle of one that an [`AtomicRecorder`] writes,
-/// leaves a checkpoint that is not whole: the one before it is found.
+/// A run that is killed between two files, or while an [`AtomicRecorder`] writes a file, leaves an
+/// incomplete checkpoint, which is ignored.
 ///
 /// # Errors
 ///
-/// If the directory is there and cannot be read.
+/// If the directory exists and cannot be read.
 pub fn last_checkpoint(directory: impl AsRef<Path>) -> io::Result<Option<usize>> {
     let files = match fs::read_dir(directory.as_ref().join("checkpoint")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),

@@ -10,9 +10,10 @@ use burn::{
 
 use crate::model::{Place, Visit, visit};
 
-/// An optimizer that trains B faster than A, which LoRA+
-/// ([Hayou et al. 2024](https://arxiv.org/abs/2402.12354)) finds to learn faster: with the learning rate
-/// `lr` of each step for A, and `ratio · lr` for B.
+/// An optimizer with a higher learning rate for B than for A: LoRA+
+/// ([Hayou et al. 2024](https://arxiv.org/abs/2402.12354)).
+///
+/// In each step, A trains with the learning rate `lr` of the step, and B with `ratio · lr`.
 ///
 /// ```
 /// use burn::{backend::{Autodiff, Flex}, optim::AdamWConfig};
@@ -23,22 +24,23 @@ use crate::model::{Place, Visit, visit};
 /// let optimizer = LoraPlus::new(adamw, 16.0);
 /// ```
 ///
-/// It wraps any Burn optimizer, and is one: for training loops, and for burn-train's `Learner`. An
-/// adapter's bias goes with its B. What else trains has the learning rate `lr`, and so have both factors
-/// of an embedding's adapter, where not B starts at zero, but A.
+/// It wraps any Burn optimizer, and is itself one, for training loops and for burn-train's `Learner`. An
+/// adapter's bias trains with the learning rate of B. All other parameters train with `lr`. So do both
+/// factors of an embedding's adapter, because there A starts at zero instead of B.
 ///
-/// The authors use a ratio of 16, and a learning rate for A that is about half of what LoRA would get.
+/// The authors find that training is then faster. They use a ratio of 16, and a learning rate for A that
+/// is about half of that for LoRA.
 #[derive(Clone, Debug)]
 pub struct LoraPlus<O> {
-    /// For B.
+    /// The optimizer for B.
     fast: O,
-    /// For all others.
+    /// The optimizer for all other parameters.
     slow: O,
     ratio: f64,
 }
 
 impl<O: Clone> LoraPlus<O> {
-    /// Trains as `optimizer` does, and B with `ratio` times the learning rate.
+    /// An optimizer that trains like `optimizer`, but B with `ratio` times the learning rate.
     ///
     /// # Panics
     ///
@@ -58,7 +60,7 @@ where
     M: AutodiffModule<B>,
     O: Optimizer<M, B>,
 {
-    /// The state for B, and the state for all others.
+    /// The state for B, and the state for all other parameters.
     type Record = (O::Record, O::Record);
 
     fn step(&mut self, lr: LearningRate, module: M, mut grads: GradientsParams) -> M {
@@ -96,7 +98,7 @@ fn take_b<B: AutodiffBackend, M: AutodiffModule<B>>(
 }
 
 struct Taker<'a> {
-    /// The paths of embeddings. A walk meets the table before the adapter.
+    /// The paths of embeddings. A walk visits the table before the adapter.
     embeddings: BTreeSet<String>,
     grads: &'a mut GradientsParams,
     of_b: GradientsParams,

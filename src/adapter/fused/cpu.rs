@@ -60,8 +60,9 @@ impl Cpu for burn_flex::Flex {
         tensor.try_storage_mut().filter(|_| whole)
     }
 
-    /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single product
-    /// below [`SHARED`] on one thread, but a batch of products on several from 128³ multiplications on.
+    /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single
+    /// product below [`SHARED`] on one thread, but uses several for a batch of products from 128³
+    /// multiplications on.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
         const BATCH_SHARED: usize = 128 * 128 * 128;
         /// With fewer rows per thread, starting the threads takes longer than the product.

@@ -77,7 +77,7 @@ impl<K: Cpu> State<K> {
                 return [None, None, db];
             }
             let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
-            // `dA` is computed as its transpose, because CPU kernels are several times slower at `xᵀ·dh`.
+            // `dA` is computed as its transpose: CPU kernels are several times slower at `xᵀ·dh`.
             let da = x.map(|x| transposed(K::product(d_hidden.clone().transpose(), x)));
             let dx = x_wanted
                 .then(|| add_product(times_transposed(dy, weight), None, d_hidden, transposed(a)));
