@@ -5,6 +5,7 @@
 #[allow(dead_code)]
 #[path = "../../examples/text_classification/bert.rs"]
 mod bert;
+// Its names in Python are not needed here.
 #[allow(dead_code)]
 #[path = "../../examples/text_classification/model.rs"]
 mod model;

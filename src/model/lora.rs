@@ -117,11 +117,11 @@ use crate::{adapters::LoraAdapters, config::LoraConfig, error::LoraError, layer:
 /// Such adapters are *dense*: `A·B` and its gradient exist for each adapted weight, in every step. A
 /// training step takes about the time and memory of full fine-tuning: 0.98 and 1.08 times as much for
 /// attention of width 512, where [`LoraMultiHeadAttention`](crate::LoraMultiHeadAttention) takes 0.53
-/// and 0.22 (`cargo bench`). Without autodiff the weights are composed in the first
-/// pass, and kept: for one row and a layer of width 1024 that pass takes 9 times as long as one of the
-/// merged layer, and every later one as long as that. The adapted weights then take their memory twice. Use LoRA
-/// layers where you can change the model; the paths and the adapters are the same, and what was trained
-/// on one can be [switched](Self::switch) onto the other.
+/// and 0.22 (`cargo bench`). Without autodiff the weights are composed in the first pass, and kept: for
+/// one row and a layer of width 1024 that pass takes 9 times as long as one of the merged layer, and
+/// every later one as long as that. The adapted weights then take their memory twice. Use LoRA layers
+/// where you can change the model; the paths and the adapters are the same, and what was trained on one
+/// can be [switched](Self::switch) onto the other.
 ///
 /// A dense adapter does not see the layer's input: dropout on it is not possible, and attaching
 /// adapters with dropout is an error; loaded ones train without. A bias of the adapter is added to the
@@ -216,7 +216,10 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// panics.
     pub fn with_adapters<R>(&self, pass: impl FnOnce(&M) -> R) -> R {
         if self.is_exact() {
-            return pass(self);
+            // Without autodiff, running statistics do not move.
+            let autodiff = self.devices().first().is_some_and(|device| B::ad_enabled(device));
+            let moving = if autodiff { self.statistics.clone() } else { BTreeSet::new() };
+            return statistics::unmoved::<B, M, R>(&*self.model, &moving, || pass(self));
         }
         let composed = slot::compose((*self.model).clone(), &self.slots);
         statistics::unmoved::<B, M, R>(&*self.model, &self.statistics, || pass(&composed))

@@ -97,6 +97,20 @@ fn a_module_of_ones_own_with_running_statistics() {
 }
 
 #[test]
+fn running_statistics_stay_without_dense_adapters_too() {
+    let own = Own::<Train>::new();
+    let before = statistics(&own);
+    let model = Lora::new(own.clone());
+    let _ = model.with_adapters(|own| own.forward(ids()));
+    assert_eq!(statistics(&own), before);
+    // By the model itself they move, as Burn has it.
+    for _ in 0..2 {
+        let _ = model.forward(ids());
+    }
+    assert_ne!(statistics(&own), before);
+}
+
+#[test]
 fn records_hold_what_trains_and_nothing_else() {
     let own = Own::<Train>::new();
     let config = config().with_targets(["table", "mixer"]).with_modules_to_save(["head"]);
