@@ -57,6 +57,16 @@ pub(crate) trait LoraLayer<B: Backend> {
     fn merge_adapter(&mut self) -> bool;
 }
 
+/// `Tensor::cat` of several tensors, along `dim`. Burn drops them before it has noted what became of
+/// them. If another thread goes backward just then, it clears away the operations that made them, and
+/// their gradients are lost. Here they are held until the end.
+pub(crate) fn cat<B: Backend, const D: usize>(
+    tensors: &[Tensor<B, D>],
+    dim: usize,
+) -> Tensor<B, D> {
+    Tensor::cat(tensors.to_vec(), dim)
+}
+
 /// A layer of Burn for which this crate has a drop-in replacement. [`LoraConfig::init`] accepts it.
 pub trait Adaptable<B: Backend>: Sized {
     /// The drop-in replacement.

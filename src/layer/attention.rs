@@ -11,7 +11,7 @@ use burn::{
     },
 };
 
-use super::{LoraLinear, fresh};
+use super::{LoraLinear, cat, fresh};
 use crate::{config::LoraConfig, error::LoraError};
 
 /// A drop-in for Burn's [`MultiHeadAttention`] whose four projections can carry adapters.
@@ -203,7 +203,7 @@ impl<B: Backend, const D: usize> Cached<B, D> {
             (Some(known), None) => known,
             (Some(known), Some(dim)) => {
                 let last = input.dims()[1] - 1;
-                Tensor::cat(vec![known, project(input.narrow(1, last, 1))], dim)
+                cat(&[known, project(input.narrow(1, last, 1))], dim)
             }
         };
         self.value = Some(value.clone());

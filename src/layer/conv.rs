@@ -4,7 +4,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::{constant, fixed, module::lora_layer};
+use super::{cat, constant, fixed, module::lora_layer};
 use crate::adapter::{LoraAdapter, WeightLayout};
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
@@ -151,8 +151,11 @@ fn for_each_group<B: Backend, const D: usize>(
     filters: Tensor<B, D>,
     groups: usize,
 ) -> Tensor<B, D> {
+    if groups == 1 {
+        return filters;
+    }
     // `repeat_dim` cannot be used, because its gradient is wrong in Burn 0.21.
-    Tensor::cat(vec![filters; groups], 0)
+    cat(&vec![filters; groups], 0)
 }
 
 lora_layer!(LoraConv1d, Conv1d, 3, weight, bias);

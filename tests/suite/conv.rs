@@ -1,6 +1,11 @@
 //! Convolutions with adapters, for random strides, paddings, dilations, groups and kernels: the
 //! factored pass, the merged kernel and the naive formula agree.
 
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+};
+
 use burn::{
     module::Param,
     nn::{
@@ -437,4 +442,32 @@ fn the_update_is_the_difference_of_the_kernels() {
 fn a_bias_on_a_transposed_convolution_with_groups_is_refused() {
     let base = ConvTranspose2dConfig::new([4, 4], [2, 2]).with_groups(2);
     LoraConfig::new(2, 3.0).with_bias(true).init(base.init::<Plain>(&device::<Plain>()));
+}
+
+/// Burn forgets operations whose results nobody holds at the moment when another thread goes backward.
+/// Parameters that went through a backward pass before no longer protect what is computed from them.
+#[test]
+fn no_gradient_is_lost_while_other_threads_go_backward() {
+    let layer = example(false, 2).conv2d::<Train>();
+    let done = AtomicBool::new(false);
+    let lost = thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let x = Tensor::<Train, 1>::ones([2], &device::<Train>()).require_grad();
+                    let _ = x.sin().sum().backward();
+                }
+            });
+        }
+        let x = example(false, 2).input::<Train>();
+        let lost = (0..200)
+            .filter(|_| {
+                let grads = layer.forward(x.clone()).sin().sum().backward();
+                layer.adapter().unwrap().a.grad(&grads).is_none()
+            })
+            .count();
+        done.store(true, Ordering::Relaxed);
+        lost
+    });
+    assert_eq!(lost, 0, "passes without a gradient of A");
 }
