@@ -126,6 +126,6 @@ impl<B: Backend, M: Module<B>> LoraModule<B> for M {}
 
 /// A clone that shares every value with the model, also those that were not drawn yet.
 fn drawn<B: Backend, M: Module<B>>(model: &M) -> M {
-    walk::params(model);
+    walk::draw(model);
     model.clone()
 }

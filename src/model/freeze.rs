@@ -7,28 +7,28 @@ use burn::{
 
 use super::walk::{Map, Place, Walk};
 
-/// A mapper of models that has exactly the parameters train whose paths `trains` accepts, and freezes
-/// all others. Running statistics never train.
+/// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
+/// others. Running statistics never train.
 ///
 /// On a backend without autodiff no parameter can be marked, and a model stays as it was.
-pub(super) fn marker<B: Backend>(trains: &dyn Fn(&str) -> bool) -> impl ModuleMapper<B> {
+pub(super) fn marker<B: Backend>(trains: impl FnMut(&Place) -> bool) -> impl ModuleMapper<B> {
     Walk::new(Marker { trains })
 }
 
-struct Marker<'a> {
-    trains: &'a dyn Fn(&str) -> bool,
+struct Marker<F> {
+    trains: F,
 }
 
-impl<B: Backend> Map<B> for Marker<'_> {
+impl<B: Backend, F: FnMut(&Place) -> bool> Map<B> for Marker<F> {
     fn param<const D: usize>(
         &mut self,
         place: &Place,
         param: Param<Tensor<B, D>>,
     ) -> Param<Tensor<B, D>> {
+        let trains = !place.is_statistic() && (self.trains)(place);
         if !B::ad_enabled(&param.lazy_device()) {
             return param;
         }
-        let trains = !place.is_statistic() && (self.trains)(place.path());
         // A leaf again, whatever trip the tensor has been on.
         param.map(|tensor| tensor.detach().set_require_grad(trains))
     }

@@ -13,8 +13,7 @@ use super::{
     in_full::{self, Values},
     put_on, record, report,
     slot::{self, Slot},
-    statistics,
-    walk::{self, Seen},
+    statistics, walk,
 };
 use crate::{adapters::LoraAdapters, config::LoraConfig, error::LoraError, layer::LoraLayer};
 
@@ -152,48 +151,43 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// The model as it is, with everything frozen but the adapters that it has already. Nothing is
     /// copied.
     pub fn new(model: M) -> Self {
-        let params = walk::params(&model);
-        Self::with_slots(model, params, vec![])
+        let statistics = walk::draw(&model);
+        Self::unmarked(model, statistics, vec![]).training(&BTreeSet::new())
     }
 
-    /// The model as it is, a copy that shares every value with it.
+    /// A copy of the model that shares every value with it. What trains in it is still to be marked.
     pub(super) fn of(model: &M) -> Self {
-        // This also draws the values of parameters that were never used, before the copy is made.
-        let params = walk::params(model);
-        Self::with_slots(model.clone(), params, vec![])
+        let statistics = walk::draw(model);
+        Self::unmarked(model.clone(), statistics, vec![])
     }
 
     /// The model with everything frozen, and with places for adapters
     /// [on stock modules](Self#adapters-on-stock-modules), too.
     pub fn overlay(model: M) -> Self {
-        let (params, slots) = (walk::params(&model), slot::find(&model));
-        Self::with_slots(model, params, slots)
+        let (statistics, slots) = (walk::draw(&model), slot::find(&model));
+        Self::unmarked(model, statistics, slots).training(&BTreeSet::new())
     }
 
-    fn with_slots(model: M, params: Vec<Seen>, slots: Vec<Slot<B>>) -> Self {
-        let statistics = params.iter().filter(|it| it.is_statistic).map(|it| it.path.clone());
-        let statistics: BTreeSet<_> = statistics.collect();
+    fn unmarked(model: M, statistics: BTreeSet<String>, slots: Vec<Slot<B>>) -> Self {
         if !statistics.is_empty() {
             statistics::sync(&model);
         }
-        let trains = params.into_iter().filter(|it| it.in_adapter).map(|it| it.path).collect();
-        let lora = Self {
+        Self {
             slots,
             model: Box::new(model),
-            trains,
+            trains: BTreeSet::new(),
             originals: Values::new(),
             modules: Vec::new(),
             described: Default::default(),
             statistics,
             composed: OnceLock::new(),
-        };
-        lora.refrozen()
+        }
     }
 
     /// Marks exactly what trains.
     pub(super) fn refrozen(mut self) -> Self {
         let trains = std::mem::take(&mut self.trains);
-        let lora = self.map_parts(&mut freeze::marker(&|path| trains.contains(path)));
+        let lora = self.map_parts(&mut freeze::marker(|place| trains.contains(place.path())));
         Self { trains, ..lora }
     }
 
@@ -202,10 +196,23 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         let unknown = in_full.iter().filter(|path| !self.originals.contains_key(*path)).cloned();
         let values = in_full::values(&*self.model, &unknown.collect());
         self.originals.extend(values);
-        let params = walk::params(&self).into_iter();
-        let adapters = params.filter(|it| it.in_adapter).map(|it| it.path);
-        self.trains = adapters.chain(in_full.iter().cloned()).collect();
-        self.refrozen()
+        let mut marked = BTreeSet::new();
+        let lora = self.map_parts(&mut freeze::marker(|place| {
+            let trains = place.adapted_layer().is_some() || in_full.contains(place.path());
+            if trains {
+                marked.insert(place.path().to_owned());
+            }
+            trains
+        }));
+        Self { trains: marked, ..lora }
+    }
+
+    /// The model after `change` was at each of its LoRA layers. What trains in it is still to be marked.
+    pub(super) fn change_layers(
+        self,
+        change: impl FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+    ) -> Self {
+        self.map_parts(&mut walk::changer(change))
     }
 
     /// Runs `pass` on the model with the adapters in effect, and returns its result.
@@ -239,9 +246,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         {
             return self.clone();
         }
-        let lora = walk::change_layers(self.clone(), |_, layer: &mut dyn LoraLayer<B>| {
-            layer.set_adapter(None);
-        });
+        let lora = self.clone().change_layers(|_, layer| layer.set_adapter(None));
         let model = Box::new(in_full::restore(*lora.model, &self.originals));
         let (trains, originals, modules) = Default::default();
         let described = Default::default();

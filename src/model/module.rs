@@ -23,10 +23,7 @@ use super::{
 };
 use crate::{
     adapter::LoraAdapter,
-    layer::{
-        LoraLayer,
-        letter::{self, ADAPTER, TAG},
-    },
+    layer::letter::{self, ADAPTER, TAG},
 };
 
 impl<B: Backend, M: Module<B>> Lora<B, M> {
@@ -66,6 +63,9 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// Has those parameters train that are marked as such now. Values that will be trained from here
     /// on are remembered as they are.
     fn training_as_marked(mut self) -> Self {
+        if walk::marks_are(&self, &self.trains) {
+            return self;
+        }
         let marked = walk::params(&self).into_iter().filter(|param| param.requires_grad);
         let marked: Vec<_> = marked.collect();
         let is_new = |path: &String| !self.originals.contains_key(path);
@@ -91,7 +91,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         if let Some(PlacedAdapterRecord { path, .. }) = unknown {
             panic!("the record has an adapter of `{path}`, and the model no such layer");
         }
-        let lora = walk::change_layers(self, move |path, layer: &mut dyn LoraLayer<B>| {
+        let lora = self.change_layers(move |path, layer| {
             if let Some(index) = adapters.iter().position(|it| it.path == path) {
                 let adapter = adapters.swap_remove(index).adapter;
                 layer.set_adapter(Some(LoraAdapter::from_record(adapter, &device)));

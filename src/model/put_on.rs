@@ -50,7 +50,9 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     let is_chosen = |path: &str| chosen.contains(path);
     let in_full = Pattern::all(&config.modules_to_save)?;
     let is_in_full = |path: &str| in_full.iter().any(|module| module.covers(path));
-    for param in walk::params(lora).iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
+    // A walk is most of the time that attaching takes.
+    let params = if in_full.is_empty() { vec![] } else { walk::params(lora) };
+    for param in params.iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
         if param.is_statistic {
             return Err(running_statistic("modules_to_save", &param.path));
         }
@@ -81,7 +83,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
 
     let configs = chosen.iter().map(|path| Ok((path.clone(), config.for_layer(path)?)));
     let configs = configs.collect::<Result<BTreeMap<_, _>, LoraError>>()?;
-    let lora = walk::change_layers(lora.clone(), move |path, layer: &mut dyn LoraLayer<B>| {
+    let lora = lora.clone().change_layers(move |path, layer| {
         if let Some(config) = configs.get(path) {
             layer.set_adapter(Some(fresh_adapter(config, layer)));
         }
@@ -118,6 +120,9 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
     field: &'static str,
 ) -> Result<Lora<B, M>, LoraError> {
     let patterns = Pattern::all(patterns)?;
+    if patterns.is_empty() {
+        return Ok(lora.training(&BTreeSet::new()));
+    }
     let adapted: BTreeSet<_> = record::adapters(&lora).into_iter().map(|(path, _)| path).collect();
     let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
     let params: Vec<_> = params.collect();
@@ -146,8 +151,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     set: &LoraAdapters<B>,
 ) -> Result<Lora<B, M>, LoraError> {
     let layers = layers::<B, _>(bare);
-    let params: Vec<_> =
-        walk::params::<B, M>(&*bare.model).into_iter().filter(|it| !it.in_adapter).collect();
+    let mut params =
+        if set.extras.is_empty() { vec![] } else { walk::params::<B, M>(&*bare.model) };
+    params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
         format!("{name} (expected {expected:?}, found {found:?})")
@@ -202,7 +208,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     mismatch.into_result("the set of adapters")?;
 
     let mut adapters = set.adapters.clone();
-    let mut lora = walk::change_layers(bare.clone(), move |path, layer: &mut dyn LoraLayer<B>| {
+    let mut lora = bare.clone().change_layers(move |path, layer| {
         if let Some(adapter) = adapters.remove(path) {
             layer.set_adapter(Some(adapter.fork(&layer.device())));
         }
@@ -218,7 +224,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
 pub(super) fn merged<B: Backend, M: Module<B>>(lora: Lora<B, M>) -> Result<M, LoraError> {
     let not_finite = Rc::new(RefCell::new(None));
     let failed = not_finite.clone();
-    let lora = walk::change_layers(lora, move |path, layer: &mut dyn LoraLayer<B>| {
+    let lora = lora.change_layers(move |path, layer| {
         if failed.borrow().is_none() && !layer.merge_adapter() {
             failed.replace(Some(path.to_owned()));
         }

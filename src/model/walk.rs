@@ -1,6 +1,6 @@
 //! Walks through any model, that know where they are.
 
-use std::{cell::RefCell, rc::Rc};
+use std::{cell::RefCell, collections::BTreeSet, rc::Rc};
 
 use burn::{
     module::{Module, ModuleMapper, ModuleVisitor, Param},
@@ -237,12 +237,41 @@ impl<B: Backend> Visit<B> for Vec<Seen> {
     }
 }
 
-/// Every float parameter of the model. Those that were never used draw their values now, so that
-/// clones of the model agree from here on.
+/// Every float parameter of the model. Those that were never used draw their values now.
 pub(crate) fn params<B: Backend, M: Module<B>>(model: &M) -> Vec<Seen> {
     let mut seen = Vec::new();
     visit(model, &mut seen);
     seen
+}
+
+/// Draws the values of the parameters that were never used, so that clones of the model agree from
+/// here on. Returns the paths of running statistics.
+pub(super) fn draw<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
+    struct Drawer(BTreeSet<String>);
+    impl<B: Backend> Visit<B> for Drawer {
+        fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+            param.val();
+            if place.is_statistic() {
+                self.0.insert(place.path().to_owned());
+            }
+        }
+    }
+    let mut drawer = Drawer(BTreeSet::new());
+    visit(model, &mut drawer);
+    drawer.0
+}
+
+/// Whether exactly the parameters at these paths are marked as training.
+pub(super) fn marks_are<B: Backend, M: Module<B>>(model: &M, trains: &BTreeSet<String>) -> bool {
+    struct Comparer<'a>(&'a BTreeSet<String>, bool);
+    impl<B: Backend> Visit<B> for Comparer<'_> {
+        fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+            self.1 &= param.is_require_grad() == self.0.contains(place.path());
+        }
+    }
+    let mut comparer = Comparer(trains, true);
+    visit(model, &mut comparer);
+    comparer.1
 }
 
 impl<B: Backend, W: Map<B>> Map<B> for &mut W {
@@ -313,10 +342,9 @@ where
     }
 }
 
-/// The model after `change` was at each of its LoRA layers.
-pub(crate) fn change_layers<B: Backend, M: Module<B>>(
-    model: M,
+/// A mapper that calls `change` for each LoRA layer of a model.
+pub(super) fn changer<B: Backend>(
     change: impl FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
-) -> M {
-    map(model, &mut Changer { change: Rc::new(RefCell::new(change)) })
+) -> impl ModuleMapper<B> {
+    Walk::new(Changer { change: Rc::new(RefCell::new(change)) })
 }
