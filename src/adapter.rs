@@ -202,19 +202,23 @@ impl<B: Backend> LoraAdapter<B> {
         let hidden = times_a(self.dropout.forward(x), self.a.val()).mul_scalar(self.scale());
         let mut shape = hidden.dims();
         let (rank, columns) = (self.rank(), self.b.dims()[1]);
-        let places: usize = shape[2..].iter().product();
+        let (batch, places) = (shape[0], shape[2..].iter().product::<usize>());
         // B has a column for each output channel of all groups. In a transposed convolution it has
         // only the columns of one group, and all groups share them.
         let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
         let b_groups = if transposed { 1 } else { groups };
+        shape[1] = groups * columns / b_groups;
+        if batch * places == 0 {
+            // A batched product of empty tensors crashes on Burn's flex backend.
+            return Tensor::zeros(shape, &hidden.device());
+        }
         // Reshaped before it is permuted: Burn's wgpu backend reshapes a transposed vector wrongly.
         let b = self.b.val().reshape([1, rank, b_groups, columns / b_groups]);
         let b = b.permute([0, 2, 3, 1]);
-        let mut y = b.matmul(hidden.reshape([shape[0], groups, rank, places]));
+        let mut y = b.matmul(hidden.reshape([batch, groups, rank, places]));
         if let Some(bias) = self.bias_delta() {
             y = y + bias.reshape([1, b_groups, columns / b_groups, 1]);
         }
-        shape[1] = groups * columns / b_groups;
         y.reshape(shape)
     }
 

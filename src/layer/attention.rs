@@ -215,6 +215,16 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
     /// Applies the layer: the context is `[batch, length_1, d_model]`, and the weights are
     /// `[batch, n_heads, length_1, length_2]`.
     pub fn forward(&self, input: LoraMhaInput<B>) -> MhaOutput<B> {
+        let [batch, length_1, _] = input.query.dims();
+        let length_2 = input.key_value.as_ref().map_or(length_1, |(key, _)| key.dims()[1]);
+        if batch * length_1 * length_2 == 0 {
+            // Batched products of empty tensors crash on Burn's flex backend.
+            let device = input.query.device();
+            return MhaOutput {
+                weights: Tensor::zeros([batch, self.n_heads, length_1, length_2], &device),
+                context: self.output.forward(Tensor::zeros(input.query.dims(), &device)),
+            };
+        }
         let [query, key, value] = match &input.key_value {
             // Queries, keys and values are projected from one reshaped copy of the input.
             None => {

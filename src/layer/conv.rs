@@ -1,6 +1,9 @@
 use burn::{
     module::Param,
-    nn::conv::{Conv1d, Conv2d, ConvTranspose2d},
+    nn::{
+        PaddingConfig1d, PaddingConfig2d,
+        conv::{Conv1d, Conv2d, ConvTranspose2d},
+    },
     tensor::{Tensor, backend::Backend},
 };
 
@@ -68,8 +71,32 @@ impl<B: Backend> LoraConv1d<B> {
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
         let Conv1d { weight, bias, groups, .. } = &self.base;
         forward(adapter, weight, bias.as_ref(), *groups, input, |x, weight, bias| {
-            Conv1d { weight, bias, ..self.base.clone() }.forward(x)
+            self.in_two_dimensions(weight, bias).forward(x.unsqueeze_dim(2)).squeeze_dim(2)
         })
+    }
+
+    /// The same convolution of images of height 1. Burn's gradient of a kernel of one dimension is
+    /// wrong for groups and a stride that leaves a remainder.
+    fn in_two_dimensions(
+        &self,
+        weight: Param<Tensor<B, 3>>,
+        bias: Option<Param<Tensor<B, 1>>>,
+    ) -> Conv2d<B> {
+        let Conv1d { stride, kernel_size, dilation, groups, padding, .. } = self.base.clone();
+        let padding = match padding {
+            PaddingConfig1d::Same => PaddingConfig2d::Same,
+            PaddingConfig1d::Valid => PaddingConfig2d::Valid,
+            PaddingConfig1d::Explicit(left, right) => PaddingConfig2d::Explicit(0, left, 0, right),
+        };
+        Conv2d {
+            weight: constant(weight.val().unsqueeze_dim(2)),
+            bias,
+            stride: [1, stride],
+            kernel_size: [1, kernel_size],
+            dilation: [1, dilation],
+            groups,
+            padding,
+        }
     }
 
     fn layout(&self) -> WeightLayout {

@@ -42,6 +42,9 @@ impl<B: Backend> LoraEmbedding<B> {
         let [batch, length] = input.dims();
         let [_, d_model] = self.weight_shape();
         let base = embedding(frozen(&self.base.weight), input.clone());
+        if batch * length == 0 {
+            return base;
+        }
         base + adapter.forward_lookup(input).reshape([batch, length, d_model])
     }
 
@@ -59,6 +62,10 @@ impl<B: Backend> LoraEmbedding<B> {
             "LoraEmbedding projects [batch, length, {expected}], got {:?}",
             hidden.dims(),
         );
+        if batch * length == 0 {
+            // `reshape` reads a size of 0 as "keep this size", so it cannot be used here.
+            return Tensor::zeros([batch, length, n_embedding], &hidden.device());
+        }
         let hidden = hidden.reshape([batch * length, d_model]);
         let logits = match &self.adapter {
             None => hidden.matmul(self.base.weight.val().transpose()),

@@ -410,6 +410,43 @@ fn gradients_agree_with_finite_differences() {
     }
 }
 
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(32))]
+
+    #[test]
+    fn gradients_of_conv2d(case in cases(false)) {
+        check!(&case, conv2d, square, true);
+    }
+
+    #[test]
+    fn gradients_of_conv1d(case in cases(false).prop_map(flattened)) {
+        check!(&case, conv1d, line, true);
+    }
+
+    #[test]
+    fn gradients_of_conv_transpose2d(case in cases(true)) {
+        check!(&case, conv_transpose2d, square, true);
+    }
+}
+
+/// Burn's own gradient of such a kernel is wrong.
+#[test]
+fn gradients_with_groups_and_a_stride_that_leaves_a_remainder() {
+    let shape = Shape {
+        transposed: false,
+        batch: 1,
+        groups: 2,
+        channels: [2, 2],
+        kernel: [1, 2],
+        stride: [1, 2],
+        dilation: [1, 1],
+        padding: [0, 1, 0, 0],
+        extra: [0, 6],
+        rank: 2,
+    };
+    check!(&case(shape, true, true, 1.3), conv1d, line, true);
+}
+
 #[test]
 fn padding_that_depends_on_the_input_is_the_bases() {
     // An even kernel pads unevenly.

@@ -12,6 +12,7 @@ mod conv;
 mod correctness;
 mod dropout;
 mod embedding;
+mod empty;
 mod freezing;
 mod init;
 mod learner;
