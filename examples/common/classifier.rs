@@ -29,7 +29,7 @@ use super::{
     Context, Result,
     backend::{Plain, Train},
     file_name,
-    progress::{History, Reporter, Timed},
+    progress::{History, Plan, Reporter, Timed},
     resume::Resumed,
 };
 
@@ -218,6 +218,12 @@ pub fn fit<M: Learns>(
     let batches = Arc::new(Resumed::new(batches, done));
     let timed = Timed { loader: batches, history: history.clone() };
     let test = SampleOf::<M>::batches::<Plain>(test, None);
+    let plan = Plan {
+        epochs: recipe.epochs,
+        done,
+        train_items: timed.num_items(),
+        test_items: test.num_items(),
+    };
     let mut training = SupervisedTraining::new(&dir, Arc::new(timed), test)
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_application_logger(None)
@@ -231,7 +237,7 @@ pub fn fit<M: Learns>(
     }
     let kept = recipe.start.is_some().then(|| dir.clone());
     let interrupter = training.interrupter();
-    let reporter = Reporter::new(recipe.name, interrupter.clone(), history.clone(), kept);
+    let reporter = Reporter::new(recipe.name, plan, history.clone(), kept);
     let steps = recipe.epochs * samples.len().div_ceil(SampleOf::<M>::BATCH);
     let schedule = CosineAnnealingLrSchedulerConfig::new(recipe.learning_rate, steps);
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
@@ -239,9 +245,9 @@ pub fn fit<M: Learns>(
     let adam = LoraPlus::new(AdamConfig::new().init::<Train, Task<Train, M>>(), recipe.lora_plus);
     let learner = Learner::new(Task { model }, adam, schedule);
     let result = training.renderer(reporter).launch(learner);
-    // The renderer ends with its thread, and lets go of the terminal.
+    // Clears the line of a terminal that shows the progress.
     drop(result.renderer);
-    // By a person, or because a checkpoint could not be written.
+    // A checkpoint could not be written.
     if interrupter.should_stop() {
         let reason = interrupter.get_message().unwrap_or_default();
         return Err(format!("{}: stopped: {reason}", dir.display()));

@@ -8,6 +8,7 @@ pub mod backend;
 pub mod classifier;
 pub mod digits;
 pub mod download;
+pub mod live;
 pub mod mlp;
 pub mod plot;
 pub mod progress;
