@@ -10,6 +10,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use crate::common::{
     Result,
     classifier::{Sample, stack_images},
+    live::during,
 };
 
 /// The side of an image, in pixels.
@@ -54,7 +55,7 @@ impl Photos {
     /// there is neither, or `generated` is set, drawn shapes.
     pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
         if generated {
-            return Ok(generated::photos(seed));
+            return Ok(during("drawing shapes", || generated::photos(seed)));
         }
         if let Some(dir) = dir {
             println!("Data: CIFAR-10 from {}", dir.display());
@@ -67,7 +68,7 @@ impl Photos {
             }
             Err(reason) => {
                 println!("Data: generated shapes, since CIFAR-10 is not at hand ({reason})");
-                Ok(generated::photos(seed))
+                Ok(during("drawing shapes", || generated::photos(seed)))
             }
         }
     }

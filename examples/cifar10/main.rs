@@ -26,6 +26,7 @@ use common::{
     adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
+    live::during,
     table::grouped,
 };
 use data::{Photos, negative};
@@ -51,6 +52,15 @@ struct Args {
     /// Strength of the adapters: the update counts alpha/rank
     #[arg(long, default_value = "14", value_parser = common::nonzero)]
     alpha: f64,
+    /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
+    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = common::rate)]
+    learning_rate: f64,
+    /// Learning rate of LoRA, and of the last layer alone
+    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = common::rate)]
+    lora_learning_rate: f64,
     /// Passes over the images, for each training
     #[arg(long, default_value = "6", value_parser = common::positive)]
     epochs: usize,
@@ -71,16 +81,15 @@ struct Args {
     out: PathBuf,
 }
 
-/// LoRA wants a higher learning rate than full fine-tuning, and so does the last layer alone.
-const LEARNING_RATE: f64 = 2e-3;
-const LORA_LEARNING_RATE: f64 = 1e-2;
-
 #[derive(Serialize)]
 struct Summary {
     dataset: &'static str,
     backend: &'static str,
     rank: usize,
     alpha: f64,
+    targets: Vec<String>,
+    learning_rate: f64,
+    lora_learning_rate: f64,
     seed: u64,
     train_size: usize,
     new_size: usize,
@@ -111,7 +120,8 @@ fn run(args: Args) -> Result<()> {
         grouped(photos.test.len()),
         backend::NAME,
     );
-    let config = LoraConfig::peft(args.rank, args.alpha).with_seed(args.seed);
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
     let job = Job {
         out: &args.out,
         epochs: args.epochs,
@@ -125,13 +135,16 @@ fn run(args: Args) -> Result<()> {
     // 1. A base that knows photographs, and has never seen a negative.
     Plain::seed(&Default::default(), args.seed);
     let base = Cnn::<Train>::new(&Default::default());
+    // Wrong targets are found before the training.
+    base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;
     let (base, _) =
-        job.fit("base: photographs", base, LEARNING_RATE, &photos.train, &photos.test)?;
+        job.fit("base: photographs", base, args.learning_rate, &photos.train, &photos.test)?;
     let base = base.into_inner();
-    let base_logits = logits(&base, &photos.test);
+    let (base_logits, base_accuracy_new) = during("testing the base", || {
+        (logits(&base, &photos.test), accuracy(logits(&base, &negatives.test), &negatives.test))
+    });
     let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
-    let base_accuracy_new = accuracy(logits(&base, &negatives.test), &negatives.test);
     println!(
         "\nThe base recognises {base_accuracy_old:.2} % of photographs, and \
          {base_accuracy_new:.2} % of negatives.\n"
@@ -144,9 +157,9 @@ fn run(args: Args) -> Result<()> {
     let last = train().train_only(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
     let (new, test) = (&negatives.train, &negatives.test);
-    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, new, test, test)?;
-    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, new, test, test)?;
-    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, new, test, test)?;
+    let (full, _) = job.adapt("full fine-tuning", full, args.learning_rate, new, test, test)?;
+    let (lora, adapted) = job.adapt("LoRA", lora, args.lora_learning_rate, new, test, test)?;
+    let (last, _) = job.adapt("last layer", last, args.lora_learning_rate, new, test, test)?;
 
     // 3. Merged into the kernels, the adapters cost nothing and compute the same; switched off, they
     // leave the base as it was, to the bit.
@@ -168,6 +181,9 @@ fn run(args: Args) -> Result<()> {
         backend: backend::NAME,
         rank: args.rank,
         alpha: args.alpha,
+        targets: args.targets,
+        learning_rate: args.learning_rate,
+        lora_learning_rate: args.lora_learning_rate,
         seed: args.seed,
         train_size: photos.train.len(),
         new_size: negatives.train.len(),

@@ -11,6 +11,7 @@ use super::{
     backend::{Plain, Train},
     classifier::{Classifier, Learns, Recipe, Sample, Start, Trained, accuracy, fit, logits},
     file_name,
+    live::during,
     plot::{Panel, SeriesLabelPosition, draw},
     progress::History,
     size_of_files,
@@ -85,14 +86,20 @@ impl<S: Sample> Job<'_, S> {
         };
         let (model, history) = self.fit(name, model, learning_rate, train, watched)?;
         let seconds = history.durations.iter().sum::<Duration>().as_secs_f64();
+        let (accuracy_new, accuracy_old, accuracy_old_switched_off) =
+            during(&format!("testing {name}"), || {
+                let new = accuracy(logits(&*model, test), test);
+                let detached = adapted.then(|| old_accuracy(&model.detach())).flatten();
+                (new, old_accuracy(&model), detached)
+            });
         let method = Method {
             name,
             trainable,
             total,
             epoch_seconds: seconds / history.durations.len() as f64,
-            accuracy_new: accuracy(logits(&*model, test), test),
-            accuracy_old: old_accuracy(&model),
-            accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())).flatten(),
+            accuracy_new,
+            accuracy_old,
+            accuracy_old_switched_off,
             bytes: match adapted {
                 true => self.save(name, model.adapters())?,
                 false => (trainable * size_of::<f32>()) as u64,
@@ -122,7 +129,7 @@ pub fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {
     (a - b).abs().max().into_data().iter::<f64>().fold(0.0, f64::max)
 }
 
-/// The table of what came of each way; with the old task, where there is one.
+/// The table of the results; with the old task, where there is one.
 pub fn results(methods: &[Method]) -> String {
     let full = methods[0].epoch_seconds;
     let percent = |value: f64| format!("{value:.2} %");
@@ -147,7 +154,8 @@ pub fn results(methods: &[Method]) -> String {
     if with_old {
         headers.extend(["old task", "switched off"]);
     }
-    table(&headers, &methods.iter().map(row).collect::<Vec<_>>())
+    let table = table(&headers, &methods.iter().map(row).collect::<Vec<_>>());
+    format!("{table}\ntime/epoch is relative to {}.", methods[0].name)
 }
 
 /// Draws the losses and the accuracies on the new task.

@@ -9,7 +9,7 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{Context, Result};
+use super::{Context, Result, live::during};
 
 /// The file at `url`, if it has this size and this SHA-256.
 pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Vec<u8>> {
@@ -17,9 +17,11 @@ pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Ve
         .timeout_connect(Some(Duration::from_secs(5)))
         .timeout_global(Some(timeout))
         .build();
-    let response = config.new_agent().get(url).call().context(url)?;
-    let mut body = response.into_body();
-    let bytes = body.with_config().limit(size + 1).read_to_vec().context(url)?;
+    let bytes = during(&format!("downloading {url}"), || {
+        let mut body = config.new_agent().get(url).call()?.into_body();
+        body.with_config().limit(size + 1).read_to_vec()
+    });
+    let bytes = bytes.context(url)?;
     if bytes.len() as u64 != size || hex(&Sha256::digest(&bytes)) != sha256 {
         return Err(format!("{url}: not the expected file"));
     }

@@ -27,6 +27,7 @@ use serde::Serialize;
 use common::{
     Context, Result,
     backend::{self, Plain, Train},
+    live::{Live, Position, during},
     table::{grouped, table},
 };
 use model::{LENGTH, Layered, SYMBOLS, Stock};
@@ -44,6 +45,15 @@ struct Args {
     /// Strength of the adapters: the update counts alpha/rank
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
+    /// Layers that get adapters, with commas between them: query, key, value, output
+    #[arg(long, value_name = "LAYERS", default_value = "query,value", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Learning rate of the base and of full fine-tuning, which falls to zero
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    learning_rate: f64,
+    /// Learning rate of LoRA
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    lora_learning_rate: f64,
     /// Steps of each training
     #[arg(long, default_value = "300", value_parser = common::positive)]
     steps: usize,
@@ -56,8 +66,6 @@ struct Args {
 }
 
 const BATCH: usize = 32;
-const LEARNING_RATE: f64 = 1e-3;
-const LORA_LEARNING_RATE: f64 = 5e-3;
 
 /// What to make of a sequence: the symbol that belongs at each place.
 #[derive(Clone, Copy)]
@@ -111,6 +119,9 @@ struct Summary {
     backend: &'static str,
     rank: usize,
     alpha: f64,
+    targets: Vec<String>,
+    learning_rate: f64,
+    lora_learning_rate: f64,
     seed: u64,
     steps: usize,
     base_accuracy_old: f64,
@@ -130,11 +141,16 @@ fn run(args: Args) -> Result<()> {
     println!("Sequences of {LENGTH} symbols, with the {} backend\n", backend::NAME);
     Plain::seed(&Default::default(), args.seed);
 
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
+
     // 1. A transformer that turns sequences around.
     let stock = Stock::<Train>::new(&Default::default());
+    // Wrong targets are found before the training.
+    Layered::from(stock.clone()).attach(&config).context("attaching adapters")?;
     let trainable = stock.num_params();
     let (name, forward) = ("base: reverse", Stock::forward);
-    let base = Run { name, model: stock, forward, learning_rate: LEARNING_RATE };
+    let base = Run { name, model: stock, forward, learning_rate: args.learning_rate };
     let (base, _) = train(base, Task::Reverse, &args, trainable);
     let plain = base.valid();
     let right = |model: &Stock<Plain>, task| accuracy(|x| model.forward(x), task);
@@ -143,14 +159,11 @@ fn run(args: Args) -> Result<()> {
 
     // 2. The same weights, adapted to move sequences along: as they are, through the overlay, and in
     // layers that carry adapters. The adapters start as the same numbers.
-    let config = LoraConfig::peft(args.rank, args.alpha)
-        .with_targets(["query", "value"])
-        .with_seed(args.seed);
     let overlay = Lora::overlay(base.clone()).attach(&config).context("attaching adapters")?;
     let layers = Layered::from(base.clone()).attach(&config).context("attaching adapters")?;
     println!("{}\n", layers.parameters());
     let trainable = layers.parameters().trainable;
-    let learning_rate = LORA_LEARNING_RATE;
+    let learning_rate = args.lora_learning_rate;
     let forward =
         |model: &Lora<Train, Stock<Train>>, x| model.with_adapters(|stock| stock.forward(x));
     let overlay = Run { name: "LoRA, overlay", model: overlay, forward, learning_rate };
@@ -159,7 +172,7 @@ fn run(args: Args) -> Result<()> {
     let layers = Run { name: "LoRA, layers", model: layers, forward, learning_rate };
     let (layers, by_layers) = train(layers, Task::Rotate, &args, trainable);
     let (name, model) = ("full fine-tuning", base.clone());
-    let full = Run { name, model, forward: Stock::forward, learning_rate: LEARNING_RATE };
+    let full = Run { name, model, forward: Stock::forward, learning_rate: args.learning_rate };
     let (_, by_full) = train(full, Task::Rotate, &args, base.num_params());
 
     // 3. Adapters are values: those from the overlay, in the layers, compute the same.
@@ -187,7 +200,8 @@ fn run(args: Args) -> Result<()> {
             ]
         })
         .collect();
-    println!("\n{}\n", table(&["method", "trainable", "time/step", "loss", "right"], &rows));
+    println!("\n{}", table(&["method", "trainable", "time/step", "loss", "right"], &rows));
+    println!("time/step is relative to {}.\n", methods[0].name);
     println!(
         "A step of the overlay takes {overlay_to_layers_step_ratio:.2} times as long as one of the \
          layers. Its adapters,\nput on the layers, give logits within {max_abs_logit_diff:.1e}."
@@ -196,6 +210,9 @@ fn run(args: Args) -> Result<()> {
         backend: backend::NAME,
         rank: args.rank,
         alpha: args.alpha,
+        targets: args.targets,
+        learning_rate: args.learning_rate,
+        lora_learning_rate: args.lora_learning_rate,
         seed: args.seed,
         steps: args.steps,
         base_accuracy_old: old,
@@ -223,6 +240,8 @@ where
     let mut optimizer = AdamConfig::new().init::<Train, M>();
     let loss_of = CrossEntropyLossConfig::new().init(&Default::default());
     let (mut times, mut last) = (Vec::new(), 0.0);
+    let part = |step: usize| format!("step {step}/{}", args.steps);
+    let mut live = Live::new(name, part(0));
     for step in 1..=args.steps {
         let [x, targets] = task.batch(&mut rng);
         let start = Instant::now();
@@ -235,12 +254,17 @@ where
         // To read the loss is to wait for the device.
         last = loss.into_data().iter::<f64>().sum();
         times.push(start.elapsed().as_secs_f64());
+        let done = step as f64 / args.steps as f64;
+        live.update(&Position { part: part(step), of_part: done, of_all: done }, last);
         if step % args.steps.div_ceil(3) == 0 || step == args.steps {
-            println!("{name:<18} step {step}/{}  loss {last:.4}", args.steps);
+            live.line(format_args!("{}  loss {last:.4}", part(step)));
         }
     }
+    drop(live);
     times.sort_by(f64::total_cmp);
-    let accuracy = accuracy(|x| forward(&model, Tensor::from_inner(x)).inner(), task);
+    let accuracy = during(&format!("testing {name}"), || {
+        accuracy(|x| forward(&model, Tensor::from_inner(x)).inner(), task)
+    });
     let step_milliseconds = 1e3 * times[times.len() / 2];
     (model, Outcome { name, trainable, loss: last, accuracy, step_milliseconds })
 }

@@ -10,6 +10,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use super::{
     Result,
     classifier::{Sample, stack_images},
+    live::during,
 };
 
 /// The side of an image, in pixels.
@@ -51,7 +52,7 @@ impl Digits {
     /// is neither, or `generated` is set, drawn digits.
     pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
         if generated {
-            return Ok(generated::digits(seed));
+            return Ok(during("drawing digits", || generated::digits(seed)));
         }
         if let Some(dir) = dir {
             println!("Data: MNIST from {}", dir.display());
@@ -64,7 +65,7 @@ impl Digits {
             }
             Err(reason) => {
                 println!("Data: generated digits, since MNIST is not at hand ({reason})");
-                Ok(generated::digits(seed))
+                Ok(during("drawing digits", || generated::digits(seed)))
             }
         }
     }
@@ -75,7 +76,11 @@ impl Digits {
             let digits = digits.iter();
             digits.map(|it| Digit { pixels: change(&it.pixels), label: it.label }).collect()
         };
-        Self { name: self.name, train: changed(&self.train), test: changed(&self.test) }
+        during("changing the images", || Self {
+            name: self.name,
+            train: changed(&self.train),
+            test: changed(&self.test),
+        })
     }
 }
 
