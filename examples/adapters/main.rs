@@ -1,5 +1,5 @@
-//! One base, many adapters: several tasks learned on the same base, held in memory side by side,
-//! switched, saved, combined and cut down.
+//! One base, many adapters: learns several tasks on the same base, then switches, saves, combines and
+//! truncates the adapters.
 //!
 //! ```text
 //! cargo run --release --example adapters
@@ -47,7 +47,7 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: fc1, fc2 or head; all by default
@@ -84,19 +84,19 @@ struct Summary {
     lora_learning_rate: f64,
     seed: u64,
     base_bytes: usize,
-    /// The numbers of one set of adapters, in memory.
+    /// The size of one set of adapters in memory.
     adapter_bytes: usize,
-    /// The same on disk: two files.
+    /// The size of one set on disk, in two files.
     file_bytes: u64,
     switch_micros: f64,
-    /// What is allocated for the base and so many sets of adapters.
+    /// The memory allocated for the base and one set of adapters, and for the base and 64 sets.
     resident_bytes_with_1: usize,
     resident_bytes_with_64: usize,
     /// In percent, for each set of adapters and task.
     accuracies: BTreeMap<String, BTreeMap<&'static str, f64>>,
 }
 
-/// A task, and the adapters that were trained for it.
+/// A task and the adapters trained for it.
 struct Task {
     name: &'static str,
     digits: Digits,
@@ -121,10 +121,10 @@ fn run(args: Args) -> Result<()> {
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
     let mut results = Vec::new();
 
-    // 1. One base, and a set of adapters for each task.
+    // 1. Train one base, and a set of adapters for each task.
     Plain::seed(&Default::default(), args.seed);
     let base = Mlp::<Train>::new(&Default::default());
-    // Wrong targets are found before the training.
+    // Reports wrong targets before the training.
     base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;
     let base = train(&args, "base", base, args.learning_rate, &digits)?.into_inner();
@@ -144,7 +144,7 @@ fn run(args: Args) -> Result<()> {
     }
     println!("\n{}\n", tasks[0].adapters);
 
-    // 2. To files and back: nothing is lost.
+    // 2. Save the adapters, load them, and check that nothing is lost.
     let mut file_bytes = 0;
     for task in &mut tasks {
         let dir = args.out.join(task.name);
@@ -165,7 +165,7 @@ fn run(args: Args) -> Result<()> {
         results.push(judge_set(task.name.to_owned(), &task.adapters)?);
     }
 
-    // 3. Many in memory: each costs its own numbers, and the base is there once.
+    // 3. Hold many sets in memory. They share one base, and each needs only its own size.
     let resident = |sets: usize| -> Result<usize> {
         let start = allocated();
         let dirs = tasks.iter().cycle().take(sets);
@@ -179,7 +179,7 @@ fn run(args: Args) -> Result<()> {
     let resident_bytes_with_64 = resident(64)?;
     let adapter_bytes = tasks[0].adapters.num_bytes();
 
-    // 4. Switching: the price of a switch does not depend on the base.
+    // 4. Switch between sets. The time does not depend on the size of the base.
     let mut micros = Vec::new();
     for round in 0..400 {
         let adapters = &tasks[round % tasks.len()].adapters;
@@ -191,7 +191,7 @@ fn run(args: Args) -> Result<()> {
     micros.sort_by(f64::total_cmp);
     let switch_micros = micros[micros.len() / 2];
 
-    // 5. Two tasks in one set, at several shares of each.
+    // 5. Combine the adapters of two tasks, with different weights.
     let [left, mirrored] = [&tasks[0], &tasks[3]];
     let mixtures = during("testing mixtures", || {
         let mut mixtures = [Vec::new(), Vec::new()];
@@ -217,7 +217,7 @@ fn run(args: Args) -> Result<()> {
         results.push(judge_set(format!("left and mirrored, {way}"), &both)?);
     }
 
-    // 6. Fewer ranks: cut off the adapters, or taken from a model that was trained in full.
+    // 6. Reduce the rank: truncate the adapters, or extract adapters from a model trained in full.
     let full = base.clone().train::<Train>().train_only(&[".*"]).context("full fine-tuning")?;
     let full = train(&args, "left, in full", full, args.learning_rate, &left.digits)?.into_inner();
     results.push(row("full fine-tuning on left".to_owned(), &full, &tasks));

@@ -1,12 +1,12 @@
-//! Adapts a convolutional network to photographic negatives, three ways side by side: full
-//! fine-tuning, LoRA on its convolutions, and training the last layer only.
+//! Adapts a convolutional network to photographic negatives, and compares three methods: full
+//! fine-tuning, LoRA on all layers, and training only the last layer.
 //!
 //! ```text
 //! cargo run --release --example cifar10 --no-default-features --features flex
 //! cargo run --release --example cifar10 --no-default-features --features flex -- --generated
 //! ```
 //!
-//! On the CPU choose `flex`: convolutions train about ten times faster there than on `ndarray`.
+//! On the CPU choose `flex`. Convolutions train about ten times faster on it than on `ndarray`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -32,12 +32,12 @@ use common::{
 use data::{Photos, negative};
 use model::Cnn;
 
-/// Keeps the memory of large tensors, which every training step asks for again.
+/// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Adapt a convolutional network to photographic negatives: full fine-tuning, LoRA and the last
-/// layer side by side.
+/// Adapt a convolutional network to photographic negatives, and compare full fine-tuning, LoRA and
+/// training only the last layer.
 #[derive(Parser, Debug)]
 struct Args {
     /// Directory with CIFAR-10's binary batches; otherwise the cache, or a download
@@ -49,7 +49,7 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "7", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "14", value_parser = common::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
@@ -132,10 +132,10 @@ fn run(args: Args) -> Result<()> {
         old_test: &photos.test,
     };
 
-    // 1. A base that knows photographs, and has never seen a negative.
+    // 1. Train a base on photographs. It never sees a negative.
     Plain::seed(&Default::default(), args.seed);
     let base = Cnn::<Train>::new(&Default::default());
-    // Wrong targets are found before the training.
+    // Reports wrong targets before the training.
     base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;
     let (base, _) =
@@ -150,7 +150,7 @@ fn run(args: Args) -> Result<()> {
          {base_accuracy_new:.2} % of negatives.\n"
     );
 
-    // 2. The same base, adapted to negatives in three ways.
+    // 2. Adapt this base to negatives with three methods.
     let train = || base.clone().train::<Train>();
     let full = train().train_only(&[".*"]).context("full fine-tuning")?;
     let lora = train().attach(&config).context("attaching adapters")?;
@@ -161,16 +161,19 @@ fn run(args: Args) -> Result<()> {
     let (lora, adapted) = job.adapt("LoRA", lora, args.lora_learning_rate, new, test, test)?;
     let (last, _) = job.adapt("last layer", last, args.lora_learning_rate, new, test, test)?;
 
-    // 3. Merged into the kernels, the adapters cost nothing and compute the same; switched off, they
-    // leave the base as it was, to the bit.
+    // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
     let merged = adapted.merge().context("merging")?;
     let max_abs_logit_diff_merged =
         largest_difference(logits(&merged, test), logits(&*adapted, test));
     let restored = logits(&adapted.detach(), &photos.test);
     let base_restored_exactly = bits(restored) == bits(base_logits);
     let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!("\nMerged, the adapters give logits within {max_abs_logit_diff_merged:.1e}.");
-    println!("Switched off, they give back the base {exactly}: {base_accuracy_old:.2} %.\n");
+    println!(
+        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
+    );
+    println!(
+        "Without them, the model computes {exactly} what the base does: {base_accuracy_old:.2} %.\n"
+    );
 
     let methods = vec![full, lora, last];
     println!("{}\n", results(&methods));

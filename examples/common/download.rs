@@ -1,4 +1,4 @@
-//! Files from the network, checked before they are used.
+//! Downloads files, and checks them before they are used.
 
 use std::{
     fs::{self, File},
@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Context, Result, live::during};
 
-/// The file at `url`, if it has this size and this SHA-256.
+/// Downloads the file at `url`. Fails unless it has this size and SHA-256.
 pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Vec<u8>> {
     let config = ureq::Agent::config_builder()
         .timeout_connect(Some(Duration::from_secs(5)))
@@ -28,7 +28,7 @@ pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Ve
     Ok(bytes)
 }
 
-/// Writes a file that is there as a whole or not at all; its directory is made if need be.
+/// Writes a file so that it exists as a whole or not at all. Creates its directory if it is missing.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().expect("the path has a directory");
     fs::create_dir_all(dir)?;

@@ -1,6 +1,6 @@
 //! What the examples share: the backend, data, training with progress, and reports.
 
-// No example needs all of it.
+// No example uses all of it.
 #![allow(dead_code)]
 
 pub mod adaptation;
@@ -20,10 +20,10 @@ use std::{fs, path::Path, process::ExitCode};
 
 use clap::Parser;
 
-/// What went wrong, in a sentence for the person at the terminal.
+/// A result whose error is a message for the user.
 pub type Result<T> = std::result::Result<T, String>;
 
-/// Adds what was being done, and to which file, to an error.
+/// Adds to an error what the program was doing, and with which file.
 pub trait Context<T> {
     fn context(self, doing: impl std::fmt::Display) -> Result<T>;
 }
@@ -99,7 +99,7 @@ pub fn positive(text: &str) -> Result<usize> {
     }
 }
 
-/// The name of something as that of a file or directory.
+/// The name as that of a file or directory.
 pub fn file_name(name: &str) -> String {
     name.replace([' ', ':', ','], "-")
 }

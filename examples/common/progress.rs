@@ -1,4 +1,4 @@
-//! What is shown and recorded of a training with burn-train.
+//! Shows and records the progress of a training with burn-train.
 
 use std::{
     fs,
@@ -26,14 +26,14 @@ use super::{
     live::{Live, Position},
 };
 
-/// What a training left behind.
+/// The record of a training.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct History {
     /// The training loss of every step.
     pub losses: Vec<f64>,
-    /// The accuracy on what is watched after each epoch, in percent.
+    /// The accuracy after each epoch, in percent.
     pub accuracies: Vec<f64>,
-    /// How long the steps of each epoch took; evaluation is not counted.
+    /// The duration of each epoch, without evaluation.
     pub durations: Vec<Duration>,
 }
 
@@ -41,7 +41,7 @@ pub struct History {
 const HISTORY: &str = "history.json";
 
 impl History {
-    /// What was kept in `dir`; nothing if it is not there.
+    /// The history saved in `dir`. It is empty if there is none.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(HISTORY);
         match fs::read(&path) {
@@ -59,7 +59,7 @@ impl History {
         write_atomically(&path, &json).context(path.display())
     }
 
-    /// Forgets all but the first epochs.
+    /// Keeps only the first epochs.
     pub fn truncate(&mut self, epochs: usize) {
         let steps = self.losses.len() / self.accuracies.len().max(1);
         self.losses.truncate(epochs * steps);
@@ -223,8 +223,7 @@ impl MetricsRenderer for Reporter {
     }
 }
 
-/// A data loader that records how long each pass over it takes, and with it what is done for each
-/// batch.
+/// A data loader that records the duration of each epoch, with the work done for each batch.
 pub struct Timed<B: Backend, O> {
     pub loader: Arc<dyn DataLoader<B, O>>,
     pub history: SharedHistory,

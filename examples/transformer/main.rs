@@ -1,6 +1,6 @@
-//! Adapts a transformer to another task on sequences, twice: Burn's own `TransformerEncoder` as it
-//! is, through the overlay, and the same model with this crate's attention. Both learn the same; one
-//! of them faster.
+//! Adapts a transformer to another task on sequences in two ways: Burn's own `TransformerEncoder` through
+//! the overlay, and the same model with this crate's attention layers. Both learn the same, but at
+//! different speeds.
 //!
 //! ```text
 //! cargo run --release --example transformer
@@ -32,17 +32,17 @@ use common::{
 };
 use model::{LENGTH, Layered, SYMBOLS, Stock};
 
-/// Keeps the memory of large tensors, which every training step asks for again.
+/// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Adapt a transformer through the overlay and with layers of its own, side by side.
+/// Adapt a transformer through the overlay and with this crate's attention layers, and compare them.
 #[derive(Parser, Debug)]
 struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: query, key, value, output
@@ -67,12 +67,12 @@ struct Args {
 
 const BATCH: usize = 32;
 
-/// What to make of a sequence: the symbol that belongs at each place.
+/// The rule for the symbol at each place of the output.
 #[derive(Clone, Copy)]
 enum Task {
-    /// The sequence from its end.
+    /// The sequence in reverse order.
     Reverse,
-    /// The sequence, moved by three places.
+    /// The sequence, rotated by three places.
     Rotate,
 }
 
@@ -96,7 +96,7 @@ impl Task {
     }
 }
 
-/// A model and how it is run: the overlay takes a closure where others have a method.
+/// A model and its forward pass. The overlay needs a closure for it.
 struct Run<M, F> {
     name: &'static str,
     model: M,
@@ -110,7 +110,7 @@ struct Outcome {
     trainable: usize,
     loss: f64,
     accuracy: f64,
-    /// The median of all steps.
+    /// The median over all steps.
     step_milliseconds: f64,
 }
 
@@ -144,9 +144,9 @@ fn run(args: Args) -> Result<()> {
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
 
-    // 1. A transformer that turns sequences around.
+    // 1. Train a transformer to reverse sequences.
     let stock = Stock::<Train>::new(&Default::default());
-    // Wrong targets are found before the training.
+    // Reports wrong targets before the training.
     Layered::from(stock.clone()).attach(&config).context("attaching adapters")?;
     let trainable = stock.num_params();
     let (name, forward) = ("base: reverse", Stock::forward);
@@ -155,10 +155,10 @@ fn run(args: Args) -> Result<()> {
     let plain = base.valid();
     let right = |model: &Stock<Plain>, task| accuracy(|x| model.forward(x), task);
     let (old, new) = (right(&plain, Task::Reverse), right(&plain, Task::Rotate));
-    println!("\nIt is right in {old:.1} % of the places; asked to rotate them, in {new:.1} %.\n");
+    println!("\nIt is right in {old:.1} % of the places, and in {new:.1} % if it should rotate.\n");
 
-    // 2. The same weights, adapted to move sequences along: as they are, through the overlay, and in
-    // layers that carry adapters. The adapters start as the same numbers.
+    // 2. Adapt the same weights to rotate sequences: through the overlay, and in layers that have
+    // adapters. Both sets of adapters start with the same numbers.
     let overlay = Lora::overlay(base.clone()).attach(&config).context("attaching adapters")?;
     let layers = Layered::from(base.clone()).attach(&config).context("attaching adapters")?;
     println!("{}\n", layers.parameters());
@@ -175,7 +175,7 @@ fn run(args: Args) -> Result<()> {
     let full = Run { name, model, forward: Stock::forward, learning_rate: args.learning_rate };
     let (_, by_full) = train(full, Task::Rotate, &args, base.num_params());
 
-    // 3. Adapters are values: those from the overlay, in the layers, compute the same.
+    // 3. Put the adapters of the overlay on the layers: they compute the same.
     let set = overlay.valid().adapters();
     let exchanged = layers.valid().switch(&set).context("switching")?;
     let [x, _] = Task::Rotate.batch::<Plain>(&mut StdRng::seed_from_u64(args.seed));
@@ -229,7 +229,7 @@ fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Trains on fresh sequences, the same for every model.
+/// Trains on new sequences in each step, the same for every model.
 fn train<M, F>(run: Run<M, F>, task: Task, args: &Args, trainable: usize) -> (M, Outcome)
 where
     M: AutodiffModule<Train>,
@@ -248,10 +248,10 @@ where
         let logits = forward(&model, x).flatten::<2>(0, 1);
         let loss = loss_of.forward(logits, targets.flatten::<1>(0, 1));
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        // The rate falls linearly, so that the end is not noise.
+        // The learning rate falls linearly, to reduce noise at the end.
         let rate = learning_rate * (args.steps + 1 - step) as f64 / args.steps as f64;
         model = optimizer.step(rate, model, grads);
-        // To read the loss is to wait for the device.
+        // Reading the loss waits for the device.
         last = loss.into_data().iter::<f64>().sum();
         times.push(start.elapsed().as_secs_f64());
         let done = step as f64 / args.steps as f64;
@@ -269,7 +269,7 @@ where
     (model, Outcome { name, trainable, loss: last, accuracy, step_milliseconds })
 }
 
-/// The share of places with the right symbol, in percent.
+/// The percentage of places with the right symbol.
 fn accuracy(forward: impl Fn(Tensor<Plain, 2, Int>) -> Tensor<Plain, 3>, task: Task) -> f64 {
     const BATCHES: usize = 10;
     let mut rng = StdRng::seed_from_u64(7);
