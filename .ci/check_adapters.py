@@ -1,4 +1,4 @@
-"""Checks what the adapters example left behind: check_adapters.py DIR"""
+"""Checks the results of the adapters example: check_adapters.py DIR"""
 
 import json
 import sys
