@@ -1,4 +1,4 @@
-"""Checks what the adapters example left behind: check_adapters.py DIR"""
+"""Checks the results of the adapters example: check_adapters.py DIR"""
 
 import json
 import sys
@@ -19,8 +19,10 @@ more = summary["resident_bytes_with_64"] - summary["resident_bytes_with_1"]
 assert 63 * adapter <= more <= 1.1 * 63 * adapter, more / (63 * adapter)
 
 for task in ["left", "right", "upside-down", "mirrored"]:
-    assert accuracies[f"adapters on {task}"] > 90 > accuracies[f"base on {task}"]
-assert abs(accuracies["truncated to rank 8 on left"] - accuracies["adapters on left"]) < 0.3
-ranks = [accuracies[f"extracted to rank {rank} on left"] for rank in (1, 2, 4, 8)]
+    assert accuracies[task][task] > 90 > accuracies["none"][task]
+for row in accuracies.values():
+    assert row.keys() == {"left", "right", "upside-down", "mirrored"}
+assert abs(accuracies["left, truncated to rank 8"]["left"] - accuracies["left"]["left"]) < 0.3
+ranks = [accuracies[f"left, extracted to rank {rank}"]["left"] for rank in (1, 2, 4, 8)]
 assert ranks[-1] > ranks[0]
 xml.dom.minidom.parse(str(out / "adapters.svg"))

@@ -1,4 +1,4 @@
-"""Checks what the cifar10 example left behind: check_cifar10.py DIR"""
+"""Checks the results of the cifar10 example: check_cifar10.py DIR"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Checks what the mnist example left behind: check_mnist.py DIR BACKEND LEAST_BASE_ACCURACY"""
+"""Checks the results of the mnist example: check_mnist.py DIR BACKEND LEAST_BASE_ACCURACY"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Checks what the text_classification example left behind: check_text_classification.py DIR DATASET"""
+"""Checks the results of the text_classification example: check_text_classification.py DIR DATASET"""
 
 import json
 import sys

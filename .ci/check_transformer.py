@@ -1,4 +1,4 @@
-"""Checks what the transformer example left behind: check_transformer.py DIR"""
+"""Checks the results of the transformer example: check_transformer.py DIR"""
 
 import json
 import sys
@@ -12,7 +12,7 @@ full, overlay, layers = summary["methods"]
 assert overlay["trainable"] == layers["trainable"] < 0.05 * full["trainable"]
 for method in summary["methods"]:
     assert method["accuracy"] > 90, method
-# The same numbers in another order of rounding.
+# The same computation, with different rounding.
 assert abs(overlay["loss"] - layers["loss"]) < 0.1 * layers["loss"] + 1e-3
 assert summary["max_abs_logit_diff"] < 1e-4
 assert summary["base_restored_exactly"] is True

@@ -1,5 +1,5 @@
-//! From a trained base to a merged model: a network that has learnt one curve learns another, by an
-//! adapter that is a small part of it.
+//! From a trained base to a merged model: a network has learnt one curve, and a small adapter learns
+//! another.
 //!
 //! ```text
 //! cargo run --release --example quickstart
@@ -14,7 +14,7 @@ use burn::{
 };
 use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule};
 
-/// `LoraLinear` stands where `Linear` would. There is nothing else to do for LoRA.
+/// `LoraLinear` replaces `Linear`. LoRA needs no other change to a model.
 #[derive(Module, Debug)]
 struct Net<B: Backend> {
     layers: Vec<LoraLinear<B>>,
@@ -56,23 +56,23 @@ fn main() -> Result<(), LoraError> {
         println!("{name:<36} old curve {old:.5}, new curve {new:.5}");
     };
 
-    // The base: a network that was trained in full. Yours comes from a file.
+    // The base: a network trained in full. In a real program it comes from a file.
     let base = fit(net.train_only(&[".*"])?, old, 2e-3).into_inner();
     show("the base", &base);
 
-    // A fresh adapter on the large layer, which changes nothing yet. All else is frozen.
+    // Adds a new adapter to the large layer. It changes no output yet, and all else is frozen.
     let config = LoraConfig::new(4, 4.0).with_targets(["layers.1"]);
     let adapted = fit(base.attach(&config)?, new, 5e-3);
     show("the base with adapters", &adapted);
     println!("\n{}\n", adapted.parameters());
 
-    // What was trained is a small directory, which Python's PEFT reads, too.
+    // Saves what was trained, as a small directory that Python's PEFT can read.
     let dir = std::env::temp_dir().join("burn-lora-quickstart");
     adapted.adapters().save(&dir)?;
     let served = base.switch(&LoraAdapters::load(&dir, &device)?)?;
     show("the adapters from their file", &served);
 
-    // Merged, it is a plain network without any overhead; detached, it is the base, to the bit.
+    // Merged, it is a plain network without overhead. Detached, it is the base, bit for bit.
     show("merged into the weights", &served.merge()?);
     show("the base again", &served.detach());
     Ok(())

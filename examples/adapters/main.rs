@@ -1,5 +1,5 @@
-//! One base, many adapters: several tasks learned on the same base, held in memory side by side,
-//! switched, saved, combined and cut down.
+//! One base, many adapters: learns several tasks on the same base, then switches, saves, combines and
+//! truncates the adapters.
 //!
 //! ```text
 //! cargo run --release --example adapters
@@ -28,6 +28,7 @@ use common::{
     backend::{self, Plain, Train},
     classifier::{Recipe, accuracy, fit, logits},
     digits::{Digits, mirror, rotate},
+    live::during,
     mlp::Mlp,
     plot::{Panel, SeriesLabelPosition, draw},
     table::{grouped, table},
@@ -46,9 +47,18 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
+    /// Layers that get adapters, with commas between them: fc1, fc2 or head; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    learning_rate: f64,
+    /// Learning rate of LoRA
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    lora_learning_rate: f64,
     /// Passes over the training images, for each training
     #[arg(long, default_value = "3", value_parser = common::positive)]
     epochs: usize,
@@ -69,21 +79,24 @@ struct Summary {
     backend: &'static str,
     rank: usize,
     alpha: f64,
+    targets: Vec<String>,
+    learning_rate: f64,
+    lora_learning_rate: f64,
     seed: u64,
     base_bytes: usize,
-    /// The numbers of one set of adapters, in memory.
+    /// The size of one set of adapters in memory.
     adapter_bytes: usize,
-    /// The same on disk: two files.
+    /// The size of one set on disk, in two files.
     file_bytes: u64,
     switch_micros: f64,
-    /// What is allocated for the base and so many sets of adapters.
+    /// The memory allocated for the base and one set of adapters, and for the base and 64 sets.
     resident_bytes_with_1: usize,
     resident_bytes_with_64: usize,
-    /// By what was done and the task that it is judged on, in percent.
-    accuracies: BTreeMap<String, f64>,
+    /// In percent, for each set of adapters and task.
+    accuracies: BTreeMap<String, BTreeMap<&'static str, f64>>,
 }
 
-/// A task, and the adapters that were trained for it.
+/// A task and the adapters trained for it.
 struct Task {
     name: &'static str,
     digits: Digits,
@@ -104,14 +117,17 @@ fn run(args: Args) -> Result<()> {
         digits.name,
         backend::NAME,
     );
-    let config = LoraConfig::peft(args.rank, args.alpha).with_seed(args.seed);
-    let mut accuracies = BTreeMap::new();
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
+    let mut results = Vec::new();
 
-    // 1. One base, and a set of adapters for each task.
+    // 1. Train one base, and a set of adapters for each task.
     Plain::seed(&Default::default(), args.seed);
     let base = Mlp::<Train>::new(&Default::default());
+    // Reports wrong targets before the training.
+    base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;
-    let base = train(&args, "base", base, 1e-3, &digits)?.into_inner();
+    let base = train(&args, "base", base, args.learning_rate, &digits)?.into_inner();
     let base_bytes = 4 * base.num_params();
     let changes: [(&str, fn(&_) -> _); 4] = [
         ("left", |image| rotate(image, 60.0)),
@@ -123,12 +139,12 @@ fn run(args: Args) -> Result<()> {
     for (name, change) in changes {
         let digits = digits.map(change);
         let model = base.clone().train::<Train>().attach(&config).context("attaching adapters")?;
-        let model = train(&args, name, model, 5e-3, &digits)?;
+        let model = train(&args, name, model, args.lora_learning_rate, &digits)?;
         tasks.push(Task { name, digits, adapters: model.adapters() });
     }
     println!("\n{}\n", tasks[0].adapters);
 
-    // 2. To files and back: nothing is lost.
+    // 2. Save the adapters, load them, and check that nothing is lost.
     let mut file_bytes = 0;
     for task in &mut tasks {
         let dir = args.out.join(task.name);
@@ -140,11 +156,16 @@ fn run(args: Args) -> Result<()> {
         if before != after {
             return Err(format!("{}: {before} % became {after} % in a file", dir.display()));
         }
-        accuracies.insert(format!("base on {}", task.name), judge(&base, &task.digits));
-        accuracies.insert(format!("adapters on {}", task.name), after);
+    }
+    let judge_set = |name: String, adapters: &LoraAdapters<Plain>| {
+        Ok::<_, String>(row(name, &*base.switch(adapters).context("switching")?, &tasks))
+    };
+    results.push(row("none".to_owned(), &base, &tasks));
+    for task in &tasks {
+        results.push(judge_set(task.name.to_owned(), &task.adapters)?);
     }
 
-    // 3. Many in memory: each costs its own numbers, and the base is there once.
+    // 3. Hold many sets in memory. They share one base, and each needs only its own size.
     let resident = |sets: usize| -> Result<usize> {
         let start = allocated();
         let dirs = tasks.iter().cycle().take(sets);
@@ -158,7 +179,7 @@ fn run(args: Args) -> Result<()> {
     let resident_bytes_with_64 = resident(64)?;
     let adapter_bytes = tasks[0].adapters.num_bytes();
 
-    // 4. Switching: the price of a switch does not depend on the base.
+    // 4. Switch between sets. The time does not depend on the size of the base.
     let mut micros = Vec::new();
     for round in 0..400 {
         let adapters = &tasks[round % tasks.len()].adapters;
@@ -170,17 +191,20 @@ fn run(args: Args) -> Result<()> {
     micros.sort_by(f64::total_cmp);
     let switch_micros = micros[micros.len() / 2];
 
-    // 5. Two tasks in one set, at several shares of each.
+    // 5. Combine the adapters of two tasks, with different weights.
     let [left, mirrored] = [&tasks[0], &tasks[3]];
-    let mut mixtures = [Vec::new(), Vec::new()];
-    for step in 0..=8 {
-        let share = f64::from(step) / 8.0;
-        let parts = [(&left.adapters, share), (&mirrored.adapters, 1.0 - share)];
-        let sum = LoraAdapters::combine(&parts, Combination::Concatenate).context("adding")?;
-        for (task, points) in [left, mirrored].into_iter().zip(&mut mixtures) {
-            points.push((share, accuracy_on(&base, &sum, task)?));
+    let mixtures = during("testing mixtures", || {
+        let mut mixtures = [Vec::new(), Vec::new()];
+        for step in 0..=8 {
+            let share = f64::from(step) / 8.0;
+            let parts = [(&left.adapters, share), (&mirrored.adapters, 1.0 - share)];
+            let sum = LoraAdapters::combine(&parts, Combination::Concatenate).context("adding")?;
+            for (task, points) in [left, mirrored].into_iter().zip(&mut mixtures) {
+                points.push((share, accuracy_on(&base, &sum, task)?));
+            }
         }
-    }
+        Ok::<_, String>(mixtures)
+    })?;
     let ways = [
         ("sum", Combination::Concatenate),
         ("linear", Combination::Linear),
@@ -190,38 +214,38 @@ fn run(args: Args) -> Result<()> {
     for (way, how) in ways {
         let parts = [(&left.adapters, 0.6), (&mirrored.adapters, 0.6)];
         let both = LoraAdapters::combine(&parts, how).context("combining")?;
-        for task in [left, mirrored] {
-            let name = format!("{way} of left and mirrored on {}", task.name);
-            accuracies.insert(name, accuracy_on(&base, &both, task)?);
-        }
+        results.push(judge_set(format!("left and mirrored, {way}"), &both)?);
     }
 
-    // 6. Fewer ranks: cut off the adapters, or taken from a model that was trained in full.
+    // 6. Reduce the rank: truncate the adapters, or extract adapters from a model trained in full.
     let full = base.clone().train::<Train>().train_only(&[".*"]).context("full fine-tuning")?;
-    let full = train(&args, "left, in full", full, 1e-3, &left.digits)?.into_inner();
-    accuracies.insert("full fine-tuning on left".to_owned(), judge(&full, &left.digits));
+    let full = train(&args, "left, in full", full, args.learning_rate, &left.digits)?.into_inner();
+    results.push(row("full fine-tuning on left".to_owned(), &full, &tasks));
     let mut by_rank = [Vec::new(), Vec::new()];
     for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= args.rank) {
         let truncated = left.adapters.truncate(rank);
-        let config = LoraConfig::new(rank, 1.0);
+        let config = LoraConfig::new(rank, 1.0).with_targets(&args.targets);
         let extracted = base.extract(&full, &config).context("extracting")?;
         for ((what, approximation), points) in
             [("truncated", truncated), ("extracted", extracted)].into_iter().zip(&mut by_rank)
         {
             let Approximation { adapters, kept, .. } = approximation;
-            let accuracy = accuracy_on(&base, &adapters, left)?;
-            println!(
-                "{what} to rank {rank}: {accuracy:.2} %, keeping {:.1} % of fc1's update",
-                100.0 * kept["fc1"]
-            );
-            accuracies.insert(format!("{what} to rank {rank} on left"), accuracy);
-            points.push((rank as f64, accuracy));
+            let (layer, kept) = kept.first_key_value().expect("a layer has an adapter");
+            println!("{what} to rank {rank}: keeps {:.1} % of {layer}'s update", 100.0 * kept);
+            let (name, accuracies) = judge_set(format!("left, {what} to rank {rank}"), &adapters)?;
+            points.push((rank as f64, accuracies[0]));
+            results.push((name, accuracies));
         }
     }
 
-    let rows: Vec<_> =
-        accuracies.iter().map(|(name, it)| [name.clone(), format!("{it:.2} %")]).collect();
-    println!("\n{}\n", table(&["adapters", "accuracy"], &rows));
+    let cells = |(name, accuracies): &(String, Vec<f64>)| {
+        let cells = accuracies.iter().map(|it| format!("{it:.2} %"));
+        std::iter::once(name.clone()).chain(cells).collect::<Vec<_>>()
+    };
+    let names: Vec<_> = tasks.iter().map(|task| task.name).collect();
+    let rows: Vec<_> = results.iter().map(cells).collect();
+    println!("\nThe accuracy of each set of adapters (rows) on each task (columns):\n");
+    println!("{}\n", table(&[&["adapters"], &names[..]].concat(), &rows));
     let more = resident_bytes_with_64 - resident_bytes_with_1;
     let rows = [
         ("base", grouped(base_bytes)),
@@ -266,11 +290,16 @@ fn run(args: Args) -> Result<()> {
             },
         ],
     )?;
+    let by_task = |accuracies: Vec<f64>| names.iter().copied().zip(accuracies).collect();
+    let results = results.into_iter().map(|(name, accuracies)| (name, by_task(accuracies)));
     let summary = Summary {
         dataset: digits.name,
         backend: backend::NAME,
         rank: args.rank,
         alpha: args.alpha,
+        targets: args.targets,
+        learning_rate: args.learning_rate,
+        lora_learning_rate: args.lora_learning_rate,
         seed: args.seed,
         base_bytes,
         adapter_bytes,
@@ -278,7 +307,7 @@ fn run(args: Args) -> Result<()> {
         switch_micros,
         resident_bytes_with_1,
         resident_bytes_with_64,
-        accuracies,
+        accuracies: results.collect(),
     };
     let path = args.out.join("summary.json");
     let json = serde_json::to_string_pretty(&summary).context(path.display())?;
@@ -305,13 +334,21 @@ fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {
     LoraAdapters::load(dir, &Default::default()).context("loading")
 }
 
-fn judge(model: &Mlp<Plain>, digits: &Digits) -> f64 {
-    accuracy(logits(model, &digits.test), &digits.test)
+fn judge(model: &Mlp<Plain>, task: &Task) -> f64 {
+    accuracy(logits(model, &task.digits.test), &task.digits.test)
+}
+
+/// A row of the results: a name, and the accuracy on each task in percent.
+fn row(name: String, model: &Mlp<Plain>, tasks: &[Task]) -> (String, Vec<f64>) {
+    let accuracies = during(&format!("testing {name}"), || {
+        tasks.iter().map(|task| judge(model, task)).collect()
+    });
+    (name, accuracies)
 }
 
 fn accuracy_on(base: &Mlp<Plain>, adapters: &LoraAdapters<Plain>, task: &Task) -> Result<f64> {
     let model = base.switch(adapters).context("switching")?;
-    Ok(judge(&model, &task.digits))
+    Ok(judge(&model, task))
 }
 
 fn allocated() -> usize {

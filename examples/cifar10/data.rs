@@ -1,4 +1,4 @@
-//! Small photographs: CIFAR-10 where it can be had, drawn shapes otherwise.
+//! Small photographs: CIFAR-10 where it is available, and drawn shapes otherwise.
 
 mod generated;
 mod official;
@@ -10,6 +10,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use crate::common::{
     Result,
     classifier::{Sample, stack_images},
+    live::during,
 };
 
 /// The side of an image, in pixels.
@@ -40,7 +41,7 @@ impl Sample for Photo {
     }
 }
 
-/// Images to learn from, and others to judge by.
+/// Images for training and for testing.
 #[derive(Clone)]
 pub struct Photos {
     /// "cifar10" or "generated".
@@ -50,11 +51,11 @@ pub struct Photos {
 }
 
 impl Photos {
-    /// CIFAR-10 from `dir` if given; otherwise from the cache directory, or the network; and if
-    /// there is neither, or `generated` is set, drawn shapes.
+    /// CIFAR-10 from `dir` if given, and otherwise from the cache directory or the network. Drawn
+    /// shapes if none of them has it, or if `generated` is set.
     pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
         if generated {
-            return Ok(generated::photos(seed));
+            return Ok(during("drawing shapes", || generated::photos(seed)));
         }
         if let Some(dir) = dir {
             println!("Data: CIFAR-10 from {}", dir.display());
@@ -66,13 +67,13 @@ impl Photos {
                 official::read(&dir)
             }
             Err(reason) => {
-                println!("Data: generated shapes, since CIFAR-10 is not at hand ({reason})");
-                Ok(generated::photos(seed))
+                println!("Data: generated shapes, because CIFAR-10 is not available ({reason})");
+                Ok(during("drawing shapes", || generated::photos(seed)))
             }
         }
     }
 
-    /// The same photographs, each changed.
+    /// The same photographs, with `change` applied to each.
     pub fn map(&self, change: impl Fn(&[u8]) -> Vec<u8>) -> Self {
         let changed = |photos: &[Photo]| {
             let photos = photos.iter();
@@ -82,7 +83,7 @@ impl Photos {
     }
 }
 
-/// The photograph as on film: dark is bright, and every colour is its complement.
+/// The photographic negative: every value is replaced by 255 minus itself.
 pub fn negative(pixels: &[u8]) -> Vec<u8> {
     pixels.iter().map(|value| 255 - value).collect()
 }

@@ -1,12 +1,12 @@
-//! Adapts a convolutional network to photographic negatives, three ways side by side: full
-//! fine-tuning, LoRA on its convolutions, and training the last layer only.
+//! Adapts a convolutional network to photographic negatives, and compares three methods: full
+//! fine-tuning, LoRA on all layers, and training only the last layer.
 //!
 //! ```text
 //! cargo run --release --example cifar10 --no-default-features --features flex
 //! cargo run --release --example cifar10 --no-default-features --features flex -- --generated
 //! ```
 //!
-//! On the CPU choose `flex`: convolutions train about ten times faster there than on `ndarray`.
+//! On the CPU choose `flex`. Convolutions train about ten times faster on it than on `ndarray`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -26,17 +26,18 @@ use common::{
     adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
+    live::during,
     table::grouped,
 };
 use data::{Photos, negative};
 use model::Cnn;
 
-/// Keeps the memory of large tensors, which every training step asks for again.
+/// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Adapt a convolutional network to photographic negatives: full fine-tuning, LoRA and the last
-/// layer side by side.
+/// Adapt a convolutional network to photographic negatives, and compare full fine-tuning, LoRA and
+/// training only the last layer.
 #[derive(Parser, Debug)]
 struct Args {
     /// Directory with CIFAR-10's binary batches; otherwise the cache, or a download
@@ -48,9 +49,18 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "7", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "14", value_parser = common::nonzero)]
     alpha: f64,
+    /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
+    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = common::rate)]
+    learning_rate: f64,
+    /// Learning rate of LoRA, and of the last layer alone
+    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = common::rate)]
+    lora_learning_rate: f64,
     /// Passes over the images, for each training
     #[arg(long, default_value = "6", value_parser = common::positive)]
     epochs: usize,
@@ -71,16 +81,15 @@ struct Args {
     out: PathBuf,
 }
 
-/// LoRA wants a higher learning rate than full fine-tuning, and so does the last layer alone.
-const LEARNING_RATE: f64 = 2e-3;
-const LORA_LEARNING_RATE: f64 = 1e-2;
-
 #[derive(Serialize)]
 struct Summary {
     dataset: &'static str,
     backend: &'static str,
     rank: usize,
     alpha: f64,
+    targets: Vec<String>,
+    learning_rate: f64,
+    lora_learning_rate: f64,
     seed: u64,
     train_size: usize,
     new_size: usize,
@@ -111,7 +120,8 @@ fn run(args: Args) -> Result<()> {
         grouped(photos.test.len()),
         backend::NAME,
     );
-    let config = LoraConfig::peft(args.rank, args.alpha).with_seed(args.seed);
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
     let job = Job {
         out: &args.out,
         epochs: args.epochs,
@@ -122,42 +132,48 @@ fn run(args: Args) -> Result<()> {
         old_test: &photos.test,
     };
 
-    // 1. A base that knows photographs, and has never seen a negative.
+    // 1. Train a base on photographs. It never sees a negative.
     Plain::seed(&Default::default(), args.seed);
     let base = Cnn::<Train>::new(&Default::default());
+    // Reports wrong targets before the training.
+    base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;
     let (base, _) =
-        job.fit("base: photographs", base, LEARNING_RATE, &photos.train, &photos.test)?;
+        job.fit("base: photographs", base, args.learning_rate, &photos.train, &photos.test)?;
     let base = base.into_inner();
-    let base_logits = logits(&base, &photos.test);
+    let (base_logits, base_accuracy_new) = during("testing the base", || {
+        (logits(&base, &photos.test), accuracy(logits(&base, &negatives.test), &negatives.test))
+    });
     let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
-    let base_accuracy_new = accuracy(logits(&base, &negatives.test), &negatives.test);
     println!(
         "\nThe base recognises {base_accuracy_old:.2} % of photographs, and \
          {base_accuracy_new:.2} % of negatives.\n"
     );
 
-    // 2. The same base, adapted to negatives in three ways.
+    // 2. Adapt this base to negatives with three methods.
     let train = || base.clone().train::<Train>();
     let full = train().train_only(&[".*"]).context("full fine-tuning")?;
     let lora = train().attach(&config).context("attaching adapters")?;
     let last = train().train_only(&["head"]).context("freezing")?;
     println!("{}\n", lora.parameters());
     let (new, test) = (&negatives.train, &negatives.test);
-    let (full, _) = job.adapt("full fine-tuning", full, LEARNING_RATE, new, test, test)?;
-    let (lora, adapted) = job.adapt("LoRA", lora, LORA_LEARNING_RATE, new, test, test)?;
-    let (last, _) = job.adapt("last layer", last, LORA_LEARNING_RATE, new, test, test)?;
+    let (full, _) = job.adapt("full fine-tuning", full, args.learning_rate, new, test, test)?;
+    let (lora, adapted) = job.adapt("LoRA", lora, args.lora_learning_rate, new, test, test)?;
+    let (last, _) = job.adapt("last layer", last, args.lora_learning_rate, new, test, test)?;
 
-    // 3. Merged into the kernels, the adapters cost nothing and compute the same; switched off, they
-    // leave the base as it was, to the bit.
+    // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
     let merged = adapted.merge().context("merging")?;
     let max_abs_logit_diff_merged =
         largest_difference(logits(&merged, test), logits(&*adapted, test));
     let restored = logits(&adapted.detach(), &photos.test);
     let base_restored_exactly = bits(restored) == bits(base_logits);
     let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!("\nMerged, the adapters give logits within {max_abs_logit_diff_merged:.1e}.");
-    println!("Switched off, they give back the base {exactly}: {base_accuracy_old:.2} %.\n");
+    println!(
+        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
+    );
+    println!(
+        "Without them, the model computes {exactly} what the base does: {base_accuracy_old:.2} %.\n"
+    );
 
     let methods = vec![full, lora, last];
     println!("{}\n", results(&methods));
@@ -168,6 +184,9 @@ fn run(args: Args) -> Result<()> {
         backend: backend::NAME,
         rank: args.rank,
         alpha: args.alpha,
+        targets: args.targets,
+        learning_rate: args.learning_rate,
+        lora_learning_rate: args.lora_learning_rate,
         seed: args.seed,
         train_size: photos.train.len(),
         new_size: negatives.train.len(),

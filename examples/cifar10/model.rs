@@ -1,4 +1,4 @@
-//! The model: four convolutions and a linear layer, each of which can carry an adapter.
+//! The model: four convolutions and a linear layer. Each can have an adapter.
 
 use burn::{
     module::Module,
@@ -18,9 +18,8 @@ use crate::{
 
 /// A convolutional network for images of 32×32 pixels.
 ///
-/// The norms are group norms, which look at one image at a time. Batch norms keep running
-/// statistics, which would go on moving although the base is frozen: the old task would change under
-/// the adapters.
+/// The norms are group norms, which normalise each image by itself. Batch norms would update their
+/// running statistics although the base is frozen, and so change the outputs on the old task.
 #[derive(Module, Debug)]
 pub struct Cnn<B: Backend> {
     convs: Vec<LoraConv2d<B>>,
@@ -29,7 +28,7 @@ pub struct Cnn<B: Backend> {
     head: LoraLinear<B>,
 }
 
-/// Channels in, channels out, and stride: images of 16, 8, 4 and 4 pixels a side.
+/// Input channels, output channels and stride. The outputs are 16, 8, 4 and 4 pixels wide and high.
 const CONVS: [(usize, usize, usize); 4] =
     [(CHANNELS, 32, 2), (32, 64, 2), (64, 96, 2), (96, 96, 1)];
 

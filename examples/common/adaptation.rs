@@ -1,4 +1,4 @@
-//! The experiment of several examples: one base, adapted to a new task in different ways.
+//! The experiment of several examples: adapts one base to a new task with different methods.
 
 use std::{path::Path, time::Duration};
 
@@ -11,13 +11,14 @@ use super::{
     backend::{Plain, Train},
     classifier::{Classifier, Learns, Recipe, Sample, Start, Trained, accuracy, fit, logits},
     file_name,
+    live::during,
     plot::{Panel, SeriesLabelPosition, draw},
     progress::History,
     size_of_files,
     table::{grouped, table},
 };
 
-/// What came of one way to adapt a model.
+/// The results of one method.
 #[derive(Serialize)]
 pub struct Method {
     pub name: &'static str,
@@ -27,28 +28,28 @@ pub struct Method {
     pub accuracy_new: f64,
     /// The accuracy on the old task, where there is one.
     pub accuracy_old: Option<f64>,
-    /// The accuracy on the old task once the adapters are switched off, where there are any.
+    /// The accuracy on the old task without the adapters, where there are any.
     pub accuracy_old_switched_off: Option<f64>,
-    /// What has to be kept of the result, next to the base: the size of the adapters' files, or of
-    /// the trained parameters in `f32`.
+    /// What has to be stored in addition to the base: the adapters' files, or the trained parameters in
+    /// `f32`.
     pub bytes: u64,
     #[serde(skip)]
     pub history: History,
 }
 
-/// What all trainings of an example have in common.
+/// The settings that all trainings of an example share.
 pub struct Job<'a, S> {
-    /// Where logs and adapters go.
+    /// The directory for logs and adapters.
     pub out: &'a Path,
     pub epochs: usize,
     pub seed: u64,
-    /// How much faster B learns than A (LoRA+); 1 for as fast.
+    /// The learning rate of B as a multiple of A's (LoRA+).
     pub lora_plus: f64,
-    /// Whether checkpoints are kept, and where to start.
+    /// Where to start. `None` means from the model, without checkpoints.
     pub start: Option<Start>,
-    /// What the model's modules are called in Python.
+    /// The names of the model's modules in Python.
     pub names: Renaming,
-    /// Samples of the task that the base was trained on, where that is one of the same kind.
+    /// Test samples of the task that the base was trained on. Empty if it is another kind of task.
     pub old_test: &'a [S],
 }
 
@@ -67,7 +68,7 @@ impl<S: Sample> Job<'_, S> {
         fit(&recipe, model, train, test)
     }
 
-    /// Trains on the new task, judges what is `watched` after each epoch, and in the end on both tasks.
+    /// Trains on the new task. Evaluates on `watched` after each epoch, and on both tasks at the end.
     pub fn adapt<M: Learns + Classifier<Train, Sample = S>>(
         &self,
         name: &'static str,
@@ -85,14 +86,20 @@ impl<S: Sample> Job<'_, S> {
         };
         let (model, history) = self.fit(name, model, learning_rate, train, watched)?;
         let seconds = history.durations.iter().sum::<Duration>().as_secs_f64();
+        let (accuracy_new, accuracy_old, accuracy_old_switched_off) =
+            during(&format!("testing {name}"), || {
+                let new = accuracy(logits(&*model, test), test);
+                let detached = adapted.then(|| old_accuracy(&model.detach())).flatten();
+                (new, old_accuracy(&model), detached)
+            });
         let method = Method {
             name,
             trainable,
             total,
             epoch_seconds: seconds / history.durations.len() as f64,
-            accuracy_new: accuracy(logits(&*model, test), test),
-            accuracy_old: old_accuracy(&model),
-            accuracy_old_switched_off: adapted.then(|| old_accuracy(&model.detach())).flatten(),
+            accuracy_new,
+            accuracy_old,
+            accuracy_old_switched_off,
             bytes: match adapted {
                 true => self.save(name, model.adapters())?,
                 false => (trainable * size_of::<f32>()) as u64,
@@ -102,7 +109,7 @@ impl<S: Sample> Job<'_, S> {
         Ok((method, model))
     }
 
-    /// Saves the adapters by their names in Python, and returns the size of the files.
+    /// Saves the adapters under their names in Python, and returns the size of the files.
     fn save(&self, name: &str, adapters: LoraAdapters<Plain>) -> Result<u64> {
         let dir = self.out.join("adapters").join(file_name(name));
         let adapters = adapters.renamed(&self.names).context("renaming the adapters")?;
@@ -122,7 +129,7 @@ pub fn largest_difference(a: Tensor<Plain, 2>, b: Tensor<Plain, 2>) -> f64 {
     (a - b).abs().max().into_data().iter::<f64>().fold(0.0, f64::max)
 }
 
-/// The table of what came of each way; with the old task, where there is one.
+/// The table of the results. It has columns for the old task, where there is one.
 pub fn results(methods: &[Method]) -> String {
     let full = methods[0].epoch_seconds;
     let percent = |value: f64| format!("{value:.2} %");
@@ -147,7 +154,8 @@ pub fn results(methods: &[Method]) -> String {
     if with_old {
         headers.extend(["old task", "switched off"]);
     }
-    table(&headers, &methods.iter().map(row).collect::<Vec<_>>())
+    let table = table(&headers, &methods.iter().map(row).collect::<Vec<_>>());
+    format!("{table}\ntime/epoch is relative to {}.", methods[0].name)
 }
 
 /// Draws the losses and the accuracies on the new task.
@@ -177,7 +185,7 @@ pub fn draw_curves(path: &Path, methods: &[Method], base_accuracy: f64) -> Resul
     )
 }
 
-/// The training loss against the epoch: 50 points, each the mean of the steps since the last.
+/// The training loss by epoch, as 50 points. Each is the mean over the steps since the point before.
 fn smoothed(history: &History) -> Vec<(f64, f64)> {
     let epochs = history.durations.len() as f64;
     let steps = history.losses.len();

@@ -1,8 +1,7 @@
-//! The backend that the cargo features choose. Examples, tests and benches all take it from here;
-//! with several features the most specialised one wins, so that `--features wgpu` is enough to
-//! leave the default.
+//! The backend that the cargo features choose, for examples, tests and benches. With several features
+//! the most specialised one wins, so `--features wgpu` overrides the default.
 
-// Nobody needs all of it.
+// No program uses all of it.
 #![allow(dead_code)]
 
 #[cfg(not(any(
@@ -17,7 +16,7 @@ compile_error!(
      `vulkan`, `metal`, `cuda` or `rocm`"
 );
 
-/// The chosen backend's name, as its feature is called.
+/// The name of the chosen backend's feature.
 pub const NAME: &str = if cfg!(feature = "cuda") {
     "cuda"
 } else if cfg!(feature = "rocm") {
@@ -59,13 +58,13 @@ mod chosen {
     }
 }
 
-/// The chosen backend, which infers and does not train.
+/// The chosen backend, for inference.
 pub type Plain = chosen::Plain;
 
-/// The chosen backend, which trains.
+/// The chosen backend, for training.
 pub type Train = burn::backend::Autodiff<Plain>;
 
-/// Runs one operation, so that a missing driver is one clear message and not a panic later on.
+/// Runs one operation, so that a missing driver gives a clear message and not a panic later.
 pub fn check() -> Result<(), String> {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));

@@ -1,4 +1,4 @@
-//! Training and judging a classifier with burn-train.
+//! Trains a classifier with burn-train, and evaluates it.
 
 use std::{
     fmt::Debug,
@@ -29,16 +29,16 @@ use super::{
     Context, Result,
     backend::{Plain, Train},
     file_name,
-    progress::{History, Reporter, Timed},
+    progress::{History, Plan, Reporter, Timed},
     resume::Resumed,
 };
 
 /// Something to classify.
 pub trait Sample: Clone + Send + Sync + Debug + 'static {
-    /// What a model reads of several samples.
+    /// A batch of samples, as a model reads it.
     type Input<B: Backend>: Clone + Send + Debug + 'static;
 
-    /// How many samples a training step takes.
+    /// The number of samples in a training step.
     const BATCH: usize = 64;
 
     /// The class.
@@ -46,7 +46,7 @@ pub trait Sample: Clone + Send + Sync + Debug + 'static {
 
     fn stack<B: Backend>(samples: &[Self], device: &B::Device) -> Self::Input<B>;
 
-    /// Batches of the samples, in an order that is drawn anew for each epoch if there is a seed.
+    /// Batches of the samples. With a seed, each epoch has its own random order.
     fn batches<B: Backend>(
         samples: &[Self],
         seed: Option<u64>,
@@ -56,7 +56,7 @@ pub trait Sample: Clone + Send + Sync + Debug + 'static {
     }
 }
 
-/// Samples to train on or to judge by.
+/// Samples for training or for evaluation.
 #[derive(Clone, Debug)]
 pub struct Batch<B: Backend, S: Sample> {
     pub input: S::Input<B>,
@@ -81,7 +81,7 @@ impl<B: Backend, S: Sample> Batcher<B, S, Batch<B, S>> for Stack {
     }
 }
 
-/// A loader with the seed, if there is one.
+/// Makes the loader shuffle, if there is a seed.
 pub fn shuffled<B: Backend, I, O>(
     builder: DataLoaderBuilder<B, I, O>,
     seed: Option<u64>,
@@ -107,7 +107,7 @@ pub fn stack_images<'a, B: Backend>(
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-/// A model that gives each sample a logit per class.
+/// A model that computes a logit per class for each sample.
 pub trait Classifier<B: Backend> {
     type Sample: Sample;
 
@@ -122,7 +122,7 @@ pub trait Classifier<B: Backend> {
     }
 }
 
-/// A model in training, as burn-train takes it. Its checkpoints hold only what trains.
+/// A model in the form that burn-train expects. Its checkpoints hold only what trains.
 #[derive(Module, Debug)]
 struct Task<B: Backend, M> {
     model: Lora<B, M>,
@@ -147,7 +147,7 @@ impl<M: Classifier<Plain> + Module<Plain> + ModuleDisplay> InferenceStep for Tas
     }
 }
 
-/// A model that can be trained here.
+/// A model that [`fit`] can train.
 pub trait Learns:
     AutodiffModule<
         Train,
@@ -170,21 +170,21 @@ where
 
 /// How to train.
 pub struct Recipe<'a> {
-    /// What it is called in the progress.
+    /// The name of the training in the output.
     pub name: &'a str,
-    /// The learning rate to start with; it falls to zero along a cosine.
+    /// The learning rate at the start. It falls to zero along a cosine.
     pub learning_rate: f64,
     pub epochs: usize,
     pub seed: u64,
-    /// How much faster B learns than A (LoRA+); 1 for as fast.
+    /// The learning rate of B as a multiple of A's (LoRA+).
     pub lora_plus: f64,
-    /// Whether checkpoints are kept, and where to start.
+    /// Where to start. `None` means from the model, without checkpoints.
     pub start: Option<Start>,
-    /// The directory in which burn-train gets one for its logs.
+    /// The directory for the logs. Each training gets a directory in it.
     pub logs: &'a Path,
 }
 
-/// Where a training starts, of which checkpoints are kept.
+/// Where a training with checkpoints starts.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Start {
     /// From the model as it is.
@@ -207,7 +207,7 @@ pub fn fit<M: Learns>(
         Some(Start::Checkpoint) => last_epoch(&dir)?,
         _ => (0, History::default()),
     };
-    // burn-train reads the logs that it finds as its own, from the first epoch on.
+    // burn-train would read old logs as those of this run, from the first epoch on.
     let stale =
         if done > 0 { vec![dir.join("train"), dir.join("valid")] } else { vec![dir.clone()] };
     for dir in stale.into_iter().filter(|dir| dir.exists()) {
@@ -218,6 +218,12 @@ pub fn fit<M: Learns>(
     let batches = Arc::new(Resumed::new(batches, done));
     let timed = Timed { loader: batches, history: history.clone() };
     let test = SampleOf::<M>::batches::<Plain>(test, None);
+    let plan = Plan {
+        epochs: recipe.epochs,
+        done,
+        train_items: timed.num_items(),
+        test_items: test.num_items(),
+    };
     let mut training = SupervisedTraining::new(&dir, Arc::new(timed), test)
         .metrics((AccuracyMetric::new(), LossMetric::new()))
         .with_application_logger(None)
@@ -231,17 +237,17 @@ pub fn fit<M: Learns>(
     }
     let kept = recipe.start.is_some().then(|| dir.clone());
     let interrupter = training.interrupter();
-    let reporter = Reporter::new(recipe.name, interrupter.clone(), history.clone(), kept);
+    let reporter = Reporter::new(recipe.name, plan, history.clone(), kept);
     let steps = recipe.epochs * samples.len().div_ceil(SampleOf::<M>::BATCH);
     let schedule = CosineAnnealingLrSchedulerConfig::new(recipe.learning_rate, steps);
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
-    // With a ratio of 1 this is Adam itself.
+    // With a ratio of 1 this is plain Adam.
     let adam = LoraPlus::new(AdamConfig::new().init::<Train, Task<Train, M>>(), recipe.lora_plus);
     let learner = Learner::new(Task { model }, adam, schedule);
     let result = training.renderer(reporter).launch(learner);
-    // The renderer ends with its thread, and lets go of the terminal.
+    // Clears the progress from the terminal.
     drop(result.renderer);
-    // By a person, or because a checkpoint could not be written.
+    // burn-train stops if it cannot write a checkpoint.
     if interrupter.should_stop() {
         let reason = interrupter.get_message().unwrap_or_default();
         return Err(format!("{}: stopped: {reason}", dir.display()));
@@ -250,11 +256,11 @@ pub fn fit<M: Learns>(
     Ok((result.model.model, history))
 }
 
-/// The last epoch in `dir` to go on from, and what was seen up to there.
+/// The last complete epoch in `dir`, and the history up to it.
 fn last_epoch(dir: &Path) -> Result<(usize, History)> {
     let checkpoint = last_checkpoint(dir).context(dir.display())?.unwrap_or(0);
     let mut history = History::read(dir)?;
-    // It may be one epoch behind. Of the last two there are checkpoints.
+    // The history may be one epoch behind. The last two epochs have checkpoints.
     let done = checkpoint.min(history.accuracies.len());
     if done + 1 < checkpoint {
         let known = history.accuracies.len();
@@ -267,10 +273,10 @@ fn last_epoch(dir: &Path) -> Result<(usize, History)> {
     Ok((done, history))
 }
 
-/// What comes of training a model.
+/// A trained model.
 pub type Trained<M> = Lora<Plain, <M as AutodiffModule<Train>>::InnerModule>;
 
-/// What the model classifies.
+/// The samples of a model.
 pub type SampleOf<M> = <M as Classifier<Train>>::Sample;
 
 /// The logits of all samples, one row each.
@@ -281,7 +287,7 @@ pub fn logits<M: Classifier<Plain>>(model: &M, samples: &[M::Sample]) -> Tensor<
     Tensor::cat(batches.collect(), 0)
 }
 
-/// The share of samples whose largest logit is that of their class, in percent.
+/// The percentage of samples whose largest logit is that of their class.
 pub fn accuracy(logits: Tensor<Plain, 2>, samples: &[impl Sample]) -> f64 {
     let classes = logits.argmax(1).into_data().convert::<i64>().to_vec::<i64>();
     let classes = classes.expect("the data was converted to this type");

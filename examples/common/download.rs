@@ -1,4 +1,4 @@
-//! Files from the network, checked before they are used.
+//! Downloads files, and checks them before they are used.
 
 use std::{
     fs::{self, File},
@@ -9,24 +9,26 @@ use std::{
 
 use sha2::{Digest, Sha256};
 
-use super::{Context, Result};
+use super::{Context, Result, live::during};
 
-/// The file at `url`, if it has this size and this SHA-256.
+/// Downloads the file at `url`. Fails unless it has this size and SHA-256.
 pub fn fetch(url: &str, size: u64, sha256: &str, timeout: Duration) -> Result<Vec<u8>> {
     let config = ureq::Agent::config_builder()
         .timeout_connect(Some(Duration::from_secs(5)))
         .timeout_global(Some(timeout))
         .build();
-    let response = config.new_agent().get(url).call().context(url)?;
-    let mut body = response.into_body();
-    let bytes = body.with_config().limit(size + 1).read_to_vec().context(url)?;
+    let bytes = during(&format!("downloading {url}"), || {
+        let mut body = config.new_agent().get(url).call()?.into_body();
+        body.with_config().limit(size + 1).read_to_vec()
+    });
+    let bytes = bytes.context(url)?;
     if bytes.len() as u64 != size || hex(&Sha256::digest(&bytes)) != sha256 {
         return Err(format!("{url}: not the expected file"));
     }
     Ok(bytes)
 }
 
-/// Writes a file that is there as a whole or not at all; its directory is made if need be.
+/// Writes a file so that it exists as a whole or not at all. Creates its directory if it is missing.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let dir = path.parent().expect("the path has a directory");
     fs::create_dir_all(dir)?;

@@ -1,6 +1,6 @@
 //! What the examples share: the backend, data, training with progress, and reports.
 
-// No example needs all of it.
+// No example uses all of it.
 #![allow(dead_code)]
 
 pub mod adaptation;
@@ -8,6 +8,7 @@ pub mod backend;
 pub mod classifier;
 pub mod digits;
 pub mod download;
+pub mod live;
 pub mod mlp;
 pub mod plot;
 pub mod progress;
@@ -19,10 +20,10 @@ use std::{fs, path::Path, process::ExitCode};
 
 use clap::Parser;
 
-/// What went wrong, in a sentence for the person at the terminal.
+/// A result whose error is a message for the user.
 pub type Result<T> = std::result::Result<T, String>;
 
-/// Adds what was being done, and to which file, to an error.
+/// Adds to an error what the program was doing, and with which file.
 pub trait Context<T> {
     fn context(self, doing: impl std::fmt::Display) -> Result<T>;
 }
@@ -33,17 +34,20 @@ impl<T, E: std::fmt::Display> Context<T> for std::result::Result<T, E> {
     }
 }
 
-/// Parses the arguments, checks the backend and runs the example. Arguments that make no sense end
-/// it with one line and exit code 2, anything else that goes wrong with one line and exit code 1.
+/// Parses the arguments, checks the backend and runs the example. Wrong arguments end it with one line
+/// and exit code 2. Any other error ends it with one line and exit code 1.
 pub fn main<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
-    let args = match A::try_parse() {
+    let backend = format!(
+        "Backend: {}, chosen when the example was built (`cargo run --no-default-features --features \
+         BACKEND`)",
+        backend::NAME,
+    );
+    let matches = A::command().after_help(backend).try_get_matches();
+    let args = match matches.and_then(|matches| A::from_arg_matches(&matches)) {
         Ok(args) => args,
         Err(error) if !error.use_stderr() => error.exit(),
         Err(error) => {
-            let text = error.to_string();
-            // What is missing comes as a list below the first line.
-            let lines = text.lines().take_while(|line| !line.is_empty()).map(str::trim);
-            eprintln!("{}", lines.collect::<Vec<_>>().join(" "));
+            eprintln!("{}", one_line(&error.to_string()));
             return ExitCode::from(2);
         }
     };
@@ -53,6 +57,21 @@ pub fn main<A: Parser>(run: impl FnOnce(A) -> Result<()>) -> ExitCode {
             eprintln!("error: {error}");
             ExitCode::FAILURE
         }
+    }
+}
+
+/// clap's message, its suggestions and the usage, which are paragraphs of one or more lines.
+fn one_line(text: &str) -> String {
+    let paragraphs = text.trim().split("\n\n");
+    let paragraphs = paragraphs.map(|it| it.lines().map(str::trim).collect::<Vec<_>>().join(" "));
+    paragraphs.collect::<Vec<_>>().join("; ")
+}
+
+/// Parses a learning rate.
+pub fn rate(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if value > 0.0 && value <= 1.0 => Ok(value),
+        _ => Err("a number above 0 and at most 1 is needed".to_owned()),
     }
 }
 
@@ -80,7 +99,7 @@ pub fn positive(text: &str) -> Result<usize> {
     }
 }
 
-/// The name of something as that of a file or directory.
+/// The name as that of a file or directory.
 pub fn file_name(name: &str) -> String {
     name.replace([' ', ':', ','], "-")
 }

@@ -1,4 +1,4 @@
-//! Figures of curves.
+//! Draws figures of curves.
 
 use std::path::Path;
 
@@ -18,11 +18,11 @@ pub struct Panel<'a> {
     pub marks: bool,
     /// Whether the vertical axis begins at 0.
     pub from_zero: bool,
-    /// Where the curves leave room for their names.
+    /// Where the legend covers no curve.
     pub legend: SeriesLabelPosition,
 }
 
-/// Colours that people with any colour vision tell apart (Okabe and Ito).
+/// Colours that people with colour-vision deficiencies can tell apart (Okabe and Ito).
 const COLORS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -90,7 +90,7 @@ fn draw_panel(
     Ok(())
 }
 
-/// The range of finite values, wider on both sides by a share of itself.
+/// The range of the finite values, extended on both sides by a share of its length.
 fn range(values: impl Iterator<Item = f64>, margin: f64) -> std::ops::Range<f64> {
     let finite = values.filter(|value| value.is_finite());
     let (low, high) =

@@ -1,9 +1,7 @@
-//! What a person sees of a training: burn-train's dashboard in a terminal, and one line per epoch
-//! elsewhere. Either way, what was seen is kept.
+//! Shows and records the progress of a training with burn-train.
 
 use std::{
     fs,
-    io::{IsTerminal, stdout},
     path::{Path, PathBuf},
     sync::{Arc, Mutex},
     time::{Duration, Instant},
@@ -13,27 +11,29 @@ use burn::{
     data::dataloader::{DataLoader, DataLoaderIterator, Progress},
     tensor::backend::Backend,
     train::{
-        Interrupter, LearnerSummary,
         metric::{MetricDefinition, MetricId, NumericEntry},
         renderer::{
             EvaluationName, EvaluationProgress, MetricState, MetricsRenderer,
             MetricsRendererEvaluation, MetricsRendererTraining, ProgressType, TrainingProgress,
-            tui::TuiMetricsRendererWrapper,
         },
     },
 };
 use serde::{Deserialize, Serialize};
 
-use super::{Context, Result, download::write_atomically};
+use super::{
+    Context, Result,
+    download::write_atomically,
+    live::{Live, Position},
+};
 
-/// What a training left behind.
+/// The record of a training.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct History {
     /// The training loss of every step.
     pub losses: Vec<f64>,
-    /// The accuracy on what is watched after each epoch, in percent.
+    /// The accuracy after each epoch, in percent.
     pub accuracies: Vec<f64>,
-    /// How long the steps of each epoch took; evaluation is not counted.
+    /// The duration of each epoch, without evaluation.
     pub durations: Vec<Duration>,
 }
 
@@ -41,7 +41,7 @@ pub struct History {
 const HISTORY: &str = "history.json";
 
 impl History {
-    /// What was kept in `dir`; nothing if it is not there.
+    /// The history saved in `dir`. It is empty if there is none.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(HISTORY);
         match fs::read(&path) {
@@ -59,7 +59,7 @@ impl History {
         write_atomically(&path, &json).context(path.display())
     }
 
-    /// Forgets all but the first epochs.
+    /// Keeps only the first epochs.
     pub fn truncate(&mut self, epochs: usize) {
         let steps = self.losses.len() / self.accuracies.len().max(1);
         self.losses.truncate(epochs * steps);
@@ -70,16 +70,46 @@ impl History {
 
 pub type SharedHistory = Arc<Mutex<History>>;
 
+/// What a pass over a sample costs in training, as a multiple of what it costs in evaluation: a backward
+/// pass takes about twice as long as a forward pass.
+const TRAINING_COST: usize = 3;
+
+/// What one training has to do.
+pub struct Plan {
+    pub epochs: usize,
+    /// How many of the epochs an earlier run has done.
+    pub done: usize,
+    /// How many items each epoch trains on.
+    pub train_items: usize,
+    /// How many items are evaluated after each epoch.
+    pub test_items: usize,
+}
+
+impl Plan {
+    /// How far the training is after the items of an epoch.
+    fn position(&self, epoch: usize, trained: usize, tested: usize) -> Position {
+        let cost = |trained, tested| (TRAINING_COST * trained + tested) as f64;
+        let of_part = cost(trained, tested) / cost(self.train_items, self.test_items);
+        let before = epoch.saturating_sub(self.done + 1) as f64;
+        let epochs = self.epochs.saturating_sub(self.done).max(1) as f64;
+        Position { part: self.part(epoch), of_part, of_all: (before + of_part) / epochs }
+    }
+
+    fn part(&self, epoch: usize) -> String {
+        format!("epoch {epoch}/{}", self.epochs)
+    }
+}
+
 /// Shows the progress of one training, and records its [`History`].
 pub struct Reporter {
-    name: String,
-    dashboard: Option<TuiMetricsRendererWrapper>,
+    plan: Plan,
+    live: Live,
     history: SharedHistory,
-    /// Where the history is kept, if it is.
+    /// The directory in which the history is saved, if it is.
     kept: Option<PathBuf>,
     /// The metrics' ids and names.
     metrics: Vec<(MetricId, String)>,
-    /// Sums over the epoch, of values and of counts.
+    /// Means over the epoch.
     accuracy: Mean,
     loss: Mean,
 }
@@ -96,24 +126,17 @@ impl Mean {
         self.count += count;
     }
 
-    fn take(&mut self) -> f64 {
-        let Mean { sum, count } = std::mem::take(self);
-        sum / count
+    fn value(&self) -> f64 {
+        self.sum / self.count
     }
 }
 
 impl Reporter {
-    pub fn new(
-        name: &str,
-        interrupter: Interrupter,
-        history: SharedHistory,
-        kept: Option<PathBuf>,
-    ) -> Self {
-        let dashboard =
-            stdout().is_terminal().then(|| TuiMetricsRendererWrapper::new(interrupter, None));
+    pub fn new(name: &str, plan: Plan, history: SharedHistory, kept: Option<PathBuf>) -> Self {
+        let live = Live::new(name, plan.part(plan.epochs.min(plan.done + 1)));
         Self {
-            name: name.to_owned(),
-            dashboard,
+            plan,
+            live,
             history,
             kept,
             metrics: Vec::new(),
@@ -134,22 +157,21 @@ impl Reporter {
         })
     }
 
-    fn end_epoch(&mut self, progress: &Progress) {
-        let (accuracy, loss) = (self.accuracy.take(), self.loss.take());
+    fn end_epoch(&mut self, epoch: usize) {
+        let [accuracy, loss] = [&mut self.accuracy, &mut self.loss];
+        let [accuracy, loss] = [accuracy, loss].map(|mean| std::mem::take(mean).value());
         let mut history = self.history.lock().expect("nobody panics with the lock");
         history.accuracies.push(accuracy);
         if let Some(dir) = &self.kept
             && let Err(error) = history.write(dir)
         {
-            eprintln!("warning: {error}");
+            self.live.warn(error);
         }
-        if self.dashboard.is_none() {
-            let seconds = history.durations.last().map_or(0.0, Duration::as_secs_f64);
-            println!(
-                "{:<24} epoch {}/{}  loss {loss:.4}  accuracy {accuracy:6.2} %  {seconds:6.2} s",
-                self.name, progress.items_processed, progress.items_total,
-            );
-        }
+        let seconds = history.durations.last().map_or(0.0, Duration::as_secs_f64);
+        self.live.line(format_args!(
+            "{}  loss {loss:.4}  accuracy {accuracy:6.2} %  {seconds:6.2} s",
+            self.plan.part(epoch),
+        ));
     }
 }
 
@@ -159,74 +181,49 @@ impl MetricsRendererTraining for Reporter {
             self.loss.add(value, count);
             self.history.lock().expect("nobody panics with the lock").losses.push(value);
         }
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.update_train(state);
-        }
     }
 
     fn update_valid(&mut self, state: MetricState) {
         if let Some(("Accuracy", value, count)) = self.read(&state) {
             self.accuracy.add(value, count);
         }
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.update_valid(state);
+    }
+
+    fn render_train(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
+        if let Some(Progress { items_processed, .. }) = item.progress {
+            let epoch = item.global_progress.items_processed;
+            let position = self.plan.position(epoch, items_processed, 0);
+            self.live.update(&position, self.loss.value());
         }
     }
 
-    fn render_train(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.render_train(item, indicators);
+    fn render_valid(&mut self, item: TrainingProgress, _: Vec<ProgressType>) {
+        if let Some(Progress { items_processed, items_total }) = item.progress {
+            let epoch = item.global_progress.items_processed;
+            let position = self.plan.position(epoch, self.plan.train_items, items_processed);
+            self.live.update(&position, self.loss.value());
+            if items_processed >= items_total {
+                self.end_epoch(epoch);
+            }
         }
-    }
-
-    fn render_valid(&mut self, item: TrainingProgress, indicators: Vec<ProgressType>) {
-        if item.progress.as_ref().is_some_and(|it| it.items_processed >= it.items_total) {
-            self.end_epoch(&item.global_progress);
-        }
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.render_valid(item, indicators);
-        }
-    }
-
-    fn on_train_end(
-        &mut self,
-        summary: Option<LearnerSummary>,
-    ) -> std::result::Result<(), Box<dyn std::error::Error>> {
-        self.dashboard.as_mut().map_or(Ok(()), |dashboard| dashboard.on_train_end(summary))
     }
 }
 
 impl MetricsRendererEvaluation for Reporter {
-    fn update_test(&mut self, name: EvaluationName, state: MetricState) {
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.update_test(name, state);
-        }
-    }
+    fn update_test(&mut self, _: EvaluationName, _: MetricState) {}
 
-    fn render_test(&mut self, item: EvaluationProgress, indicators: Vec<ProgressType>) {
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.render_test(item, indicators);
-        }
-    }
+    fn render_test(&mut self, _: EvaluationProgress, _: Vec<ProgressType>) {}
 }
 
 impl MetricsRenderer for Reporter {
-    fn manual_close(&mut self) {
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.manual_close();
-        }
-    }
+    fn manual_close(&mut self) {}
 
     fn register_metric(&mut self, definition: MetricDefinition) {
-        self.metrics.push((definition.metric_id.clone(), definition.name.clone()));
-        if let Some(dashboard) = &mut self.dashboard {
-            dashboard.register_metric(definition);
-        }
+        self.metrics.push((definition.metric_id.clone(), definition.name));
     }
 }
 
-/// A data loader that records how long each pass over it takes, and with it what is done for each
-/// batch.
+/// A data loader that records the duration of each epoch, with the work done for each batch.
 pub struct Timed<B: Backend, O> {
     pub loader: Arc<dyn DataLoader<B, O>>,
     pub history: SharedHistory,

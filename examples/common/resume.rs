@@ -1,4 +1,4 @@
-//! Going on where a training ended.
+//! Resumes a training at the right place in its data.
 
 use std::sync::{Arc, Mutex};
 
@@ -7,11 +7,11 @@ use burn::{
     tensor::backend::Backend,
 };
 
-/// A loader that begins with the order of the epoch after the first `done`: burn-train's checkpoints
-/// do not say how far its random numbers have come.
+/// A loader that starts with the order of the epoch after the first `done`. burn-train's checkpoints do
+/// not hold the state of its random numbers.
 pub struct Resumed<B: Backend, O> {
     loader: Arc<dyn DataLoader<B, O>>,
-    /// How many orders are still to be passed over.
+    /// The number of orders that are still to be skipped.
     done: Mutex<usize>,
 }
 
@@ -20,7 +20,7 @@ impl<B: Backend, O> Resumed<B, O> {
         Self { loader, done: Mutex::new(done) }
     }
 
-    /// The same place in another loader, whose random numbers start anew.
+    /// The same position in another loader, whose random numbers start from the seed.
     fn with(&self, loader: Arc<dyn DataLoader<B, O>>) -> Arc<dyn DataLoader<B, O>>
     where
         O: 'static,
@@ -33,7 +33,7 @@ impl<B: Backend, O> Resumed<B, O> {
 impl<B: Backend, O: 'static> DataLoader<B, O> for Resumed<B, O> {
     fn iter<'a>(&'a self) -> Box<dyn DataLoaderIterator<O> + 'a> {
         let done = std::mem::take(&mut *self.done.lock().expect("nobody panics with the lock"));
-        // An order is drawn when an iterator is made.
+        // A loader draws an order when it creates an iterator.
         (0..done).for_each(|_| drop(self.loader.iter()));
         self.loader.iter()
     }

@@ -1,5 +1,5 @@
 //! BERT ([Devlin et al. 2018](https://arxiv.org/abs/1810.04805)), an encoder of text, with layers that
-//! can carry adapters.
+//! can have adapters.
 //!
 //! ```text
 //! ids ─► embeddings ─► block ─► … ─► block ─► a vector per token ─► mean ─► a vector per text
@@ -19,20 +19,20 @@ use burn::{
 use burn_lora::{LoraEmbedding, LoraLinear, LoraMhaInput, LoraMultiHeadAttention, Renaming};
 use serde::Deserialize;
 
-/// The sizes of a BERT, by the names that Hugging Face's `config.json` has for them.
+/// The sizes of a BERT, named as in Hugging Face's `config.json`.
 #[derive(Clone, Debug, Deserialize)]
 pub struct BertConfig {
-    /// How many tokens there are.
+    /// The number of different tokens.
     pub vocab_size: usize,
-    /// The size of the vector that stands for a token.
+    /// The size of the vector of a token.
     pub hidden_size: usize,
     pub num_hidden_layers: usize,
     pub num_attention_heads: usize,
-    /// The size between the two layers of a feed-forward network.
+    /// The size of the hidden layer of a feed-forward network.
     pub intermediate_size: usize,
-    /// The longest text, in tokens.
+    /// The length of the longest text, in tokens.
     pub max_position_embeddings: usize,
-    /// How many kinds of segments a text may have.
+    /// The number of kinds of segments.
     pub type_vocab_size: usize,
     pub layer_norm_eps: f64,
 }
@@ -44,7 +44,7 @@ pub struct Bert<B: Backend> {
     blocks: Vec<Block<B>>,
 }
 
-/// Turns each token into a vector that tells which one it is, where it stands and in which segment.
+/// Turns each token into a vector: the sum of embeddings of the token, its position and its segment.
 #[derive(Module, Debug)]
 struct Embeddings<B: Backend> {
     words: LoraEmbedding<B>,
@@ -53,7 +53,7 @@ struct Embeddings<B: Backend> {
     norm: LayerNorm<B>,
 }
 
-/// Lets each token look at the others, and then at what it has found. The norms come after the sums.
+/// A block: attention and a feed-forward network. The norms come after the residual sums.
 #[derive(Module, Debug)]
 struct Block<B: Backend> {
     attention: LoraMultiHeadAttention<B>,
@@ -63,17 +63,17 @@ struct Block<B: Backend> {
     output_norm: LayerNorm<B>,
 }
 
-/// Texts as the encoder reads them, filled up to the length of the longest.
+/// Texts as the encoder reads them, padded to the length of the longest.
 #[derive(Clone, Debug)]
 pub struct Tokens<B: Backend> {
-    /// The tokens' numbers: `[batch, length]`.
+    /// The ids of the tokens: `[batch, length]`.
     pub ids: Tensor<B, 2, Int>,
-    /// Which of them are there to fill up: `[batch, length]`.
+    /// Which of them are padding: `[batch, length]`.
     pub padding: Tensor<B, 2, Bool>,
 }
 
 impl BertConfig {
-    /// The encoder with random weights. It has no dropout: a frozen base would drop, too.
+    /// The encoder with random weights. It has no dropout, which would also act in a frozen base.
     pub fn init<B: Backend>(&self, device: &B::Device) -> Bert<B> {
         let width = self.hidden_size;
         let table = |rows| EmbeddingConfig::new(rows, width).init(device);
@@ -107,7 +107,7 @@ impl<B: Backend> Bert<B> {
         self.blocks.iter().fold(x, |x, block| block.forward(x, tokens.padding.clone()))
     }
 
-    /// One vector for each text, the mean of its tokens': `[batch, hidden_size]`.
+    /// One vector for each text, the mean of its tokens' vectors: `[batch, hidden_size]`.
     pub fn embed(&self, tokens: &Tokens<B>) -> Tensor<B, 2> {
         let kept = tokens.padding.clone().bool_not().float().unsqueeze_dim::<3>(2);
         let sum = (self.forward(tokens) * kept.clone()).sum_dim(1);
@@ -119,7 +119,7 @@ impl<B: Backend> Embeddings<B> {
     fn forward(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
         let [_, length] = ids.dims();
         let positions = Tensor::arange(0..length as i64, &ids.device()).unsqueeze();
-        // All of a text is its first segment.
+        // A text has one segment, the first.
         let segments = Tensor::zeros([1, length], &ids.device());
         let places = self.positions.forward(positions) + self.segments.forward(segments);
         self.norm.forward(self.words.forward(ids) + places)
@@ -135,7 +135,7 @@ impl<B: Backend> Block<B> {
     }
 }
 
-/// From this encoder's modules to what Hugging Face calls them. Modules that hold others come last.
+/// This encoder's modules and their names at Hugging Face. Modules that contain others come last.
 const NAMES: [(&str, &str); 14] = [
     ("embeddings.words", "embeddings.word_embeddings"),
     ("embeddings.positions", "embeddings.position_embeddings"),
@@ -153,7 +153,8 @@ const NAMES: [(&str, &str); 14] = [
     ("blocks", "encoder.layer"),
 ];
 
-/// What Hugging Face calls the modules of an encoder at `path`; the encoder alone has an empty path.
+/// The names at Hugging Face of the modules of an encoder at `path`. The path of the encoder itself is
+/// empty.
 pub fn names(path: &str) -> Renaming {
     let dot = if path.is_empty() { "" } else { "." };
     Renaming::new(NAMES.map(|(here, there)| (format!("{path}{dot}{here}"), there)))

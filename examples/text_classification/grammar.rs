@@ -1,7 +1,7 @@
-//! A small language about films, for an encoder and a task that need no files.
+//! A small generated language about films. It gives an encoder and a task that need no files.
 //!
-//! The encoder is pretrained to guess a word that is missing. The task is to tell praise from blame,
-//! where single words mislead: "although the plot was clever , we were not amused".
+//! The encoder is pretrained to predict a missing word. The task is to classify sentences as positive or
+//! negative. Single words do not tell: "although the plot was clever , we were not amused".
 
 use rand::{RngExt, SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use tokenizers::{
@@ -24,7 +24,7 @@ const NOUNS: [&str; 12] = [
 ];
 const ADVERBS: [&str; 4] = ["very", "really", "quite", "so"];
 const VIEWERS: [&str; 4] = ["we", "they", "critics", "people"];
-/// Of praise, and of blame.
+/// Negative adjectives, and positive ones.
 const ADJECTIVES: [[&str; 9]; 2] = [
     ["dull", "awful", "boring", "clumsy", "cold", "terrible", "stale", "annoying", "weak"],
     ["great", "moving", "funny", "clever", "warm", "brilliant", "fresh", "charming", "strong"],
@@ -33,22 +33,22 @@ const VERBS: [[&str; 4]; 2] =
     [["hated", "left", "regretted", "mocked"], ["loved", "enjoyed", "praised", "admired"]];
 const OTHERS: [&str; 8] = ["the", "was", "not", "never", "and", "but", "although", ","];
 
-/// How many sentences there are to pretrain on, to train on, to watch and to judge by.
+/// The numbers of sentences for pretraining, training, validation and testing.
 const CLOZES: usize = 12_800;
 const TRAIN: usize = 6_400;
 const DEV: usize = 500;
 const TEST: usize = 1_000;
 
-/// What an encoder of the language is made of and pretrained on.
+/// What is needed to create and pretrain an encoder of the language.
 pub struct Language {
     pub tokenizer: Tokenizer,
     pub config: BertConfig,
-    /// Sentences without one word; the class is the word.
+    /// Sentences with one word masked. The class is the word.
     pub clozes: Vec<Text>,
     pub clozes_test: Vec<Text>,
 }
 
-/// The same for the same seed.
+/// The language. The same seed gives the same sentences.
 pub fn language(seed: u64) -> Result<Language> {
     let tokenizer = tokenizer()?;
     let config = BertConfig {
@@ -61,7 +61,7 @@ pub fn language(seed: u64) -> Result<Language> {
         type_vocab_size: 2,
         layer_norm_eps: 1e-12,
     };
-    // Other sentences than those of the task.
+    // A different seed, for other sentences than those of the task.
     let mut rng = StdRng::seed_from_u64(seed + 1);
     let mut clozes = |count| {
         let texts = sentences(&tokenizer, count, &mut rng)?.into_iter();
@@ -71,7 +71,7 @@ pub fn language(seed: u64) -> Result<Language> {
     Ok(Language { tokenizer, config, clozes, clozes_test })
 }
 
-/// The task: sentences and whether they praise.
+/// The task: sentences, and whether they are positive.
 pub fn texts(tokenizer: &Tokenizer, seed: u64) -> Result<Texts> {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut texts = |count| sentences(tokenizer, count, &mut rng);
@@ -84,7 +84,7 @@ fn sentences(tokenizer: &Tokenizer, count: usize, rng: &mut StdRng) -> Result<Ve
     encode(tokenizer, &samples)
 }
 
-/// Words between spaces.
+/// A tokenizer that splits at spaces.
 fn tokenizer() -> Result<Tokenizer> {
     let words = SPECIAL
         .iter()
@@ -103,7 +103,7 @@ fn tokenizer() -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
-/// A sentence, and 1 for praise or 0 for blame: where two clauses disagree, the main one counts.
+/// A sentence, and 1 for positive or 0 for negative. If two clauses disagree, the main clause counts.
 fn sentence(rng: &mut StdRng) -> (String, u8) {
     let praise = usize::from(rng.random_bool(0.5));
     let main = clause(praise, rng);
@@ -138,9 +138,9 @@ fn clause(praise: usize, rng: &mut StdRng) -> String {
     }
 }
 
-/// The text with a word to guess.
+/// The text with one word masked.
 fn without_word(mut text: Text, rng: &mut StdRng) -> Text {
-    // Neither the start nor the end.
+    // Neither the first token nor the last, which are special.
     let at = rng.random_range(1..text.ids.len() - 1);
     let word = std::mem::replace(&mut text.ids[at], MASK);
     Text { label: u8::try_from(word).expect("there are few words"), ..text }

@@ -1,6 +1,6 @@
-//! Adapts a pretrained transformer to tell praise from blame, four ways side by side: full
-//! fine-tuning, LoRA on all linear layers, LoRA on queries and values, and a head on top of the frozen
-//! encoder.
+//! Adapts a pretrained transformer to classify texts as positive or negative, and compares four methods:
+//! full fine-tuning, LoRA on all linear layers, LoRA on queries and values, and a head on top of the
+//! frozen encoder.
 //!
 //! ```text
 //! cargo run --release --example text_classification --no-default-features --features flex,text -- \
@@ -9,7 +9,7 @@
 //!     --generated
 //! ```
 //!
-//! [`bert`] is the model, and the file to read first.
+//! Start reading with [`bert`], which is the model.
 
 mod bert;
 #[path = "../common/mod.rs"]
@@ -43,18 +43,20 @@ use common::{
     backend::{self, Plain, Train},
     classifier::{Classifier, Sample, Start, accuracy, logits},
     download::write_atomically,
+    live::during,
     table::grouped,
 };
 use grammar::Language;
 use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
 use text::{Text, Texts};
 
-/// Keeps the memory of large tensors, which every training step asks for again.
+/// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Adapt a pretrained transformer to tell praise from blame: full fine-tuning, LoRA and a head side by
-/// side.
+/// Adapt a pretrained transformer to classify texts as positive or negative, and compare full
+/// fine-tuning, LoRA on all linear layers (targets query, key, value, output, expand, contract), LoRA on
+/// query and value, and training only a head.
 #[derive(Parser, Debug)]
 struct Args {
     /// Directory with train.tsv, dev.tsv and test.tsv of SST-2; otherwise generated sentences
@@ -70,10 +72,20 @@ struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
-    /// Adds a training by LoRA+, in which B learns so many times as fast as A
+    /// Learning rate of full fine-tuning, which falls to zero along a cosine; 0.0001 by default, and 0.001
+    /// with a generated encoder
+    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    learning_rate: Option<f64>,
+    /// Learning rate of LoRA; 0.001 by default, and 0.002 with a generated encoder
+    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    lora_learning_rate: Option<f64>,
+    /// Learning rate of the head alone
+    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = common::rate)]
+    head_learning_rate: f64,
+    /// Also train with LoRA+: the learning rate of B is this multiple of A's
     #[arg(long, value_name = "RATIO", value_parser = common::at_least_one)]
     lora_plus: Option<f64>,
     /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
@@ -85,7 +97,7 @@ struct Args {
     /// Seed of the head, adapters, shuffling and generated texts
     #[arg(long, default_value = "42")]
     seed: u64,
-    /// Go on where a run with the same arguments and the same --out ended
+    /// Resume an interrupted run with the same arguments and the same --out
     #[arg(long)]
     resume: bool,
     /// Directory for curves.svg, summary.json, the adapters, logs, and the last two checkpoints of each
@@ -94,20 +106,14 @@ struct Args {
     out: PathBuf,
 }
 
-/// LoRA wants about ten times the learning rate of full fine-tuning, and the head alone still more.
-struct Rates {
-    full: f64,
-    lora: f64,
-    head: f64,
-}
+/// The learning rates of full fine-tuning and of LoRA.
+const PRETRAINED: [f64; 2] = [1e-4, 1e-3];
+const GENERATED: [f64; 2] = [1e-3, 2e-3];
 
-const PRETRAINED: Rates = Rates { full: 1e-4, lora: 1e-3, head: 1e-2 };
-const GENERATED: Rates = Rates { full: 1e-3, lora: 2e-3, head: 1e-2 };
-
-/// Of the pretraining of the small encoder.
+/// The learning rate at which the small encoder is pretrained.
 const PRETRAINING: f64 = 2e-3;
 
-/// How many texts are watched after each epoch.
+/// The number of texts for the evaluation after each epoch.
 const WATCHED: usize = 1000;
 
 #[derive(Serialize)]
@@ -116,10 +122,13 @@ struct Summary {
     backend: &'static str,
     rank: usize,
     alpha: f64,
+    learning_rate: f64,
+    lora_learning_rate: f64,
+    head_learning_rate: f64,
     seed: u64,
     train_size: usize,
     epochs: usize,
-    /// Of guessing missing words, where the encoder was pretrained here.
+    /// The accuracy on missing words, if the encoder was pretrained here.
     base_accuracy_old: Option<f64>,
     base_accuracy_new: f64,
     methods: Vec<Method>,
@@ -142,7 +151,7 @@ impl<B: Backend> Classifier<B> for TextClassifier<B> {
 }
 
 fn run(args: Args) -> Result<()> {
-    // Whatever can be wrong with files is found before anything is replaced.
+    // Reads all files first, so that a wrong one is reported before anything is replaced.
     let given = if args.generated { None } else { Some(read(&args)?) };
     let epochs = args.epochs.unwrap_or(if args.generated { 5 } else { 2 });
     let config =
@@ -158,9 +167,9 @@ fn run(args: Args) -> Result<()> {
     };
     Plain::seed(&Default::default(), args.seed);
 
-    // 1. A pretrained encoder, and texts that it has never been told what to think of.
+    // 1. Load or pretrain an encoder, and load the texts of the task.
     let device = Default::default();
-    let rates = if args.generated { GENERATED } else { PRETRAINED };
+    let [rate, lora_rate] = rates(&args);
     let Given { bert, sizes, mut texts, accuracy: base_accuracy_old } = match given {
         Some(given) => given,
         None => pretrain(&job)?,
@@ -175,9 +184,9 @@ fn run(args: Args) -> Result<()> {
         backend::NAME,
     );
 
-    // 2. A head with random weights on top, and four ways to train.
+    // 2. Add a head with random weights, and train with four methods.
     let base = TextClassifier::new(bert, &sizes, 2, &device);
-    let base_accuracy_new = accuracy(logits(&base, test), test);
+    let base_accuracy_new = during("testing the base", || accuracy(logits(&base, test), test));
     let base_vectors = embeddings(&base, test);
     let fresh = || base.clone().train::<Train>();
     let with_adapters = |targets: &[&str]| {
@@ -188,29 +197,30 @@ fn run(args: Args) -> Result<()> {
     println!("{}\n", all_linear.parameters());
     let adapt = |job: &Job<Text>, name, model, rate| job.adapt(name, model, rate, train, dev, test);
     let full = fresh().train_only(&[".*"]).context("full fine-tuning")?;
-    let (full, _) = adapt(&job, "full fine-tuning", full, rates.full)?;
-    let (all, adapted) = adapt(&job, "LoRA, all linear", all_linear.clone(), rates.lora)?;
+    let (full, _) = adapt(&job, "full fine-tuning", full, rate)?;
+    let (all, adapted) = adapt(&job, "LoRA, all linear", all_linear.clone(), lora_rate)?;
     let query_value = with_adapters(&QUERY_VALUE)?;
-    let (some, _) = adapt(&job, "LoRA, query and value", query_value, rates.lora)?;
+    let (some, _) = adapt(&job, "LoRA, query and value", query_value, lora_rate)?;
     let head = fresh().train_only(&[HEAD]).context("freezing")?;
-    let (head, _) = adapt(&job, "head", head, rates.head)?;
+    let (head, _) = adapt(&job, "head", head, args.head_learning_rate)?;
     let mut methods = vec![full, all, some, head];
     if let Some(lora_plus) = args.lora_plus {
-        // The same mean of both rates.
-        let rate = rates.lora / lora_plus.sqrt();
+        // Keeps the geometric mean of both learning rates.
+        let rate = lora_rate / lora_plus.sqrt();
         let plus = Job { lora_plus, ..job };
         methods.push(adapt(&plus, "LoRA+, all linear", all_linear, rate)?.0);
     }
 
-    // 3. Merged, the adapters cost nothing and compute the same; switched off, they leave the encoder
-    // as it was, to the bit.
+    // 3. Merge the adapters: the outputs stay the same. Detach them: the encoder comes back, bit for bit.
     let merged = adapted.merge().context("merging")?;
     let max_abs_logit_diff_merged =
         largest_difference(logits(&merged, test), logits(&*adapted, test));
     let base_restored_exactly = bits(embeddings(&adapted.detach(), test)) == bits(base_vectors);
     let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!("\nMerged, the adapters give logits within {max_abs_logit_diff_merged:.1e}.");
-    println!("Switched off, they give back the encoder's vectors {exactly}.\n");
+    println!(
+        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
+    );
+    println!("Without them, the model computes {exactly} the vectors of the encoder.\n");
 
     println!("{}\n", results(&methods));
     let curves = args.out.join("curves.svg");
@@ -221,6 +231,9 @@ fn run(args: Args) -> Result<()> {
         backend: backend::NAME,
         rank: args.rank,
         alpha: args.alpha,
+        learning_rate: rate,
+        lora_learning_rate: lora_rate,
+        head_learning_rate: args.head_learning_rate,
         seed: args.seed,
         train_size: train.len(),
         epochs,
@@ -239,16 +252,26 @@ fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Whether to start anew, or from checkpoints, which must be those of a run with the same arguments.
+/// The learning rates of full fine-tuning and of LoRA.
+fn rates(args: &Args) -> [f64; 2] {
+    let [full, lora] = if args.generated { GENERATED } else { PRETRAINED };
+    [args.learning_rate.unwrap_or(full), args.lora_learning_rate.unwrap_or(lora)]
+}
+
+/// Whether to start from the model or from checkpoints. Those must come from a run with the same
+/// arguments.
 fn start(args: &Args, epochs: usize) -> Result<Start> {
     let path = args.out.join("arguments.json");
+    let [rate, lora_rate] = rates(args);
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
         "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
         "lora_plus": args.lora_plus, "seed": args.seed, "backend": backend::NAME,
+        "learning_rate": rate, "lora_learning_rate": lora_rate,
+        "head_learning_rate": args.head_learning_rate,
     });
     if !args.resume {
-        // The checkpoints of another run must never be taken for those of this one.
+        // Removes the checkpoints of earlier runs, which must not be used as those of this run.
         let logs = args.out.join("logs");
         if logs.exists() {
             fs::remove_dir_all(&logs).context(logs.display())?;
@@ -270,16 +293,16 @@ fn start(args: &Args, epochs: usize) -> Result<Start> {
     Ok(Start::Checkpoint)
 }
 
-/// What there is to start from.
+/// An encoder and texts to start with.
 struct Given {
     bert: Bert<Plain>,
     sizes: BertConfig,
     texts: Texts,
-    /// Of guessing missing words, in percent, where that was how the encoder was pretrained.
+    /// The accuracy on missing words in percent, if the encoder was pretrained here.
     accuracy: Option<f64>,
 }
 
-/// A pretrained encoder from files, and texts from files if some were given.
+/// Reads a pretrained encoder from files. Reads texts from files too, if `--data` is given.
 fn read(args: &Args) -> Result<Given> {
     let dir = sources::find(args.model.as_deref())?;
     let (bert, sizes) = pretrained::load::<Plain>(&dir, &Default::default())?;
@@ -292,7 +315,7 @@ fn read(args: &Args) -> Result<Given> {
     Ok(Given { bert, sizes, texts, accuracy: None })
 }
 
-/// A small encoder that has learnt to guess missing words of a generated language.
+/// Pretrains a small encoder to predict missing words of a generated language.
 fn pretrain(job: &Job<Text>) -> Result<Given> {
     let Language { tokenizer, config: sizes, clozes, clozes_test: test } =
         grammar::language(job.seed)?;
@@ -302,12 +325,12 @@ fn pretrain(job: &Job<Text>) -> Result<Given> {
     let job = Job { epochs: 5, names: job.names.clone(), ..*job };
     let (model, _) = job.fit("base: missing words", model, PRETRAINING, &clozes, &test)?;
     let right = accuracy(logits(&*model, &test), &test);
-    println!("\nThe encoder guesses {right:.1} % of missing words among {words}.\n");
+    println!("\nThe encoder predicts {right:.1} % of missing words, out of {words} words.\n");
     let texts = grammar::texts(&tokenizer, job.seed)?;
     Ok(Given { bert: model.into_inner().bert, sizes, texts, accuracy: Some(right) })
 }
 
-/// What the encoder makes of the first texts: `[16, hidden_size]`.
+/// The encoder's vectors of the first texts: `[16, hidden_size]`.
 fn embeddings(model: &TextClassifier<Plain>, texts: &[Text]) -> Tensor<Plain, 2> {
     model.bert.embed(&Text::stack(first(texts), &Default::default()))
 }
@@ -316,8 +339,8 @@ fn first(texts: &[Text]) -> &[Text] {
     &texts[..texts.len().min(16)]
 }
 
-/// Writes what the adapted encoder makes of some texts, to compare with what it makes of them in
-/// Python (`tests/bert/check_saved.py`).
+/// Writes the adapted encoder's vectors of some texts. `tests/bert/check_saved.py` compares them with
+/// those that Python computes.
 fn write_vectors(path: &Path, model: &TextClassifier<Plain>, texts: &[Text]) -> Result<()> {
     let vectors = embeddings(model, texts);
     let width = vectors.dims()[1];

@@ -9,13 +9,13 @@ use burn_lora::Renaming;
 
 use super::bert::{self, Bert, BertConfig, Tokens};
 
-/// What the paper adapts.
+/// The layers that the LoRA paper adapts.
 pub const QUERY_VALUE: [&str; 2] = ["query", "value"];
 
 /// All linear layers of the encoder.
 pub const ALL_LINEAR: [&str; 6] = ["query", "key", "value", "output", "expand", "contract"];
 
-/// The layer that is new, and always trains.
+/// The new layer, which always trains in full.
 pub const HEAD: &str = "classifier";
 
 #[derive(Module, Debug)]
@@ -25,7 +25,7 @@ pub struct TextClassifier<B: Backend> {
 }
 
 impl<B: Backend> TextClassifier<B> {
-    /// On top of an encoder whose vectors have `config.hidden_size` elements.
+    /// A new classifier on an encoder whose vectors have `config.hidden_size` elements.
     pub fn new(bert: Bert<B>, config: &BertConfig, classes: usize, device: &B::Device) -> Self {
         Self { bert, classifier: LinearConfig::new(config.hidden_size, classes).init(device) }
     }
@@ -36,7 +36,7 @@ impl<B: Backend> TextClassifier<B> {
     }
 }
 
-/// What Hugging Face calls the modules, as if the encoder were by itself, so that its adapters fit
+/// The names of the modules at Hugging Face, as in an encoder without a classifier: the adapters then fit
 /// `AutoModel`.
 pub fn names() -> Renaming {
     bert::names("bert")

@@ -1,4 +1,4 @@
-//! Reads an encoder from a directory as Hugging Face keeps it: `config.json` and `model.safetensors`.
+//! Reads an encoder from a directory in Hugging Face's format: `config.json` and `model.safetensors`.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,16 +16,16 @@ use serde_json::Value;
 
 use super::bert::{Bert, BertConfig, names};
 
-/// What files have and this encoder does not need: the numbers 0, 1, 2 …, and a layer on top of the
-/// first token, which the mean over all tokens replaces.
+/// Tensors of the file that this encoder does not use: the position ids, and the pooling layer on the
+/// first token. The mean over all tokens replaces it.
 const UNUSED: [&str; 3] = ["embeddings.position_ids", "pooler.dense.weight", "pooler.dense.bias"];
 
-/// The encoder that `dir` holds, and its sizes.
+/// The encoder in `dir`, and its sizes.
 ///
 /// # Errors
 ///
-/// If a file cannot be read or is not a BERT's, if a tensor of the encoder is missing, has another
-/// shape or type, or if one is left over that is not in [`UNUSED`]. All of that is told at once.
+/// If a file cannot be read or is not of a BERT; if a tensor is missing or has another shape or type; or
+/// if a tensor is unknown and not in [`UNUSED`]. The error lists all problems.
 pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Bert<B>, BertConfig), String> {
     let config = read_config(&dir.join("config.json"))?;
     let path = dir.join("model.safetensors");
@@ -41,7 +41,7 @@ pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Bert<B>, Bert
     if complete { Ok((bert, config)) } else { Err(told(&problem())) }
 }
 
-/// That the file is as large as the configuration says, before memory is set aside for that.
+/// Checks that the file has the sizes in the configuration, before memory is allocated for them.
 fn check_sizes(
     config: &BertConfig,
     tensors: &BTreeMap<String, TensorSnapshot>,
@@ -67,7 +67,7 @@ fn check_sizes(
     }
 }
 
-/// The sizes, once it is certain that this is the kind of BERT that [`Bert`] computes.
+/// Reads the sizes, and checks that this is the kind of BERT that [`Bert`] implements.
 fn read_config(path: &Path) -> Result<BertConfig, String> {
     let told = |error: &dyn Display| format!("{}: {error}", path.display());
     let text = fs::read_to_string(path).map_err(|error| told(&error))?;
@@ -105,7 +105,7 @@ fn read_config(path: &Path) -> Result<BertConfig, String> {
     Ok(config)
 }
 
-/// The encoder's tensors, by the encoder's names for them; or all that is wrong.
+/// The encoder's tensors under the encoder's own names, or a list of problems.
 fn match_up<B: Backend>(
     bert: &Bert<B>,
     tensors: &mut BTreeMap<String, TensorSnapshot>,

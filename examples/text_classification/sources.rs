@@ -1,4 +1,4 @@
-//! Where the pretrained encoder comes from.
+//! Finds or downloads the pretrained encoder.
 
 use std::{
     path::{Path, PathBuf},
@@ -11,10 +11,10 @@ use crate::common::{Context, Result};
 
 const MODEL: &str = "sentence-transformers/all-MiniLM-L6-v2";
 
-/// What is needed of it.
+/// The files that are needed.
 const FILES: [&str; 3] = ["config.json", "tokenizer.json", "model.safetensors"];
 
-/// The directory with the model: `given`, or the Hugging Face cache, or the same after a download.
+/// The directory of the model: `given`, or the Hugging Face cache, after a download if needed.
 pub fn find(given: Option<&Path>) -> Result<PathBuf> {
     if let Some(dir) = given {
         let missing = FILES.iter().find(|file| !dir.join(file).is_file());
@@ -29,7 +29,7 @@ pub fn find(given: Option<&Path>) -> Result<PathBuf> {
         Some(files) => files,
         None => download().map_err(|reason| {
             format!(
-                "{MODEL} is not at hand ({reason}). Get it with `pip install huggingface_hub` and \
+                "{MODEL} is not available ({reason}). Get it with `pip install huggingface_hub` and \
                  `hf download {MODEL} {} --local-dir minilm`, and give `--model minilm`; or try the \
                  example without it, with `--generated`",
                 FILES.join(" "),
@@ -40,7 +40,7 @@ pub fn find(given: Option<&Path>) -> Result<PathBuf> {
 }
 
 fn download() -> Result<Vec<PathBuf>> {
-    // The crate that downloads waits for as long as it takes to find out that there is no network.
+    // Without a network, hf-hub waits for a long time.
     reachable()?;
     println!("Downloading {MODEL}");
     let api = ApiBuilder::from_env().with_progress(true).build().context("huggingface.co")?;
@@ -48,7 +48,7 @@ fn download() -> Result<Vec<PathBuf>> {
     FILES.iter().map(|file| repo.get(file).context(file)).collect()
 }
 
-/// Whether the hub answers within seconds.
+/// Checks that the hub answers within seconds.
 fn reachable() -> Result<()> {
     let endpoint =
         std::env::var("HF_ENDPOINT").unwrap_or_else(|_| "https://huggingface.co".to_owned());

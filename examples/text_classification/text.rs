@@ -1,4 +1,4 @@
-//! Texts as tokens, and the data that they come from.
+//! Texts as tokens, and the data sets of texts.
 
 use std::{fs, path::Path, sync::Arc};
 
@@ -19,7 +19,7 @@ use crate::{
     },
 };
 
-/// Longer texts are cut.
+/// Longer texts are truncated.
 const LENGTH: usize = 128;
 
 /// A text as the encoder reads it, and its class.
@@ -38,7 +38,7 @@ impl Sample for Text {
         self.label
     }
 
-    /// Fills the texts up to the length of the longest.
+    /// Pads the texts to the length of the longest.
     fn stack<B: Backend>(texts: &[Self], device: &B::Device) -> Tokens<B> {
         let length = texts.iter().map(|text| text.ids.len()).max().unwrap_or(0);
         let filled = |value: fn(Option<&u32>) -> i32| {
@@ -47,14 +47,14 @@ impl Sample for Text {
             Tensor::<B, 2, Int>::from_data(data, device)
         };
         Tokens {
-            // What stands where nothing counts does not matter.
+            // The ids of padding do not matter: the mask hides them.
             ids: filled(|id| id.map_or(0, |&id| id as i32)),
             padding: filled(|id| i32::from(id.is_none())).bool(),
         }
     }
 
-    /// Texts of about the same length together, so that little has to be filled up: on SST-2 that
-    /// saves two thirds of the work.
+    /// Puts texts of about the same length in a batch, which needs little padding. On SST-2 it saves two
+    /// thirds of the work.
     fn batches<B: Backend>(
         texts: &[Self],
         seed: Option<u64>,
@@ -75,7 +75,7 @@ impl<B: Backend> Batcher<B, Vec<Text>, Batch<B, Text>> for Group {
     }
 }
 
-/// Texts to learn from, to watch while learning, and to judge by in the end.
+/// Texts for training, for the evaluation after each epoch, and for testing.
 pub struct Texts {
     /// "sst2" or "generated".
     pub name: &'static str,
@@ -86,7 +86,8 @@ pub struct Texts {
 
 impl Texts {
     /// The Stanford Sentiment Treebank with two classes, from `train.tsv`, `dev.tsv` and `test.tsv`
-    /// in `dir`: the line `sentence`, tab, `label`, and then lines of a text, a tab and 0 or 1.
+    /// in `dir`. Each starts with the line `sentence`, tab, `label`. Lines of a text, a tab and 0 or 1
+    /// follow.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
         let read = |name: &str| {
             let path = dir.join(name);
@@ -123,7 +124,7 @@ impl Texts {
     }
 }
 
-/// The tokenizer in `path`, of an encoder of these sizes.
+/// Reads the tokenizer in `path`, for an encoder of these sizes.
 pub fn read_tokenizer(path: &Path, sizes: &BertConfig) -> Result<Tokenizer> {
     let mut tokenizer = Tokenizer::from_file(path).context(path.display())?;
     let last = tokenizer.get_vocab(true).into_values().max();
@@ -137,7 +138,7 @@ pub fn read_tokenizer(path: &Path, sizes: &BertConfig) -> Result<Tokenizer> {
     let max_length = LENGTH.min(sizes.max_position_embeddings);
     let truncation = TruncationParams { max_length, ..Default::default() };
     tokenizer.with_truncation(Some(truncation)).context(path.display())?;
-    // Each batch is filled up to its own longest text.
+    // `stack` pads each batch to its longest text.
     tokenizer.with_padding(None);
     Ok(tokenizer)
 }
@@ -158,8 +159,8 @@ mod tests {
     use crate::{common::backend::Plain, grammar};
     use serde_json::Value;
 
-    /// What `tests/bert/make_fixtures.py` wrote down of Hugging Face's tokenizer; `MINILM` is a directory
-    /// with all-MiniLM-L6-v2.
+    /// Compares with the tokens of Hugging Face's tokenizer, from `tests/bert/make_fixtures.py`. The
+    /// environment variable `MINILM` is a directory with all-MiniLM-L6-v2.
     #[test]
     #[ignore = "needs the tokenizer of all-MiniLM-L6-v2"]
     fn tokens_of_minilm_are_those_of_transformers() {
@@ -182,7 +183,7 @@ mod tests {
         assert!(ids.into_data().iter::<i64>().eq(flat("ids")));
         assert!(padding.int().into_data().iter::<i64>().eq(flat("mask").map(|kept| 1 - kept)));
 
-        // A tokenizer for more tokens than there are, and a model for shorter texts.
+        // A tokenizer with more tokens than the model, and a model for shorter texts.
         let few = BertConfig { vocab_size: 30_521, ..sizes.clone() };
         let error = read_tokenizer(&path, &few).unwrap_err();
         assert!(error.contains("there is a token 30521, and the model has 30521"), "{error}");

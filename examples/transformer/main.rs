@@ -1,6 +1,6 @@
-//! Adapts a transformer to another task on sequences, twice: Burn's own `TransformerEncoder` as it
-//! is, through the overlay, and the same model with this crate's attention. Both learn the same; one
-//! of them faster.
+//! Adapts a transformer to another task on sequences in two ways: Burn's own `TransformerEncoder` through
+//! the overlay, and the same model with this crate's attention layers. Both learn the same, but at
+//! different speeds.
 //!
 //! ```text
 //! cargo run --release --example transformer
@@ -27,23 +27,33 @@ use serde::Serialize;
 use common::{
     Context, Result,
     backend::{self, Plain, Train},
+    live::{Live, Position, during},
     table::{grouped, table},
 };
 use model::{LENGTH, Layered, SYMBOLS, Stock};
 
-/// Keeps the memory of large tensors, which every training step asks for again.
+/// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Adapt a transformer through the overlay and with layers of its own, side by side.
+/// Adapt a transformer through the overlay and with this crate's attention layers, and compare them.
 #[derive(Parser, Debug)]
 struct Args {
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = common::positive)]
     rank: usize,
-    /// Strength of the adapters: the update counts alpha/rank
+    /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "16", value_parser = common::nonzero)]
     alpha: f64,
+    /// Layers that get adapters, with commas between them: query, key, value, output
+    #[arg(long, value_name = "LAYERS", default_value = "query,value", value_delimiter = ',')]
+    targets: Vec<String>,
+    /// Learning rate of the base and of full fine-tuning, which falls to zero
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    learning_rate: f64,
+    /// Learning rate of LoRA
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    lora_learning_rate: f64,
     /// Steps of each training
     #[arg(long, default_value = "300", value_parser = common::positive)]
     steps: usize,
@@ -56,15 +66,13 @@ struct Args {
 }
 
 const BATCH: usize = 32;
-const LEARNING_RATE: f64 = 1e-3;
-const LORA_LEARNING_RATE: f64 = 5e-3;
 
-/// What to make of a sequence: the symbol that belongs at each place.
+/// The rule for the symbol at each place of the output.
 #[derive(Clone, Copy)]
 enum Task {
-    /// The sequence from its end.
+    /// The sequence in reverse order.
     Reverse,
-    /// The sequence, moved by three places.
+    /// The sequence, rotated by three places.
     Rotate,
 }
 
@@ -88,7 +96,7 @@ impl Task {
     }
 }
 
-/// A model and how it is run: the overlay takes a closure where others have a method.
+/// A model and its forward pass. The overlay needs a closure for it.
 struct Run<M, F> {
     name: &'static str,
     model: M,
@@ -102,7 +110,7 @@ struct Outcome {
     trainable: usize,
     loss: f64,
     accuracy: f64,
-    /// The median of all steps.
+    /// The median over all steps.
     step_milliseconds: f64,
 }
 
@@ -111,6 +119,9 @@ struct Summary {
     backend: &'static str,
     rank: usize,
     alpha: f64,
+    targets: Vec<String>,
+    learning_rate: f64,
+    lora_learning_rate: f64,
     seed: u64,
     steps: usize,
     base_accuracy_old: f64,
@@ -130,27 +141,29 @@ fn run(args: Args) -> Result<()> {
     println!("Sequences of {LENGTH} symbols, with the {} backend\n", backend::NAME);
     Plain::seed(&Default::default(), args.seed);
 
-    // 1. A transformer that turns sequences around.
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
+
+    // 1. Train a transformer to reverse sequences.
     let stock = Stock::<Train>::new(&Default::default());
+    // Reports wrong targets before the training.
+    Layered::from(stock.clone()).attach(&config).context("attaching adapters")?;
     let trainable = stock.num_params();
     let (name, forward) = ("base: reverse", Stock::forward);
-    let base = Run { name, model: stock, forward, learning_rate: LEARNING_RATE };
+    let base = Run { name, model: stock, forward, learning_rate: args.learning_rate };
     let (base, _) = train(base, Task::Reverse, &args, trainable);
     let plain = base.valid();
     let right = |model: &Stock<Plain>, task| accuracy(|x| model.forward(x), task);
     let (old, new) = (right(&plain, Task::Reverse), right(&plain, Task::Rotate));
-    println!("\nIt is right in {old:.1} % of the places; asked to rotate them, in {new:.1} %.\n");
+    println!("\nIt is right in {old:.1} % of the places, and in {new:.1} % if it should rotate.\n");
 
-    // 2. The same weights, adapted to move sequences along: as they are, through the overlay, and in
-    // layers that carry adapters. The adapters start as the same numbers.
-    let config = LoraConfig::peft(args.rank, args.alpha)
-        .with_targets(["query", "value"])
-        .with_seed(args.seed);
+    // 2. Adapt the same weights to rotate sequences: through the overlay, and in layers that have
+    // adapters. Both sets of adapters start with the same numbers.
     let overlay = Lora::overlay(base.clone()).attach(&config).context("attaching adapters")?;
     let layers = Layered::from(base.clone()).attach(&config).context("attaching adapters")?;
     println!("{}\n", layers.parameters());
     let trainable = layers.parameters().trainable;
-    let learning_rate = LORA_LEARNING_RATE;
+    let learning_rate = args.lora_learning_rate;
     let forward =
         |model: &Lora<Train, Stock<Train>>, x| model.with_adapters(|stock| stock.forward(x));
     let overlay = Run { name: "LoRA, overlay", model: overlay, forward, learning_rate };
@@ -159,10 +172,10 @@ fn run(args: Args) -> Result<()> {
     let layers = Run { name: "LoRA, layers", model: layers, forward, learning_rate };
     let (layers, by_layers) = train(layers, Task::Rotate, &args, trainable);
     let (name, model) = ("full fine-tuning", base.clone());
-    let full = Run { name, model, forward: Stock::forward, learning_rate: LEARNING_RATE };
+    let full = Run { name, model, forward: Stock::forward, learning_rate: args.learning_rate };
     let (_, by_full) = train(full, Task::Rotate, &args, base.num_params());
 
-    // 3. Adapters are values: those from the overlay, in the layers, compute the same.
+    // 3. Put the adapters of the overlay on the layers: they compute the same.
     let set = overlay.valid().adapters();
     let exchanged = layers.valid().switch(&set).context("switching")?;
     let [x, _] = Task::Rotate.batch::<Plain>(&mut StdRng::seed_from_u64(args.seed));
@@ -187,7 +200,8 @@ fn run(args: Args) -> Result<()> {
             ]
         })
         .collect();
-    println!("\n{}\n", table(&["method", "trainable", "time/step", "loss", "right"], &rows));
+    println!("\n{}", table(&["method", "trainable", "time/step", "loss", "right"], &rows));
+    println!("time/step is relative to {}.\n", methods[0].name);
     println!(
         "A step of the overlay takes {overlay_to_layers_step_ratio:.2} times as long as one of the \
          layers. Its adapters,\nput on the layers, give logits within {max_abs_logit_diff:.1e}."
@@ -196,6 +210,9 @@ fn run(args: Args) -> Result<()> {
         backend: backend::NAME,
         rank: args.rank,
         alpha: args.alpha,
+        targets: args.targets,
+        learning_rate: args.learning_rate,
+        lora_learning_rate: args.lora_learning_rate,
         seed: args.seed,
         steps: args.steps,
         base_accuracy_old: old,
@@ -212,7 +229,7 @@ fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
-/// Trains on fresh sequences, the same for every model.
+/// Trains on new sequences in each step, the same for every model.
 fn train<M, F>(run: Run<M, F>, task: Task, args: &Args, trainable: usize) -> (M, Outcome)
 where
     M: AutodiffModule<Train>,
@@ -223,29 +240,36 @@ where
     let mut optimizer = AdamConfig::new().init::<Train, M>();
     let loss_of = CrossEntropyLossConfig::new().init(&Default::default());
     let (mut times, mut last) = (Vec::new(), 0.0);
+    let part = |step: usize| format!("step {step}/{}", args.steps);
+    let mut live = Live::new(name, part(0));
     for step in 1..=args.steps {
         let [x, targets] = task.batch(&mut rng);
         let start = Instant::now();
         let logits = forward(&model, x).flatten::<2>(0, 1);
         let loss = loss_of.forward(logits, targets.flatten::<1>(0, 1));
         let grads = GradientsParams::from_grads(loss.backward(), &model);
-        // The rate falls linearly, so that the end is not noise.
+        // The learning rate falls linearly, to reduce noise at the end.
         let rate = learning_rate * (args.steps + 1 - step) as f64 / args.steps as f64;
         model = optimizer.step(rate, model, grads);
-        // To read the loss is to wait for the device.
+        // Reading the loss waits for the device.
         last = loss.into_data().iter::<f64>().sum();
         times.push(start.elapsed().as_secs_f64());
+        let done = step as f64 / args.steps as f64;
+        live.update(&Position { part: part(step), of_part: done, of_all: done }, last);
         if step % args.steps.div_ceil(3) == 0 || step == args.steps {
-            println!("{name:<18} step {step}/{}  loss {last:.4}", args.steps);
+            live.line(format_args!("{}  loss {last:.4}", part(step)));
         }
     }
+    drop(live);
     times.sort_by(f64::total_cmp);
-    let accuracy = accuracy(|x| forward(&model, Tensor::from_inner(x)).inner(), task);
+    let accuracy = during(&format!("testing {name}"), || {
+        accuracy(|x| forward(&model, Tensor::from_inner(x)).inner(), task)
+    });
     let step_milliseconds = 1e3 * times[times.len() / 2];
     (model, Outcome { name, trainable, loss: last, accuracy, step_milliseconds })
 }
 
-/// The share of places with the right symbol, in percent.
+/// The percentage of places with the right symbol.
 fn accuracy(forward: impl Fn(Tensor<Plain, 2, Int>) -> Tensor<Plain, 3>, task: Task) -> f64 {
     const BATCHES: usize = 10;
     let mut rng = StdRng::seed_from_u64(7);

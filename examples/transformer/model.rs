@@ -1,4 +1,4 @@
-//! One transformer, written twice: as Burn has it, and with layers that carry adapters.
+//! One transformer, written twice: with Burn's layers, and with layers that can have adapters.
 
 use burn::{
     module::Module,
@@ -13,13 +13,13 @@ use burn::{
 };
 use burn_lora::{LoraMhaInput, LoraMultiHeadAttention};
 
-/// How many symbols there are, and how many a sequence has.
+/// The number of different symbols, and the length of a sequence.
 pub const SYMBOLS: usize = 12;
 pub const LENGTH: usize = 16;
 
 const D_MODEL: usize = 128;
 
-/// Burn's own layers, and nothing of this crate's.
+/// The model with Burn's own layers only.
 #[derive(Module, Debug)]
 pub struct Stock<B: Backend> {
     symbols: Embedding<B>,
@@ -46,8 +46,8 @@ impl<B: Backend> Stock<B> {
     }
 }
 
-/// The same, with the attention of this crate. The fields have the names of Burn's, so that adapters
-/// go by the same paths in both.
+/// The model with this crate's attention. The fields have the same names as Burn's, so that adapters
+/// have the same paths in both models.
 #[derive(Module, Debug)]
 pub struct Layered<B: Backend> {
     symbols: Embedding<B>,

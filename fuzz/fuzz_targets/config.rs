@@ -1,4 +1,4 @@
-//! Any bytes as `adapter_config.json`, with tensors that fit many of them.
+//! Reads random bytes as `adapter_config.json`, with tensors that fit many configurations.
 //!
 //! ```text
 //! cargo +nightly fuzz run config fuzz/corpus/config fuzz/seeds/config
@@ -20,8 +20,7 @@ struct Block<B: Backend> {
     fc: LoraLinear<B>,
 }
 
-/// Three blocks, for two of which there are adapters: whether the third is missing is up to the
-/// configuration.
+/// Three blocks. There are adapters for two of them. The configuration says whether the third needs one.
 fn model() -> Model<Flex> {
     let block = || Block { fc: LinearConfig::new(2, 3).init(&Default::default()).into() };
     Model { layers: vec![block(), block(), block()] }

@@ -1,5 +1,4 @@
-//! Any bytes as `adapter_model.safetensors`, under configurations that let through as much as can
-//! be.
+//! Reads random bytes as `adapter_model.safetensors`, with configurations that accept many tensors.
 //!
 //! ```text
 //! cargo +nightly fuzz run weights fuzz/corpus/weights fuzz/seeds/weights
@@ -22,7 +21,7 @@ fuzz_target!(|bytes: &[u8]| {
         if let Ok(set) =
             LoraAdapters::<Flex>::from_bytes(config.as_bytes(), bytes, &Default::default())
         {
-            // What was read can be used.
+            // A set that was read can be used.
             assert!(!set.is_empty() && set.num_params() > 0);
             assert!(!set.to_string().is_empty());
             for (_, adapter) in set.iter() {

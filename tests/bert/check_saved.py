@@ -5,7 +5,7 @@ and compares what they compute. Needs the environment of make_fixtures.py:
         --model MINILM --data SST2
     venv/bin/python tests/bert/check_saved.py MINILM out/text_classification
 
-Then it has PEFT make and save an adapter for the same layers, to compare the names and shapes.
+Then it saves an adapter of PEFT's own for the same layers, and compares the names and shapes.
 """
 
 import json
@@ -37,7 +37,7 @@ def main():
     print(f"vectors of {len(ids)} texts: largest difference {error:.1e}; the adapter moves them by {moved:.1e}")
     assert error < 1e-4 < moved
 
-    # PEFT's own, for the same layers.
+    # An adapter of PEFT's own for the same layers.
     config = adapted.peft_config["default"]
     config.inference_mode, config.modules_to_save = False, None
     own = get_peft_model(AutoModel.from_pretrained(model), config)

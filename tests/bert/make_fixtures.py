@@ -1,12 +1,12 @@
-"""Writes what the tests of the text classifier's encoder read, as PyTorch's `transformers` and PEFT
-compute it: a tiny BERT with random weights, sentence embeddings, and an adapter that PEFT made.
+"""Writes the reference outputs for the tests of the text classifier's encoder, with Hugging Face's
+`transformers` and PEFT: a tiny BERT with random weights, sentence embeddings, and an adapter.
 
     python -m venv venv
     venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0
     venv/bin/python tests/bert/make_fixtures.py MINILM
 
-MINILM is a directory with all-MiniLM-L6-v2. Of it the fixture has no weights: only tokens, the vectors
-that the model makes of them, and an adapter.
+MINILM is a directory with all-MiniLM-L6-v2. The fixture does not contain its weights, only tokens,
+their vectors and an adapter.
 """
 
 import json
@@ -42,7 +42,7 @@ SENTENCES = [
 
 
 def embed(model, ids, mask):
-    """The mean over each text's tokens."""
+    """The mean of the vectors of each text's tokens."""
     hidden = model(input_ids=ids, attention_mask=mask).last_hidden_state
     kept = mask.unsqueeze(-1).float()
     return (hidden * kept).sum(1) / kept.sum(1)
@@ -66,7 +66,7 @@ def minilm(directory):
         vectors = embed(model, ids, mask)
     write(path / "expected.json", ids, mask, vectors, sentences=SENTENCES)
 
-    # An adapter as it comes out of training: each vector is to be turned around.
+    # Trains an adapter: each vector shall become its negative.
     config = LoraConfig(r=1, lora_alpha=3, target_modules=["query", "value"])
     adapted = get_peft_model(model, config)
     optimizer = torch.optim.AdamW(adapted.parameters(), lr=0.002)
@@ -75,7 +75,7 @@ def minilm(directory):
         loss = (embed(adapted, ids, mask) - vectors.flip(1)).square().mean()
         loss.backward()
         optimizer.step()
-    # Not where it happens to be on this machine.
+    # Without the path on this machine.
     config.base_model_name_or_path = "sentence-transformers/all-MiniLM-L6-v2"
     adapted.save_pretrained(path / "adapter")
     (path / "adapter" / "README.md").unlink()
@@ -104,7 +104,7 @@ def tiny():
         options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
         config = LoraConfig(target_modules=["query", "value", "output.dense"], **options)
         adapted = get_peft_model(model, config).eval()
-        # As `get_peft_model` draws them, B would be of another size than what training makes of it.
+        # `get_peft_model` draws a B of another magnitude than that of a trained one.
         for name, parameter in adapted.named_parameters():
             if "lora_" in name:
                 parameter.copy_(0.3 * torch.randn_like(parameter))

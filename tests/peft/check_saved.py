@@ -1,5 +1,5 @@
-"""Has this crate write adapters, loads them into Python's PEFT library, and compares what they
-compute. Needs the environment of make_fixtures.py; one command:
+"""Writes adapters with this crate, loads them into Python's PEFT library, and compares the outputs.
+Needs the environment of make_fixtures.py:
 
     venv/bin/python tests/peft/check_saved.py
 """
@@ -40,11 +40,11 @@ def main():
             model = get_peft_model(base_model(), config)
             result = set_peft_model_state_dict(model, load_peft_weights(path))
             assert not result.unexpected_keys, result.unexpected_keys
-            # All that PEFT may miss is the base, which the file does not hold.
+            # PEFT may report only the base as missing: the file does not hold it.
             trained = {name for name, it in model.named_parameters() if it.requires_grad}
             lost = trained.intersection(result.missing_keys)
             assert trained and not lost, lost
-            # Saved again by PEFT, every tensor has the same bits.
+            # After PEFT has saved the adapters again, every tensor has the same bits.
             model.save_pretrained(path / "again")
             ours, theirs = (load_file(it / WEIGHTS) for it in (path, path / "again"))
             assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()

@@ -1,5 +1,4 @@
-"""Writes the adapters that the tests read, as Python's PEFT library saves them, and what each
-computes.
+"""Writes the adapters that the tests read, saved by Python's PEFT library, and the outputs of each.
 
     python -m venv venv
     venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.23.0 safetensors==0.8.0
@@ -18,7 +17,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 
 class Model(torch.nn.Module):
-    """Two hidden layers, of which one is square, a norm and a head."""
+    """Two hidden layers, a norm and a head. One hidden layer is square."""
 
     def __init__(self):
         super().__init__()
@@ -40,7 +39,7 @@ def base_model():
 
 
 def randomize(model, wanted):
-    """Draws the wanted parameters anew, so that none is zero, one or as in the base."""
+    """Draws new values for the parameters, so that none is zero, one or equal to the base."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if wanted(name):
@@ -53,7 +52,7 @@ def save(name, model, x, dtype=torch.float32):
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "lora_" in parameter_name and dtype != torch.float32:
-                # What the file can hold, so that the expected output is exact.
+                # Rounds to the type of the file, so that the expected output is exact.
                 parameter.copy_(parameter.to(dtype).float())
     y = model.eval()(x)
     model.save_pretrained(path)
@@ -68,7 +67,7 @@ def save(name, model, x, dtype=torch.float32):
 
 
 def case(name, dtype=torch.float32, also=lambda name: False, **options):
-    # `init_lora_weights=False` draws B as well: with a B of zero, nothing would be tested.
+    # `init_lora_weights=False` also draws B. A B of zero would test nothing.
     config = LoraConfig(**{"r": 4, "lora_alpha": 6, "init_lora_weights": False, **options})
     model = get_peft_model(base_model(), config)
     randomize(model, lambda it: ("lora_B" in it and it.endswith("bias")) or also(it))
@@ -76,7 +75,7 @@ def case(name, dtype=torch.float32, also=lambda name: False, **options):
 
 
 def trained():
-    """An adapter as it comes out of training."""
+    """An adapter like a trained one."""
     config = LoraConfig(r=2, lora_alpha=5, target_modules=["fc1", "fc2", "head"], lora_dropout=0.1)
     model = get_peft_model(base_model(), config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
@@ -90,7 +89,7 @@ def trained():
 
 
 def combined():
-    """Two adapters, and what PEFT makes of them with the weights 0.7 and -0.4."""
+    """Two adapters, and their combinations by PEFT with the weights 0.7 and -0.4."""
     path = FIXTURES / "combined"
     shutil.rmtree(path, ignore_errors=True)
     options = {"target_modules": ["fc1", "head"], "init_lora_weights": False}

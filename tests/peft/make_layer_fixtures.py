@@ -1,5 +1,5 @@
-"""Writes the adapters of embeddings and convolutions that the tests read, as Python's PEFT library
-saves them, and what each computes.
+"""Writes the adapters of embeddings and convolutions that the tests read, saved by Python's PEFT
+library, and the outputs of each.
 
     venv/bin/python tests/peft/make_layer_fixtures.py
 
@@ -19,7 +19,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 
 class Layers(torch.nn.Module):
     """An embedding and convolutions of several kinds, with kernels that are not square. None is
-    dilated: of that PEFT's adapters do not know.
+    dilated: PEFT's adapters do not support it.
     """
 
     def __init__(self):

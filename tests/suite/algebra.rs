@@ -1,4 +1,4 @@
-//! Sets of adapters as vectors, against the dense updates that they stand for.
+//! Arithmetic with sets of adapters, compared with the same arithmetic on the dense updates.
 
 use burn::tensor::Tensor;
 use burn_lora::{
@@ -64,7 +64,7 @@ fn concatenating_is_the_weighted_sum_of_the_updates() {
         assert_same(&sum, path, &expected);
     }
 
-    // With one scale for all, not even the factors are rounded.
+    // If all sets have the same scale, the factors are copied without rounding.
     let (one, two) = (set(2, 3.0, 1), set(2, 3.0, 2));
     let parts = [(&one, 1.0), (&two, 1.0)];
     let sum = LoraAdapters::combine(&parts, Combination::Concatenate).unwrap();
@@ -92,7 +92,7 @@ fn a_sum_computes_what_its_parts_do_biases_included() {
     let sum = LoraAdapters::combine(&[(&one, 0.5), (&two, 2.0)], Combination::Concatenate);
     let summed = base.switch(&sum.unwrap()).unwrap();
 
-    // Merged into one base one after the other, sets add up as well.
+    // The reference: both sets merged into the base, one after the other.
     let first = base.switch(&one.scaled(0.5)).unwrap().merge().unwrap();
     let both = first.switch(&two.scaled(2.0)).unwrap().merge().unwrap();
     let x = || Matrix::random(4, 6, 9).tensor::<Plain, 2>([4, 6], &device::<Plain>());
@@ -148,12 +148,12 @@ fn dare_drops_at_random_and_keeps_the_mean() {
     let values = dare(3);
     assert!(values.iter().all(|&it| it == 0.0 || it == 4.0));
     let mean = values.iter().sum::<f64>() / values.len() as f64;
-    // The deviation of the mean is √(0.25·0.75/20,000)·4 = 0.012.
+    // The standard deviation of the mean is √(0.25·0.75/20,000)·4 = 0.012.
     assert!((mean - 1.0).abs() < 0.06, "{mean}");
     assert_eq!(values, dare(3));
     assert_ne!(values, dare(4));
 
-    // Nothing dropped, it is the linear way; and with the election of signs, TIES.
+    // With density 1, DARE is the linear combination, and DARE-TIES is TIES.
     let (one, two) = (set(3, 2.0, 1), set(3, 2.0, 2));
     let combine = |how| LoraAdapters::combine(&[(&one, 0.5), (&two, 1.5)], how).unwrap();
     let (density, seed) = (1.0, 0);
@@ -185,7 +185,7 @@ fn sets_that_cannot_be_combined_are_refused() {
     assert!(LoraAdapters::<Plain>::combine(&[], Combination::Linear).unwrap().is_empty());
 }
 
-/// The squared singular values of a matrix, largest first, by a method of its own: one-sided Jacobi
+/// The squared singular values of a matrix, largest first. Unlike the crate, it uses one-sided Jacobi
 /// rotations, which make the columns orthogonal.
 fn squared_singular_values(matrix: &Matrix) -> Vec<f64> {
     let mut columns: Vec<Vec<f64>> = (0..matrix.cols)
@@ -222,7 +222,7 @@ fn assert_best(approximation: &Matrix, delta: &Matrix, kept: f64, rank: usize) {
     let values = squared_singular_values(delta);
     let best = values.iter().take(rank).sum::<f64>() / values.iter().sum::<f64>();
     assert!((kept - best).abs() < 1e-5, "kept {kept}, and the best is {best}");
-    // The reported share is that of the adapter, not only of the decomposition.
+    // The reported share must be that of the adapter in `f32`, not only of the decomposition.
     let error = squared_norm(&delta.plus(&approximation.scaled(-1.0))) / squared_norm(delta);
     assert!((1.0 - kept - error).abs() < 1e-5, "error {error}, kept {kept}");
 }
@@ -238,7 +238,7 @@ fn truncation_is_the_best_of_its_rank_and_reports_what_it_keeps() {
             assert_best(&approximation, &delta(&full, path), truncated.kept[path], rank);
         }
     }
-    // With the rank of the update, nothing is lost, biases included.
+    // Truncation to the rank of the update or more loses nothing, biases included.
     let truncated = full.truncate(7);
     assert!(truncated.kept.values().all(|kept| (kept - 1.0).abs() < 1e-9));
     let x = || Matrix::random(4, 6, 9).tensor::<Plain, 2>([4, 6], &device::<Plain>());
@@ -291,12 +291,12 @@ fn extraction_finds_the_best_adapters_for_a_tuned_model() {
     assert!(extracted.kept["blocks.0"] > 1.0 - 1e-6);
     assert!(base.switch(&extracted.adapters).is_ok());
 
-    // Adapters are no part of a weight, and must be merged first.
+    // A base with adapters is refused: they must be merged first.
     let adapted = base.attach(&config).unwrap();
     let error = base.extract(&adapted, &config).unwrap_err();
     assert!(matches!(error, LoraError::AlreadyAttached { .. }));
 
-    // A model that was not tuned: everything of nothing is kept.
+    // If the difference is zero, the kept share is 1.
     let same = base.extract(&base, &config).unwrap();
     assert!(same.kept.values().all(|&kept| kept == 1.0));
 }
@@ -317,7 +317,7 @@ fn extraction_is_good_beyond_the_directions_that_it_tries() {
     };
     let difference =
         dense(tuned.base.weight.val()).plus(&dense(base.base.weight.val()).scaled(-1.0));
-    // Noise: the worst there can be, since no direction stands out.
+    // Noise is the worst case: no direction is much larger than the others.
     let values = squared_singular_values(&difference);
     let best = values.iter().take(4).sum::<f64>() / values.iter().sum::<f64>();
     let kept = extracted.kept[""];

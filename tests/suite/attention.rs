@@ -20,7 +20,7 @@ const TOLERANCE: f64 = 1e-5;
 fn base(quiet: bool) -> MultiHeadAttention<Plain> {
     let config = MultiHeadAttentionConfig::new(6, 2).with_quiet_softmax(quiet);
     let base = config.with_dropout(0.0).init(&device::<Plain>());
-    // Draws the weights, which clones of an unused layer would each draw anew.
+    // The first use draws the weights. Clones of an unused layer would each draw their own.
     let _ = base.forward(MhaInput::self_attn(input(1, 1, 1)));
     base
 }
@@ -42,7 +42,7 @@ fn values<const D: usize>(tensor: Tensor<Plain, D>) -> Matrix {
     Matrix { rows: 1, cols: data.len(), data }
 }
 
-/// Burn's layer with the adapters in its weights.
+/// Burn's layer with the adapters merged into its weights.
 fn merged(
     layer: &LoraMultiHeadAttention<Plain>,
     like: &MultiHeadAttention<Plain>,

@@ -28,7 +28,7 @@ use crate::{
 
 const TOLERANCE: f64 = 2e-5;
 
-/// A convolution with its adapter and an input. Transposed, the input and the output change places.
+/// A convolution with its adapter and an input. In a transposed one, input and output are exchanged.
 #[derive(Clone, Debug)]
 struct Case {
     transposed: bool,
@@ -39,7 +39,7 @@ struct Case {
     kernel: [usize; 2],
     stride: [usize; 2],
     dilation: [usize; 2],
-    /// Top, left, bottom, right; transposed, only the first two.
+    /// Top, left, bottom, right. A transposed convolution uses only the first two.
     padding: [usize; 4],
     size: [usize; 2],
     rank: usize,
@@ -71,7 +71,7 @@ fn case(shape: Shape, bias: bool, adapter_bias: bool, alpha: f64) -> Case {
         shape;
     let [c_in, c_out] = channels;
     let places = kernel[0] * kernel[1];
-    // Large enough for one application of the kernel, and then some.
+    // Large enough for the kernel, and `extra` more.
     let size = [0, 1].map(|d| dilation[d] * (kernel[d] - 1) + 1 + shape.extra[d]);
     let (d_input, d_output) = match transposed {
         true => (c_in * groups * places, c_out),
@@ -101,7 +101,7 @@ fn case(shape: Shape, bias: bool, adapter_bias: bool, alpha: f64) -> Case {
 }
 
 impl Case {
-    /// The weight from an input channel of a group to an output channel of it, and the update.
+    /// The weight plus the update, from an input channel to an output channel of a group.
     fn weight(&self, group: usize, c_in: usize, c_out: usize, place: usize) -> f64 {
         let [per_in, per_out] = self.channels;
         let places = self.kernel[0] * self.kernel[1];
@@ -154,7 +154,7 @@ impl Case {
                             let columns = if self.transposed { width } else { out_width };
                             for row in 0..rows {
                                 for column in 0..columns {
-                                    // Where this element of the kernel meets the other side.
+                                    // The position at the other side of this kernel element.
                                     let far = |at: usize, k: usize, d: usize| {
                                         (at * self.stride[d] + k * self.dilation[d])
                                             .checked_sub(self.padding[d])
@@ -232,7 +232,7 @@ impl Case {
         layer
     }
 
-    /// The columns alone: for cases of height 1.
+    /// The same in one dimension, for cases of height 1.
     fn conv1d<B: Backend>(&self) -> LoraConv1d<B> {
         let [per_in, per_out] = self.channels;
         let [_, left, _, right] = self.padding;
@@ -268,8 +268,8 @@ impl Case {
     }
 }
 
-/// The outputs, merged and not, against the formula, and the gradients of the
-/// factors and the input against finite differences, if asked for.
+/// Compares the outputs, merged and not, with the formula. If `$gradients`, compares the gradients of the
+/// factors and the input with finite differences.
 macro_rules! check {
     ($case:expr, $layer:ident, $input:expr, $gradients:expr) => {{
         let case: &Case = $case;
@@ -319,10 +319,10 @@ fn shapes(transposed: bool) -> impl Strategy<Value = Shape> {
     )
         .prop_map(move |(sizes, channels, [kernel, stride, dilation, extra], padding)| {
             let [batch, groups, rank] = sizes;
-            // A transposed convolution cannot cut off more than it adds.
+            // The padding of a transposed convolution cannot exceed the size of its kernel.
             let fits = |d: usize| padding[d].min(dilation[d] * (kernel[d] - 1) / 2);
             let padding = if transposed { [fits(0), fits(1), 0, 0] } else { padding };
-            // Of strides beyond the kernel Burn's wgpu backend makes zeros.
+            // Burn's wgpu backend returns zeros if the stride is larger than the kernel.
             let steps = |d: usize| if transposed { stride[d].min(kernel[d]) } else { stride[d] };
             let stride = [0, 1].map(steps);
             let shape = (transposed, batch, groups, channels, kernel, stride, dilation);
@@ -449,7 +449,7 @@ fn gradients_with_groups_and_a_stride_that_leaves_a_remainder() {
 
 #[test]
 fn padding_that_depends_on_the_input_is_the_bases() {
-    // An even kernel pads unevenly.
+    // A kernel of even size needs uneven padding.
     let base = Conv2dConfig::new([2, 3], [2, 4]).with_padding(PaddingConfig2d::Same);
     let config = LoraConfig::new(2, 3.0).with_init(burn_lora::Init::RandomBoth);
     let layer = config.init(base.init::<Plain>(&device::<Plain>()));
@@ -463,7 +463,7 @@ fn padding_that_depends_on_the_input_is_the_bases() {
 
 #[test]
 fn the_update_is_the_difference_of_the_kernels() {
-    // Not the sum of the parameters: the matrix has a row for each element of a patch.
+    // The matrix has a row for each element of a patch.
     let layer = example(false, 2).conv2d::<Plain>();
     assert_eq!(layer.adapter().unwrap().shape(), [2 * 3 * 2, 6]);
     let merged = Lora::new(layer.clone()).merge().unwrap();
@@ -481,8 +481,8 @@ fn a_bias_on_a_transposed_convolution_with_groups_is_refused() {
     LoraConfig::new(2, 3.0).with_bias(true).init(base.init::<Plain>(&device::<Plain>()));
 }
 
-/// Burn forgets operations whose results nobody holds at the moment when another thread goes backward.
-/// Parameters that went through a backward pass before no longer protect what is computed from them.
+/// Burn drops an operation if nothing holds its result while another thread runs a backward pass. After
+/// a first backward pass, parameters no longer protect what is computed from them.
 #[test]
 fn no_gradient_is_lost_while_other_threads_go_backward() {
     let layer = example(false, 2).conv2d::<Train>();

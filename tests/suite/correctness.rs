@@ -12,7 +12,7 @@ use crate::{
 
 const TOLERANCE: f64 = 1e-5;
 
-/// A problem of the given sizes, with the strength and the rule that lead to its scale.
+/// A problem of the given sizes, with the alpha and the scaling rule that give its scale.
 #[derive(Clone, Debug)]
 struct Case {
     problem: Problem,
@@ -58,7 +58,7 @@ fn cases() -> impl Strategy<Value = Case> {
 fn outputs_and_gradients_for_inputs_of_any_rank() {
     for scaling in RULES {
         for (bias, adapter_bias) in [(true, false), (false, false), (true, true), (false, true)] {
-            // Rank 1, a rank between, and full rank.
+            // Rank 1, a rank between 1 and full rank, and full rank.
             for rank in [1, 3, 5] {
                 let case = case([12, 7, rank, 5], bias, adapter_bias, scaling, 1.7);
                 check::<2>(&case, [12, 7]);
@@ -75,7 +75,7 @@ fn case_of_one_row(bias: bool, adapter_bias: bool, scaling: Scaling) -> Case {
     case([1, 7, 3, 5], bias, adapter_bias, scaling, -0.6)
 }
 
-/// Compares the output and all gradients; `shape` is how the layer gets the rows of `x`.
+/// Compares the output and all gradients. `shape` is the shape in which the layer gets the rows of `x`.
 fn check<const D: usize>(case: &Case, shape: [usize; D]) {
     let problem = &case.problem;
     let layer = layer::<Train>(problem, case.alpha, case.scaling);

@@ -1,4 +1,4 @@
-//! Dropout acts on the adapter's input, in training, and nowhere else.
+//! Dropout acts only on the adapter's input, and only in training.
 
 use burn::{
     module::AutodiffModule,
@@ -42,7 +42,7 @@ fn training_drops_the_adapters_input_and_keeps_the_mean() {
     let updates = layer.forward(input(rows)) - base;
     let expected = layer.valid().adapter().unwrap().forward(input(1).inner());
 
-    // Each row sees its own mask; their mean is the update without dropout.
+    // Each row has its own mask. The mean over the rows is the update without dropout.
     let spread = updates.clone().var(0).into_data().convert::<f64>().to_vec::<f64>().unwrap();
     assert!(spread.iter().all(|&variance| variance > 1e-4), "nothing was dropped: {spread:?}");
     let mean = updates.mean_dim(0).inner();
@@ -55,7 +55,7 @@ fn training_drops_the_adapters_input_and_keeps_the_mean() {
 
 #[test]
 fn the_base_never_sees_dropout() {
-    // With an update of zero, only the base is left.
+    // With an update of zero, the output is that of the base.
     let base = LinearConfig::new(6, 4).init::<Train>(&device::<Train>());
     let expected = base.forward(input(50));
     let layer = LoraConfig::new(3, 1.5).with_dropout(0.9).init(base);

@@ -1,4 +1,4 @@
-//! Embeddings with adapters: looked up in A, multiplied with B, and never a table in between.
+//! Embeddings with adapters: rows of A, multiplied with B, without a dense table.
 
 use burn::{
     nn::{Embedding, EmbeddingConfig},
@@ -68,7 +68,7 @@ fn gradients_of_both_uses() {
     let layer = layer::<Train>();
     let hidden = Matrix::random(6, 5, 7);
     let x = hidden.tensor::<Train, 3>([2, 3, 5], &device::<Train>()).require_grad();
-    // Tied: the same table is looked up and projected onto.
+    // Tied weights: the same table is used for the lookup and for the projection.
     let loss = layer.forward(indices()).sin().sum() + layer.project(x.clone()).sin().sum();
     let grads = loss.backward();
 
@@ -114,7 +114,7 @@ fn starts_the_other_way_round() {
             (mean, square)
         };
         let (mean, square) = moments(adapter.b.val());
-        // 2,400 values: these are four standard deviations.
+        // The bounds are four standard deviations for 2,400 values.
         assert!(mean.abs() < 0.082 && (square - 1.0).abs() < 0.116, "{mean} {square}");
         let (_, square) = moments(adapter.a.val());
         assert_eq!(square == 0.0, init != Init::RandomBoth);

@@ -1,5 +1,5 @@
-//! Frozen means frozen: after every structural trip, and every ordered pair of trips, the base gets
-//! no gradient and keeps its bits through training, and every adapter learns.
+//! Frozen parameters stay frozen: after each conversion of a model, and each ordered pair of conversions,
+//! training leaves every bit of the base as it was, the base gets no gradient, and every adapter learns.
 
 use std::collections::BTreeMap;
 
@@ -30,10 +30,10 @@ use crate::{
 trait Family {
     type Model<B: Backend>: Module<B>;
 
-    /// How many parameters the adapters have that [`config`] asks for.
+    /// The number of tensors in the adapters of `config`.
     const ADAPTERS: usize;
 
-    /// The same model each time, since records hold nothing of the base.
+    /// The same model each time, because records do not hold the base.
     fn new<B: Backend>(device: &B::Device) -> Self::Model<B>;
 
     fn config() -> LoraConfig;
@@ -46,7 +46,7 @@ struct Mlps;
 impl Family for Mlps {
     type Model<B: Backend> = Mlp<B>;
 
-    // A, B and a bias, three times.
+    // A, B and a bias, for three layers.
     const ADAPTERS: usize = 9;
 
     fn new<B: Backend>(device: &B::Device) -> Mlp<B> {
@@ -62,7 +62,7 @@ impl Family for Mlps {
     }
 }
 
-/// Every other layer, and an overlay.
+/// All other kinds of layers, and an overlay.
 #[derive(Module, Debug)]
 struct Zoo<B: Backend> {
     table: LoraEmbedding<B>,
@@ -78,7 +78,7 @@ struct Zoos;
 impl Family for Zoos {
     type Model<B: Backend> = Zoo<B>;
 
-    // Of the table, four projections, three convolutions and six matrices in the overlay.
+    // A and B of the table, four projections, three convolutions and six matrices in the overlay.
     const ADAPTERS: usize = 2 * (1 + 4 + 3 + 6);
 
     fn new<B: Backend>(device: &B::Device) -> Zoo<B> {
@@ -108,7 +108,7 @@ impl Family for Zoos {
     }
 }
 
-/// The model with numbers that are the same each time.
+/// The model with weights that are the same each time.
 fn filled<B: Backend, M: Module<B>>(model: M) -> M {
     struct Fill(u64);
     impl<B: Backend> ModuleMapper<B> for Fill {
@@ -125,7 +125,7 @@ fn filled<B: Backend, M: Module<B>>(model: M) -> M {
 /// An adapted model of the family.
 type Adapted<F, B> = Lora<B, <F as Family>::Model<B>>;
 
-/// A model that trains, or one that only infers.
+/// A model for training, or one for inference.
 enum Model<F: Family> {
     Train(Adapted<F, Train>),
     Plain(Adapted<F, Plain>),
@@ -134,7 +134,7 @@ enum Model<F: Family> {
 const TRIPS: [&str; 9] =
     ["clone", "valid", "train", "to_device", "fork", "map", "load_record", "record", "safetensors"];
 
-/// What any family's models can do.
+/// A family whose models can be converted between training and inference.
 trait Travels: Family<Model<Train>: AutodiffModule<Train, InnerModule = Self::Model<Plain>>> {}
 
 impl<F: Family<Model<Train>: AutodiffModule<Train, InnerModule = F::Model<Plain>>>> Travels for F {}
@@ -174,7 +174,7 @@ fn within<F: Family, B: Backend>(model: Adapted<F, B>, trip: &str) -> Adapted<F,
             model.load_record(record)
         }
         "record" => {
-            // Through bytes, onto a base that knows nothing of adapters.
+            // Saves to bytes, and loads into a base without adapters.
             let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
             let bytes = recorder.record(model.into_record(), ()).unwrap();
             let base = Lora::new(F::new::<B>(&device));
@@ -304,7 +304,7 @@ fn a_base_marked_as_trainable_still_gets_no_gradient() {
         }
     }
     let mut model = adapted(false).into_inner();
-    // Behind the layer's back, and through a mapper.
+    // On the layer's field directly, and with a mapper.
     model.head.base = model.head.base.map(&mut Unfreeze);
     let grads = model.forward(input()).sin().sum().backward();
     assert!(model.head.base.weight.grad(&grads).is_none());

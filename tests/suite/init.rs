@@ -1,5 +1,5 @@
-//! How fresh adapters start: by the distributions that PEFT documents, the same everywhere, and
-//! changing nothing.
+//! New adapters have the distributions that PEFT documents, are the same on every backend, and do not
+//! change the outputs.
 
 use burn::{
     module::Module,
@@ -32,8 +32,8 @@ fn distance(mut values: Vec<f64>, cdf: impl Fn(f64) -> f64) -> f64 {
     gaps.fold(0.0, f64::max)
 }
 
-/// The distance that a sample of `n` from the right distribution stays below with a probability of
-/// 99.9 %.
+/// An upper bound for this distance. A sample of `n` from the right distribution is below it with a
+/// probability of 99.9 %.
 fn critical(n: usize) -> f64 {
     1.95 / (n as f64).sqrt()
 }
@@ -104,7 +104,7 @@ fn a_fresh_adapter_changes_no_bit() {
 
 #[test]
 fn a_seed_means_the_same_values_on_every_backend() {
-    // Drawn once on the host; whatever the backend, these must come out.
+    // The values are drawn on the host, so they must be the same on every backend.
     let adapter = adapter(&LoraConfig::new(2, 3.0).with_seed(42), [3, 4]);
     let expected =
         [3_201_874_696, 1_023_096_544, 3_197_406_254, 1_028_264_800, 1_054_462_200, 1_042_373_556];

@@ -1,5 +1,5 @@
-//! Burn's own trainer takes a model with adapters as it is: it trains them alone, and resumes from
-//! its checkpoints.
+//! Burn's own trainer works with an adapted model: it trains only the adapters, and resumes from its
+//! checkpoints.
 
 use std::{path::Path, sync::Arc};
 
@@ -41,7 +41,7 @@ impl<B: Backend> Batcher<B, Vec<f32>, Batch<B>> for Rows {
 }
 
 impl<B: Backend> Mlp<B> {
-    /// Regression onto the first three inputs.
+    /// Regression with the first three inputs as targets.
     fn regression(&self, x: Batch<B>) -> RegressionOutput<B> {
         let output = self.forward(x.clone());
         let targets = x.narrow(1, 0, 3);
@@ -50,7 +50,7 @@ impl<B: Backend> Mlp<B> {
     }
 }
 
-/// What burn-train takes: a struct that has the adapted model as a field.
+/// The model for burn-train: a struct with the adapted model as a field.
 #[derive(Module, Debug)]
 struct Task<B: Backend> {
     net: Lora<B, Mlp<B>>,
@@ -118,7 +118,7 @@ fn the_learner_trains_adapters_alone_and_resumes() {
     assert_identical(straight.norm.gamma.val(), model.norm.gamma.val());
     assert!(bits(straight.head.adapter().unwrap().b.val()).iter().any(|&bits| bits != 0));
 
-    // Two epochs, then two more from the checkpoint, by a model that has not been trained.
+    // Trains two epochs, and then two more from the checkpoint with an untrained model.
     train(adapted.clone(), &dir.join("resumed"), 2, None);
     let resumed = train(adapted, &dir.join("resumed"), 4, Some(2));
     let adapter = |model: &Mlp<Plain>| model.head.adapter().unwrap().delta();

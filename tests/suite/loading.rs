@@ -1,5 +1,5 @@
-//! What was saved for `nn::Linear` loads into `LoraLinear` without renaming, and the scaling travels
-//! with the adapter through every format of records.
+//! Records of `nn::Linear` load into `LoraLinear` without renaming, and every format of records keeps the
+//! scaling of an adapter.
 
 use burn::{
     module::Module,
@@ -46,7 +46,7 @@ fn a_record_of_plain_layers() {
     let loaded = Mlp::<Train>::new(&device).load_record(record());
     assert_identical(loaded.forward(input()), expected.clone());
 
-    // Adapters that are there stay there, on the new base.
+    // A model with adapters keeps them, on the new base.
     let adapted = Mlp::<Train>::new(&device).attach(&config()).unwrap().into_inner();
     let update_before = update(&adapted.blocks[0]);
     let loaded = adapted.load_record(record());
@@ -83,7 +83,7 @@ fn a_safetensors_file_of_plain_layers() {
     assert_identical(adapted.detach().forward(input()), expected);
 }
 
-/// The model in `fixtures/pytorch`, whose square weight would load untransposed without a word.
+/// The model in `fixtures/pytorch`. Its square weight would load without an error if not transposed.
 #[derive(Module, Debug)]
 struct Torch<B: Backend> {
     square: LoraLinear<B>,
@@ -128,7 +128,7 @@ fn pytorch_files_are_transposed_square_or_not() {
     model.load_from(&mut store.with_from_adapter(PyTorchToBurnAdapter)).unwrap();
     model.assert_computes_the_same();
 
-    // Under adapters as well, which the file knows nothing of.
+    // Also into a model with adapters, which the file does not contain.
     let mut model = Torch::<Plain>::new().attach(&config()).unwrap();
     let store = PytorchStore::from_file(fixture("model.pt"));
     model.load_from(&mut store.allow_partial(true)).unwrap();
@@ -144,7 +144,7 @@ fn records_keep_scaling_bias_and_dropout() {
     let named_bytes = named.record(adapted.clone().into_record(), ()).unwrap();
     let binary_bytes = binary.record(adapted.clone().into_record(), ()).unwrap();
 
-    // Into a model without adapters, and into one with quite different ones.
+    // Into a model without adapters, and into one with different adapters.
     let other = LoraConfig::new(5, 100.0);
     for model in [Mlp::new(&device), Mlp::new(&device).attach(&other).unwrap().into_inner()] {
         let named: Mlp<Train> =
@@ -183,7 +183,7 @@ fn a_saved_adapted_model_is_readable_by_name() {
     let path = std::env::temp_dir().join(format!("burn-lora-{}.mpk", std::process::id()));
     let recorder = NamedMpkFileRecorder::<FullPrecisionSettings>::new();
     adapted.clone().save_file(&path, &recorder).unwrap();
-    // A model without LoRA layers reads the base, and does not mind the adapters.
+    // A model without LoRA layers reads the base, and ignores the adapters.
     let plain = PlainMlp::<Plain>::new(&device).load_file(&path, &recorder, &device);
     std::fs::remove_file(&path).unwrap();
     assert_identical(plain.unwrap().forward(input()), Lora::new(adapted).detach().forward(input()));

@@ -1,4 +1,4 @@
-//! LoRA+: B learns by its own rate, everything else by the other, with any optimizer.
+//! LoRA+: B has its own learning rate, and everything else has the other, with any optimizer.
 
 use burn::{
     module::Module,
@@ -43,7 +43,7 @@ fn net() -> Net<Train> {
     };
     let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
     let mut net = net.attach(&config.with_modules_to_save(["head"])).unwrap().into_inner();
-    // A bias, which goes with its B. Embeddings cannot have one.
+    // The bias has the learning rate of its B. Embeddings cannot have a bias.
     let mut adapter = net.fc.adapter().unwrap().clone();
     let bias = Matrix::random(1, 4, 2).tensor([4], &device);
     adapter.bias = Some(burn::module::Param::from_tensor(bias));
@@ -51,7 +51,7 @@ fn net() -> Net<Train> {
     net
 }
 
-/// All that trains, as rows.
+/// All trainable tensors, as matrices.
 fn values(net: &Net<Train>) -> [(&'static str, Tensor<Plain, 2>); 7] {
     let (table, fc) = (net.table.adapter().unwrap(), net.fc.adapter().unwrap());
     let head = &net.head;
@@ -70,7 +70,7 @@ fn grads(net: &Net<Train>) -> GradientsParams {
     GradientsParams::from_grads(net.loss().backward(), net)
 }
 
-/// What `steps` steps of the optimizer do to the network.
+/// The network after `steps` steps of the optimizer.
 fn trained(
     mut net: Net<Train>,
     mut optimizer: impl Optimizer<Net<Train>, Train>,

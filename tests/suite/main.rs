@@ -1,5 +1,5 @@
-//! What the crate promises, one file per promise. All run on the backend that the cargo features
-//! choose, and compare with the plain formulas in `oracle`, never with the crate's own code.
+//! The tests of the crate, one file per subject. They run on the backend that the cargo features choose,
+//! and compare with the plain formulas in `oracle`, never with the crate's own code.
 
 #[path = "../../examples/common/backend.rs"]
 mod backend;

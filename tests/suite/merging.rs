@@ -1,4 +1,4 @@
-//! Merging writes the update into a copy of the base, in full precision, or not at all.
+//! Merging adds the update to a copy of the base, in full precision, or fails.
 
 use burn::{
     module::Module,
@@ -32,11 +32,11 @@ fn check_model<B: Backend>(model: Mlp<B>) {
     assert!(merged.blocks[0].adapter().is_none());
     assert_close(merged.forward(input()), &as_matrix(expected.clone()), 1e-5);
 
-    // The head had no bias, and got the adapter's.
+    // The head had no bias. It now has the adapter's.
     assert!(merged.head.base.bias.is_some() && adapted.head.base.bias.is_none());
-    // Merging left the adapted model alone.
+    // Merging does not change the adapted model.
     assert_identical(adapted.forward(input()), expected);
-    // A merged model merges again to itself.
+    // Merging a merged model again changes nothing.
     let again = Lora::new(merged.clone()).merge().unwrap();
     assert_identical(again.forward(input()), merged.forward(input()));
 }
@@ -56,7 +56,7 @@ fn a_merged_model_is_off_the_graph_and_frozen() {
     let grads = merged.forward(x.clone()).sum().backward();
     assert!(x.grad(&grads).is_some());
     assert!(adapted.head.adapter().unwrap().a.grad(&grads).is_none());
-    // It is a plain model, which can be trained on.
+    // A merged model is a plain model, and can be trained.
     let trained = merged.train_only(&[".*"]).unwrap();
     assert_eq!(trained.parameters().trainable, trained.num_params());
 }

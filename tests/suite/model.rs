@@ -16,7 +16,7 @@ pub fn device<B: Backend>() -> B::Device {
     B::Device::default()
 }
 
-/// Two layers, a norm and a head, of which the head and the layers can carry adapters.
+/// Two layers, a norm and a head. The layers and the head can have adapters.
 #[derive(Module, Debug)]
 pub struct Mlp<B: Backend> {
     pub blocks: Vec<LoraLinear<B>>,
@@ -70,7 +70,7 @@ impl<B: Backend> From<PlainMlp<B>> for Mlp<B> {
     }
 }
 
-/// A layer with the weights and the adapter of `problem`; `alpha` and `scaling` must give its scale.
+/// A layer with the weights and the adapter of `problem`. `alpha` and `scaling` must give its scale.
 pub fn layer<B: Backend>(
     problem: &Problem,
     alpha: f64,

@@ -1,4 +1,4 @@
-//! The formulas of LoRA, written down in `f64` with plain loops: obviously right, and slow.
+//! The formulas of LoRA in `f64`, with plain loops: slow, but easy to check.
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
@@ -17,7 +17,7 @@ impl Matrix {
         Self { rows, cols, data: cells.map(|(row, col)| value(row, col)).collect() }
     }
 
-    /// Values from `[-1, 1)`, rounded to `f32` so that a backend holds exactly the same ones.
+    /// Values from `[-1, 1)`, rounded to `f32` so that a backend holds exactly the same values.
     pub fn random(rows: usize, cols: usize, seed: u64) -> Self {
         let mut rng = StdRng::seed_from_u64(seed);
         Self::from_fn(rows, cols, |_, _| f64::from(rng.random_range(-1.0f32..1.0)))
@@ -101,7 +101,7 @@ impl Problem {
         y
     }
 
-    /// A loss with a gradient that differs from element to element: `Σ sin(y)`.
+    /// A loss whose gradient differs from element to element: `Σ sin(y)`.
     pub fn loss(&self) -> f64 {
         self.output().data.iter().map(|y| y.sin()).sum()
     }
@@ -111,7 +111,7 @@ impl Problem {
         self.gradients_from(&self.output().map(f64::cos))
     }
 
-    /// The gradients by the chain rule, where `dy` is the output's.
+    /// The gradients by the chain rule, from `dy`, the gradient of the output.
     pub fn gradients_from(&self, dy: &Matrix) -> Gradients {
         let effective = self.w.plus(&self.delta());
         let dense = self.x.transpose().times(dy).scaled(self.scale);
@@ -123,13 +123,13 @@ impl Problem {
         }
     }
 
-    /// The gradient by the matrix that `of` picks, by central differences of the loss.
+    /// The gradient of the loss with respect to the matrix that `of` returns, by central differences.
     pub fn differences(&self, of: impl Fn(&mut Self) -> &mut Matrix) -> Matrix {
         differences(self, of, Self::loss)
     }
 }
 
-/// The gradient of `loss` by the matrix that `of` picks out of `at`, by central differences.
+/// The gradient of `loss` at `at` with respect to the matrix that `of` returns, by central differences.
 pub fn differences<P: Clone>(
     at: &P,
     of: impl Fn(&mut P) -> &mut Matrix,
@@ -170,7 +170,7 @@ pub fn assert_close<B: Backend, const D: usize>(
     }
 }
 
-/// Fails unless every element is the same to the bit.
+/// Fails unless every element has the same bits.
 #[track_caller]
 pub fn assert_identical<B1: Backend, B2: Backend, const D: usize>(
     actual: Tensor<B1, D>,

@@ -1,5 +1,4 @@
-//! The overlay over stock modules: what it computes, what its adapters learn, and that the base
-//! stays what it is.
+//! The overlay on stock modules: its outputs, the gradients of its adapters, and the unchanged base.
 
 mod own;
 
@@ -44,8 +43,7 @@ fn input<B: Backend, const D: usize>(shape: [usize; D]) -> Tensor<B, D> {
     Matrix::random(1, shape.iter().product(), 3).tensor(shape, &device::<B>())
 }
 
-/// `ΔW`, spelled out element by element: `(index, row of A, column of B)` of each element of the
-/// weight.
+/// The position of each element of the weight in `ΔW`: its row of A and its column of B.
 fn places(container: &str, dims: &[usize]) -> Vec<(usize, usize)> {
     let total: usize = dims.iter().product();
     let inner: usize = dims[1..].iter().product();
@@ -78,7 +76,7 @@ fn path(names: &[(String, String)]) -> String {
     names.iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>().join(".")
 }
 
-/// The name that the adapter of a weight goes by.
+/// The name of the adapter of a weight.
 fn layer_path(path: &str) -> &str {
     path.strip_suffix("weight").map_or(path, |it| it.strip_suffix('.').unwrap_or(it))
 }
@@ -116,7 +114,7 @@ impl<B: Backend> ModuleMapper<B> for Dense<'_, B> {
     }
 }
 
-/// The gradients of the weights of the dense module, as the gradients of the factors.
+/// Computes the gradients of the factors from the gradients of the dense module's weights.
 struct Gradients<'a> {
     set: &'a LoraAdapters<Train>,
     names: Vec<(String, String)>,
@@ -165,7 +163,7 @@ where
     let set = model.adapters();
     assert_eq!(set.len(), adapters);
 
-    // Trainable, but the adapters in it are numbers.
+    // The reference: a module whose weights are dense sums. They are trainable.
     let mut dense = Dense { set: &set, names: vec![], changed: 0 };
     let reference = module.clone().map(&mut dense);
     assert_eq!(dense.changed, adapters);
@@ -181,7 +179,7 @@ where
     let mut gradients =
         Gradients { set: &set, names: vec![], grads: &grads, found: BTreeMap::new() };
     reference.visit(&mut gradients);
-    // A second pass and its gradients are as good as the first.
+    // A second forward and backward pass gives the same.
     for y in [y, model.with_adapters(&pass)] {
         let grads = y.sin().sum().backward();
         for (path, [d_a, d_b]) in &gradients.found {
@@ -221,7 +219,7 @@ fn convolutions() {
     });
 }
 
-/// Burn's wgpu backend has no gradient for deformable convolutions on every driver.
+/// Burn's wgpu backend cannot compute gradients of deformable convolutions on every driver.
 #[test]
 fn deformable_convolutions() {
     let device = device::<Train>();

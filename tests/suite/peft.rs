@@ -1,5 +1,5 @@
-//! Adapters as values and as PEFT's files: what Python wrote computes the same here, nothing is lost
-//! on the way to a file and back.
+//! Adapters as values and as PEFT's files: adapters from Python compute the same here, and a file keeps
+//! everything.
 
 mod layers;
 mod refused;
@@ -70,13 +70,13 @@ pub fn load(name: &str) -> LoraAdapters<Plain> {
     LoraAdapters::load(fixture(name), &device::<Plain>()).unwrap()
 }
 
-/// A directory that is removed in the end.
+/// A temporary directory. It is removed when the value is dropped.
 pub struct TempDir(pub PathBuf);
 
 impl TempDir {
     pub fn new(name: &str) -> Self {
         let path = std::env::temp_dir().join(format!("burn-lora-{name}-{}", std::process::id()));
-        // What a killed run with our number left behind; but two tests must not share one.
+        // Removes what a killed process with the same id left. Two tests must not share a directory.
         static NAMES: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
         assert!(NAMES.lock().unwrap().insert(name.to_owned()), "two tests have a directory {name}");
         let _ = fs::remove_dir_all(&path);
@@ -178,7 +178,7 @@ fn saved_and_loaded_again_nothing_changed() {
         assert_eq!(again.num_params(), original.num_params());
         assert_computes(&base.switch(&again).unwrap(), name);
 
-        // In `f32`, the file holds the very tensors that Python wrote.
+        // In `f32`, the file holds exactly the tensors that Python wrote.
         if !name.ends_with("f16") {
             let file = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
             let (written, read) = (file(&path), file(&fixture(name)));
@@ -214,7 +214,7 @@ fn config() -> LoraConfig {
     LoraConfig::new(3, 2.0).with_init(Init::RandomBoth).with_seed(5)
 }
 
-/// Adapters made here, with every rule of scaling and different ranks and alphas.
+/// Adapters made by this crate, with each scaling rule, and with different ranks and alphas.
 fn ours() -> Vec<(&'static str, LoraAdapters<Plain>)> {
     let base = Model::<Plain>::base();
     let set = |config: &LoraConfig| base.attach(config).unwrap().adapters();
@@ -248,7 +248,7 @@ fn every_rule_of_scaling_survives_a_file() {
     }
 }
 
-/// Writes what `tests/peft/check_saved.py` reads.
+/// Writes the files that `tests/peft/check_saved.py` reads.
 #[test]
 #[ignore = "run by tests/peft/check_saved.py"]
 fn write_for_python() {
@@ -291,7 +291,7 @@ fn switching_replaces_adapters_and_touches_no_weight() {
     assert_identical(second.switch(&one).unwrap().forward(x()), first.forward(x()));
     assert_identical(second.detach().forward(x()), base.forward(x()));
 
-    // What is switched on trains, and nothing else.
+    // Only the active adapters train.
     let grads = second.forward(x()).sin().sum().backward();
     assert_eq!(GradientsParams::from_grads(grads, &second).len(), 2);
 }
@@ -319,11 +319,11 @@ fn modules_trained_in_full_come_along() {
     assert_identical(restored.head.base.weight.val(), trained.head.base.weight.val());
     assert_identical(restored.norm.gamma.val(), trained.norm.gamma.val());
     assert_ne!(bits(restored.norm.gamma.val()), bits(base.norm.gamma.val()));
-    // They go on training, and the base that they came from has not changed.
+    // They can be trained further, and the base has not changed.
     assert_eq!(restored.parameters().trainable, set.num_params());
     assert_identical(base.norm.gamma.val(), Model::<Train>::base().norm.gamma.val());
 
-    // From a model for inference as well, which knows nothing of what trains.
+    // Also from a model for inference, whose parameters need no gradients.
     let set = trained.valid().adapters();
     let plain = Model::<Plain>::base().switch(&set).unwrap();
     assert_identical(plain.head.base.weight.val(), trained.head.base.weight.val());

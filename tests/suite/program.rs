@@ -1,5 +1,5 @@
-//! A user's whole program, with nothing implemented for the model: what it builds, adapts, trains,
-//! saves, switches, merges and gives back, for layers in every kind of container.
+//! A user's whole program, which implements nothing for its model. It builds, adapts, trains, saves,
+//! switches, merges and restores it, with layers in every kind of container.
 
 use burn::{
     module::{AutodiffModule, Module},
@@ -146,7 +146,7 @@ fn from_a_base_to_a_merged_model() {
     let y = model.forward(images());
     assert_ne!(bits(y.clone()), bits(untouched.clone()));
 
-    // Everything that trained is in the file, said once: the head, too.
+    // The file holds all that was trained, including the head.
     let dir = TempDir::new("program");
     model.adapters().save(dir.0.join("set")).unwrap();
     let loaded = LoraAdapters::load(dir.0.join("set"), &device::<Train>()).unwrap();
@@ -158,7 +158,7 @@ fn from_a_base_to_a_merged_model() {
     let plain: Net<Train> = served.merge().unwrap();
     assert_close(plain.forward(images()), &as_matrix(y), 1e-5);
     assert_eq!(plain.num_params(), base.num_params());
-    // The base to the bit, its head included.
+    // Detaching restores every bit of the base, including the head.
     for original in [model.detach(), served.detach(), model.valid().train::<Train>().detach()] {
         assert_identical(original.forward(images()), untouched.clone());
     }
@@ -175,7 +175,7 @@ fn on_a_backend_that_only_infers() {
     assert_close(again.forward(images()), &as_matrix(y.clone()), 1e-5);
     assert_close(model.merge().unwrap().forward(images()), &as_matrix(y.clone()), 1e-5);
     assert_identical(model.detach().forward(images()), untouched);
-    // What trains is known there, too, and does once there are gradients.
+    // The model knows what trains on this backend, too, and it trains on an autodiff backend.
     assert_eq!(model.parameters().trainable, model.adapters().num_params());
     let trained = train(model.train::<Train>());
     assert_ne!(bits(trained.head.weight.val()), bits(base.head.weight.val()));
@@ -204,7 +204,7 @@ fn a_record_restores_adapters_and_the_freeze_in_any_base_of_the_same_shape() {
     let bytes = named.record(model.clone().into_record(), ()).unwrap();
     assert!(bytes.len() < 4 * model.adapters().num_params() + 6000, "{} bytes", bytes.len());
 
-    // As in another process, that has nothing but the base.
+    // Like in another process, which has only the base.
     let restored =
         Lora::new(base.clone()).load_record(named.load(bytes.clone(), &device::<Train>()).unwrap());
     assert_identical(restored.forward(images()), model.forward(images()));
@@ -214,7 +214,7 @@ fn a_record_restores_adapters_and_the_freeze_in_any_base_of_the_same_shape() {
     assert_identical(restored.detach().forward(images()), base.forward(images()));
     assert_eq!(restored.adapters().num_params(), model.adapters().num_params());
 
-    // Without gradients, and in a format without names.
+    // For inference, and in a format without names.
     let binary = BinBytesRecorder::<FullPrecisionSettings>::new();
     let bytes = binary.record(model.valid().into_record(), ()).unwrap();
     let record = binary.load(bytes, &device::<Plain>()).unwrap();
@@ -231,7 +231,7 @@ fn a_stock_module_as_target_is_refused_with_the_way_out() {
     assert!(error.to_string().contains("or adapt them as they are by `Lora::overlay`"), "{error}");
     let error = base.head.attach(&LoraConfig::new(2, 1.0)).unwrap_err();
     assert!(matches!(error, LoraError::StockLayers { .. }), "{error}");
-    // Which has places for both kinds, and composes only what is stock.
+    // The overlay accepts both kinds. It forms dense weights only for stock modules.
     let targets = ["head", "pair.1", "pair.0", "stem"];
     let config = config().with_modules_to_save(["stock"]).with_targets(targets);
     let model = Lora::overlay(base.clone()).attach(&config).unwrap();
@@ -247,12 +247,12 @@ fn a_stock_module_as_target_is_refused_with_the_way_out() {
 
 #[test]
 fn names_of_a_users_own_are_not_mistaken_for_ours() {
-    /// Looks like a layer of this crate, and is none.
+    /// Has the name of a layer of this crate, but is none.
     #[derive(Module, Debug)]
     struct LoraLayer<B: Backend> {
         adapter: Linear<B>,
     }
-    /// Looks like Burn's, with a weight that is a vector.
+    /// Has the name of Burn's layer, but its weight is a vector.
     mod own {
         #[derive(burn::module::Module, Debug)]
         pub struct Linear<B: burn::tensor::backend::Backend> {

@@ -1,5 +1,5 @@
-//! A training that ended, or was killed, goes on from checkpoints that hold only what trains, and comes
-//! to the same bits as one that never ended.
+//! A training that was stopped or killed resumes from checkpoints that hold only what trains. The result
+//! has the same bits as that of a training without a stop.
 
 #[path = "../../examples/common/resume.rs"]
 mod resume;
@@ -48,12 +48,12 @@ const EPOCHS: usize = 5;
 struct Net<B: Backend> {
     fc: LoraLinear<B>,
     frozen: Linear<B>,
-    /// Its running statistics move, although it is frozen.
+    /// Its running statistics change although it is frozen.
     norm: BatchNorm<B>,
     head: Linear<B>,
 }
 
-/// The same numbers each time, and in each process.
+/// The same weights each time, and in each process.
 fn base<B: Backend>() -> Net<B> {
     let linear = |inputs, outputs, seed| Linear {
         weight: Param::from_tensor(
@@ -124,7 +124,7 @@ impl<B: Backend> Batcher<B, Vec<f32>, Tensor<B, 2>> for Rows {
     }
 }
 
-/// Shuffled anew for each epoch.
+/// A loader with another order for each epoch.
 fn loader<B: Backend>() -> Arc<dyn DataLoader<B, Tensor<B, 2>>> {
     let items = Matrix::random(90, 6, 4);
     let rows = items.data.chunks(6).map(|row| row.iter().map(|&it| it as f32).collect()).collect();
@@ -133,7 +133,7 @@ fn loader<B: Backend>() -> Arc<dyn DataLoader<B, Tensor<B, 2>>> {
 
 type MessagePack = NamedMpkFileRecorder<FullPrecisionSettings>;
 
-/// Trains up to `epochs`, from the last checkpoint in `dir`.
+/// Trains up to epoch `epochs`, starting from the last checkpoint in `dir`.
 fn train<R: FileRecorder<Train> + FileRecorder<Plain> + 'static>(
     dir: &Path,
     epochs: usize,
@@ -150,7 +150,7 @@ fn train<R: FileRecorder<Train> + FileRecorder<Plain> + 'static>(
         training = training.checkpoint(epoch);
     }
     let optimizer = LoraPlus::new(AdamWConfig::new().init::<Train, Task<Train>>(), 4.0);
-    // All of the run, whenever it ends.
+    // The steps of the whole run, even if this part stops earlier.
     let steps = EPOCHS * 90_usize.div_ceil(8);
     let schedule = CosineAnnealingLrSchedulerConfig::new(0.02, steps).init().unwrap();
     let learner = Learner::new(Task::new(&config()), optimizer, schedule);
@@ -178,7 +178,7 @@ fn a_resumed_training_comes_to_the_same_bits() {
     let resumed = train(&dir.0.join("stopped"), EPOCHS, recorder);
     assert_same(&resumed, &straight);
 
-    // It has learnt, and what is frozen did not move.
+    // The model has learnt, and frozen parameters did not change.
     let start = base::<Plain>();
     assert_ne!(bits(resumed.head.weight.val()), bits(start.head.weight.val()));
     assert!(bits(resumed.fc.adapter().unwrap().b.val()).iter().any(|&bits| bits != 0));
@@ -188,7 +188,7 @@ fn a_resumed_training_comes_to_the_same_bits() {
     assert_ne!(bits(resumed.norm.running_mean.value()), bits(start.norm.running_mean.value()));
 }
 
-/// Writes the first half of the optimizer of epoch 3, and is gone.
+/// Writes the first half of the optimizer's checkpoint of epoch 3, and aborts the process.
 #[derive(Clone, Debug, Default)]
 struct Killed(MessagePack);
 
@@ -207,7 +207,7 @@ impl<B: Backend> Recorder<B> for Killed {
     fn save_item<I: Serialize>(&self, item: I, file: PathBuf) -> Result<(), RecorderError> {
         Recorder::<B>::save_item(&self.0, item, file.clone())?;
         if file.to_string_lossy().contains("optim-3") {
-            // Another thread writes the end of the checkpoint before.
+            // Waits until another thread has written the rest of the checkpoint before.
             while !file.with_file_name("scheduler-2.mpk").exists() {
                 std::thread::yield_now();
             }
@@ -236,7 +236,7 @@ fn a_training_that_was_killed_while_it_wrote_goes_on() {
         .unwrap();
     assert!(!killed.status.success(), "it must not come to its end");
 
-    // Half of a file is there, and not under its name.
+    // Half of a file exists, but under another name.
     let checkpoint = dir.0.join("killed/checkpoint");
     let mut files: Vec<_> = fs::read_dir(&checkpoint)
         .unwrap()
@@ -271,7 +271,7 @@ fn a_record_holds_what_trains_and_nothing_else() {
     assert_eq!(adapters, [("fc", [6, 2], 3.0)]);
     assert_eq!(record.trains, ["fc.adapter.a", "fc.adapter.b", "head.weight"]);
 
-    // The same from the model that infers, and the whole in a file.
+    // The same for the model for inference, and as a file.
     let task = Task::new(&config());
     let of = |net: Lora<Plain, Net<Plain>>| net.into_record().parameters.len();
     assert_eq!(of(task.net.valid()), 3);
@@ -294,7 +294,7 @@ fn what_trains_does_so_after_every_trip() {
         net.clone(),
         net.clone().to_device(&device),
         net.clone().fork(&device),
-        // Burn by itself forgets that the head trains, here.
+        // Without this crate, Burn loses here that the head is trainable.
         net.valid().clone().train::<Train>(),
         net.valid().to_device(&device).train::<Train>(),
         net.clone().load_record(net.clone().into_record()),
@@ -365,7 +365,7 @@ fn a_record_with_a_head_that_is_frozen_is_refused() {
 fn a_save_that_fails_leaves_the_old_file() {
     keeps_the_old_file(AtomicRecorder::<MessagePack>::default(), "file");
     keeps_the_old_file(AtomicRecorder::<MessagePack>::default(), "file.of.many-1.dots");
-    // Extensions with a dot inside.
+    // Extensions that contain a dot.
     keeps_the_old_file(
         AtomicRecorder::<BinGzFileRecorder<FullPrecisionSettings>>::default(),
         "file",
@@ -375,7 +375,7 @@ fn a_save_that_fails_leaves_the_old_file() {
 }
 
 fn keeps_the_old_file<R: FileRecorder<Plain>>(recorder: AtomicRecorder<R>, name: &str) {
-    /// Serializes to an error.
+    /// Its serialization fails.
     struct Broken;
     impl Serialize for Broken {
         fn serialize<S: serde::Serializer>(&self, _: S) -> Result<S::Ok, S::Error> {

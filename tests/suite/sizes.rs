@@ -1,4 +1,4 @@
-//! Linear layers of sizes and layouts at which a backend takes another way: threads, blocks of rows,
+//! Linear layers of sizes and layouts for which a backend uses other code: threads, blocks of rows,
 //! transposed products, tensors that are views of others.
 
 use burn::{
@@ -17,7 +17,7 @@ use crate::{
 const TOLERANCE: f64 = 2e-5;
 const ALPHA: f64 = 0.7;
 
-/// Rows, inputs, rank and outputs. Nothing is a multiple of a block; then everything is.
+/// Rows, inputs, rank and outputs. First no size is a multiple of a block, and then every size is.
 const SIZES: [[usize; 4]; 5] = [
     [130, 517, 17, 410],
     [310, 130, 33, 70],
@@ -42,7 +42,7 @@ fn input<B: AutodiffBackend>(problem: &Problem) -> Tensor<B, 2> {
     problem.x.tensor([problem.x.rows, problem.x.cols], &device::<B>()).require_grad()
 }
 
-/// Compares what the layer does with the formula, where the output's gradient is `dy`.
+/// Compares the layer's output and gradients with the formula. `dy` is the gradient of the output.
 fn check<B: AutodiffBackend>(
     problem: &Problem,
     layer: &LoraLinear<B>,
@@ -81,14 +81,14 @@ fn recomputing_for_memory_changes_nothing() {
     let x = input::<Balanced>(&problem);
     check(&problem, &layer, &x, |y| y.sin().sum(), &problem.gradients());
 
-    // The layer's input is computed anew for the backward pass.
+    // Gradient checkpointing computes the layer's input again for the backward pass.
     let grads = layer.forward(x.clone().mul_scalar(1.0)).sin().sum().backward();
     assert_close(x.grad(&grads).unwrap(), &problem.gradients().x, TOLERANCE);
     let a = layer.adapter().unwrap().a.grad(&grads).unwrap();
     assert_close(a, &problem.gradients().a, TOLERANCE);
 }
 
-/// The same tensor, kept column by column.
+/// The same tensor, stored column by column.
 fn turned<B: AutodiffBackend>(tensor: Tensor<B, 2>) -> Tensor<B, 2> {
     let device = tensor.device();
     Tensor::<B, 2>::from_data(tensor.transpose().into_data(), &device).transpose()
@@ -105,7 +105,7 @@ fn views_of_other_tensors_serve_as_input_and_factors() {
     layer.set_adapter(Some(LoraAdapter::new(a, b, ALPHA, Scaling::Alpha)));
     let x = turned(input::<Train>(&problem)).require_grad();
     check(&problem, &layer, &x, |y| y.sin().sum(), &problem.gradients());
-    // The gradient comes transposed.
+    // The gradient of the output is a transposed tensor.
     check(&problem, &layer, &x, |y| y.transpose().sin().sum(), &problem.gradients());
 }
 
@@ -124,7 +124,7 @@ fn an_input_that_other_layers_share_gets_all_gradients() {
     let layer = layer::<Train>(&problem, ALPHA, Scaling::Alpha);
     let x = input::<Train>(&problem);
     let (y, z) = (layer.forward(x.clone()), layer.forward(x.clone()));
-    // Used after the layer, too: the layer must not have written over it.
+    // The input is used again after the layer, which must not have overwritten it.
     let grads = (y.sin().sum() + z.sin().sum() + x.clone().sum()).backward();
     let expected = problem.gradients();
     let ones = Matrix::from_fn(problem.x.rows, problem.x.cols, |_, _| 1.0);

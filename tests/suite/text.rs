@@ -1,6 +1,6 @@
-//! The encoder of the `text_classification` example: it computes what PyTorch's `transformers` compute,
-//! and exchanges adapters with PEFT by Hugging Face's names. `tests/bert/make_fixtures.py` wrote what is
-//! compared.
+//! The encoder of the `text_classification` example computes the same as Hugging Face's `transformers`,
+//! and exchanges adapters with PEFT under Hugging Face's names. `tests/bert/make_fixtures.py` wrote the
+//! reference outputs.
 
 #[path = "../../examples/text_classification/bert.rs"]
 mod bert;
@@ -27,7 +27,7 @@ use crate::{
 use bert::{Bert, Tokens};
 use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
 
-/// Texts, and what Python makes of them.
+/// Texts, and their vectors from Python.
 #[derive(Deserialize)]
 struct Expected {
     ids: Vec<Vec<i32>>,
@@ -61,7 +61,7 @@ fn assert_embeds(bert: &Bert<Plain>, expected: &Path, tolerance: f64) {
     assert_close(vectors, &expected, tolerance);
 }
 
-/// Adapters with Hugging Face's names, as the encoder has them.
+/// Adapters with Hugging Face's names, renamed for the encoder.
 fn of_python(path: &Path) -> LoraAdapters<Plain> {
     let adapters = LoraAdapters::load(path, &device::<Plain>()).unwrap();
     adapters.renamed(&bert::names("").inverse()).unwrap()
@@ -72,7 +72,7 @@ fn vectors_are_those_of_transformers() {
     assert_embeds(&tiny(), &fixture("tiny/expected.json"), 1e-5);
 }
 
-/// Needs the model itself: `MINILM` is a directory with all-MiniLM-L6-v2.
+/// Needs the model: the environment variable `MINILM` is a directory with all-MiniLM-L6-v2.
 #[test]
 #[ignore = "needs the weights of all-MiniLM-L6-v2"]
 fn vectors_of_minilm_are_those_of_transformers() {
@@ -105,7 +105,7 @@ fn an_adapter_that_peft_made_computes_the_same_here() {
     assert_embeds(&adapted.merge().unwrap(), &path.join("expected.json"), 1e-5);
     assert_embeds(&adapted.detach(), &fixture("tiny/expected.json"), 1e-5);
 
-    // Taken from the model and saved, it is the file that PEFT wrote.
+    // Saved from the model, the file is the same as PEFT's.
     let dir = TempDir::new("bert-round-trip");
     adapted.adapters().renamed(&bert::names("")).unwrap().save(dir.0.join("saved")).unwrap();
     let read = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
@@ -144,7 +144,7 @@ fn adapters_of_the_classifier_go_by_the_names_of_hugging_face() {
         expected.iter().map(|it| format!("base_model.model.{it}")).collect::<Vec<_>>()
     );
 
-    // The head comes along.
+    // The set holds the head, too.
     let again = LoraAdapters::load(dir.0.join("saved"), &device::<Plain>()).unwrap();
     let again = again.renamed(&model::names().inverse()).unwrap();
     let texts = tokens(&[vec![5, 2, 7], vec![1, 9, 9]], &[vec![1, 1, 1], vec![1, 1, 0]]);
@@ -204,7 +204,7 @@ fn adapters_of_another_depth_are_refused_by_name() {
     assert!(error.contains("unexpected: blocks.7.contract"), "{error}");
 }
 
-/// What loading says about the tiny model once `change` has been at its files.
+/// The error of loading the tiny model after `change` has edited its files.
 fn refused(name: &str, change: impl FnOnce(&Path)) -> String {
     let dir = TempDir::new(name);
     for file in ["config.json", "model.safetensors"] {
@@ -214,7 +214,7 @@ fn refused(name: &str, change: impl FnOnce(&Path)) -> String {
     pretrained::load::<Plain>(&dir.0, &device::<Plain>()).unwrap_err()
 }
 
-/// Replaces the tensors of the file by what `change` makes of them.
+/// Replaces the tensors of the file by the result of `change`.
 fn rewrite<'a>(
     dir: &Path,
     bytes: &'a [u8],
@@ -273,7 +273,7 @@ fn files_that_are_not_this_model_are_refused_by_name() {
     assert!(error.contains("`hidden_act` must be \"gelu\", and is \"relu\""), "{error}");
     let error = refused("bert-decoder", config("\"is_decoder\": false", "\"is_decoder\": true"));
     assert!(error.contains("`is_decoder` must be false"), "{error}");
-    // Sizes that would take all memory.
+    // Sizes that would need more memory than there is.
     let error = refused("bert-huge", config("\"vocab_size\": 23", "\"vocab_size\": 230000000000"));
     let expected = "by config.json `embeddings.word_embeddings.weight` is [230000000000, 12], and it is [23, 12]";
     assert!(error.contains(expected), "{error}");

@@ -112,7 +112,7 @@ fn only_adapters_and_modules_to_save_train() {
     assert!(model.norm.gamma.grad(&grads).is_some());
     assert!(model.norm.beta.as_ref().unwrap().grad(&grads).is_none());
     assert!(model.head.base.weight.grad(&grads).is_some());
-    // Two adapters of two factors, the head's weight, and gamma.
+    // A and B of two adapters, the head's weight, and the norm's gamma.
     assert_eq!(GradientsParams::from_grads(grads, &model).len(), 6);
     assert_eq!(model.parameters().trainable, 2 * (6 + 8) + 2 * (8 + 7) + 7 * 3 + 7);
 }
@@ -148,7 +148,7 @@ fn a_layer_in_columns_that_was_never_used() {
 
 #[test]
 fn the_missions_example() {
-    // LoRA on a weight of 5,000 by 10,000 with rank 8: 120,000 parameters train, 416 times fewer.
+    // LoRA on a weight of 5,000 by 10,000 with rank 8: 120,000 trainable parameters, 416 times fewer.
     let base = LinearConfig::new(5_000, 10_000).with_bias(false).init::<Plain>(&device::<Plain>());
     let report = LoraConfig::new(8, 16.0).init(base).parameters();
     assert_eq!((report.trainable, report.total), (120_000, 50_000_000));

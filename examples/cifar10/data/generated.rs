@@ -1,4 +1,4 @@
-//! Drawn photographs: a shape with a texture, in colours of its own, on a background that fades.
+//! Drawn images: a textured shape of a random colour on a background with a gradient.
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::Normal;
@@ -8,7 +8,7 @@ use super::{CHANNELS, Photo, Photos, SIDE};
 const TRAIN: usize = 6_000;
 const TEST: usize = 1_000;
 
-/// Images to train on and others to test on, the same for the same seed.
+/// Images for training and for testing. The same seed gives the same images.
 pub fn photos(seed: u64) -> Photos {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut draw = |count: usize| {
@@ -17,7 +17,7 @@ pub fn photos(seed: u64) -> Photos {
     Photos { name: "generated", train: draw(TRAIN), test: draw(TEST) }
 }
 
-/// How far a point is outside of a shape of radius 1, roughly; inside it is negative.
+/// The approximate distance of a point from a shape of radius 1. It is negative inside the shape.
 fn outside(shape: u8, x: f64, y: f64) -> f64 {
     match shape {
         0 => x.hypot(y) - 1.0,
@@ -34,7 +34,7 @@ fn draw(label: u8, rng: &mut StdRng) -> Photo {
     let [center_x, center_y] = [(); 2].map(|()| 15.5 + rng.random_range(-3.0..3.0));
     let (sin, cos) = rng.random_range(-0.4f64..0.4).sin_cos();
     let wave = rng.random_range(1.3..1.7);
-    // Things are lit, and what is behind them is dark: a negative looks like nothing known.
+    // Shapes are bright and backgrounds are dark, so that a negative looks different from any image.
     let mut color = |from: f64| [(); CHANNELS].map(|()| from + rng.random_range(0.0..110.0));
     let (ink, paper, shade) = (color(130.0), color(0.0), color(20.0));
     let noise = Normal::new(0.0, 10.0).expect("the deviation is positive");

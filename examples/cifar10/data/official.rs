@@ -24,17 +24,17 @@ const TRAIN: [&str; 5] = [
 ];
 const TEST: &str = "test_batch.bin";
 
-/// A label, and the values.
+/// The bytes of an image in a file: the label and the values.
 const RECORD: usize = 1 + VALUES;
 
-/// What each file has.
+/// The number of images in each file.
 const RECORDS: usize = 10_000;
 
 const URL: &str = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz";
 const SIZE: u64 = 170_052_171;
 const SHA256: &str = "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd";
 
-/// Reads the test batch of `dir`, and those training batches that are there.
+/// Reads the test batch in `dir`, and the training batches that exist.
 pub fn read(dir: &Path) -> Result<Photos> {
     let test = read_batch(&dir.join(TEST))?;
     let batches: Vec<_> =
@@ -46,7 +46,7 @@ pub fn read(dir: &Path) -> Result<Photos> {
     Ok(Photos { name: "cifar10", train: train?.concat(), test })
 }
 
-/// The directory of the cached files; if one is missing, all are downloaded.
+/// The directory of the cached files. Downloads all of them if one is missing.
 pub fn cached_or_downloaded() -> Result<PathBuf> {
     let cache = dirs::cache_dir().ok_or("there is no cache directory")?;
     let dir = cache.join("burn-lora").join("cifar10");
@@ -61,7 +61,7 @@ pub fn cached_or_downloaded() -> Result<PathBuf> {
 fn read_batch(path: &Path) -> Result<Vec<Photo>> {
     let shown = path.display();
     let mut bytes = Vec::new();
-    // One byte more than there can be shows that there is too much.
+    // Reads one byte more than expected, to detect files that are too long.
     let limit = (RECORDS * RECORD + 1) as u64;
     let file = File::open(path).context(&shown)?;
     file.take(limit).read_to_end(&mut bytes).context(&shown)?;
@@ -78,8 +78,8 @@ fn read_batch(path: &Path) -> Result<Vec<Photo>> {
     photos.collect()
 }
 
-/// Takes the files out of a tar archive: headers of 512 bytes, each followed by a file that is
-/// filled up to a multiple of that.
+/// Extracts the files of a tar archive: headers of 512 bytes, each followed by a file that is padded to
+/// a multiple of 512 bytes.
 fn unpack(mut archive: impl Read, dir: &Path) -> std::io::Result<()> {
     const BLOCK: usize = 512;
     let mut header = [0; BLOCK];

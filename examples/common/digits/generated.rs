@@ -1,4 +1,4 @@
-//! Digits drawn with a round pen: each a few strokes, bent, turned, slanted and blurred at random.
+//! Digits drawn with a round pen. Each has a few strokes, randomly bent, rotated, slanted and blurred.
 
 use std::f64::consts::TAU;
 
@@ -12,7 +12,7 @@ type Point = [f64; 2];
 const TRAIN: usize = 12_000;
 const TEST: usize = 2_000;
 
-/// Images to train on and others to test on, the same for the same seed.
+/// Images for training and for testing. The same seed gives the same images.
 pub fn digits(seed: u64) -> Digits {
     let mut rng = StdRng::seed_from_u64(seed);
     let mut draw = |count: usize| {
@@ -21,7 +21,7 @@ pub fn digits(seed: u64) -> Digits {
     Digits { name: "generated", train: draw(TRAIN), test: draw(TEST) }
 }
 
-/// The strokes of a digit: points on a unit square, `[right, down]`, that a smooth curve joins.
+/// The strokes of a digit: points in the unit square, `[right, down]`. A smooth curve joins the points.
 fn strokes(digit: u8) -> Vec<Vec<Point>> {
     match digit {
         0 => vec![ellipse([0.5, 0.5], [0.23, 0.36])],

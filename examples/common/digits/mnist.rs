@@ -20,7 +20,7 @@ const MIRRORS: [&str; 2] = [
     "https://ossci-datasets.s3.amazonaws.com/mnist",
 ];
 
-/// Longer than this nobody waits for a few megabytes.
+/// Enough for a few megabytes on a slow network.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
 /// The files' names, and the size and SHA-256 of each compressed one.
@@ -57,7 +57,7 @@ pub fn read(dir: &Path) -> Result<Digits> {
     })
 }
 
-/// The directory of the cached files; those that are missing are downloaded first.
+/// The directory of the cached files. Downloads those that are missing.
 pub fn cached_or_downloaded() -> Result<PathBuf> {
     let cache = dirs::cache_dir().ok_or("there is no cache directory")?;
     let dir = cache.join("burn-lora").join("mnist");
@@ -105,7 +105,7 @@ fn read_idx<const D: usize>(dir: &Path, name: &str) -> Result<(PathBuf, [usize; 
         let mut bytes = [0; 4];
         reader.read_exact(&mut bytes).map(|()| u32::from_be_bytes(bytes)).context(&shown)
     };
-    // Two zeros, 8 for unsigned bytes, and the number of dimensions.
+    // Two zero bytes, 8 for the type of unsigned bytes, and the number of dimensions.
     let (magic, expected) = (number()?, 0x0800 + D as u32);
     if magic != expected {
         return Err(format!(
@@ -118,7 +118,7 @@ fn read_idx<const D: usize>(dir: &Path, name: &str) -> Result<(PathBuf, [usize; 
     }
     let promised = shape.iter().try_fold(1usize, |product, &size| product.checked_mul(size));
     let promised = promised.ok_or_else(|| format!("{shown}: impossible shape {shape:?}"))?;
-    // No memory is set aside for what the header promises: only for what is there, and one byte.
+    // Allocates memory for what the file contains, not for what the header says.
     let mut bytes = Vec::new();
     reader.take(promised as u64 + 1).read_to_end(&mut bytes).context(&shown)?;
     if bytes.len() != promised {
@@ -130,7 +130,7 @@ fn read_idx<const D: usize>(dir: &Path, name: &str) -> Result<(PathBuf, [usize; 
     Ok((path, shape, bytes))
 }
 
-/// Downloads one file, checks it, and only then gives it its name.
+/// Downloads one file and checks it, before it is written under its name.
 fn download(path: &Path, size: u64, sha256: &str) -> Result<()> {
     let name = path.file_name().and_then(|name| name.to_str()).expect("the name is ours");
     let mut problem = String::new();

@@ -1,4 +1,4 @@
-//! Handwritten digits: MNIST where it can be had, drawn ones otherwise.
+//! Handwritten digits: MNIST where it is available, and drawn digits otherwise.
 
 mod generated;
 mod mnist;
@@ -10,6 +10,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use super::{
     Result,
     classifier::{Sample, stack_images},
+    live::during,
 };
 
 /// The side of an image, in pixels.
@@ -37,7 +38,7 @@ impl Sample for Digit {
     }
 }
 
-/// Images to learn from, and others to judge by.
+/// Images for training and for testing.
 #[derive(Clone)]
 pub struct Digits {
     /// "mnist" or "generated".
@@ -47,11 +48,11 @@ pub struct Digits {
 }
 
 impl Digits {
-    /// MNIST from `dir` if given; otherwise from the cache directory, or the network; and if there
-    /// is neither, or `generated` is set, drawn digits.
+    /// MNIST from `dir` if given, and otherwise from the cache directory or the network. Drawn digits if
+    /// none of them has it, or if `generated` is set.
     pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
         if generated {
-            return Ok(generated::digits(seed));
+            return Ok(during("drawing digits", || generated::digits(seed)));
         }
         if let Some(dir) = dir {
             println!("Data: MNIST from {}", dir.display());
@@ -63,23 +64,27 @@ impl Digits {
                 mnist::read(&dir)
             }
             Err(reason) => {
-                println!("Data: generated digits, since MNIST is not at hand ({reason})");
-                Ok(generated::digits(seed))
+                println!("Data: generated digits, because MNIST is not available ({reason})");
+                Ok(during("drawing digits", || generated::digits(seed)))
             }
         }
     }
 
-    /// The same digits, each image changed.
+    /// The same digits, with `change` applied to each image.
     pub fn map(&self, change: impl Fn(&[u8; PIXELS]) -> [u8; PIXELS]) -> Self {
         let changed = |digits: &[Digit]| {
             let digits = digits.iter();
             digits.map(|it| Digit { pixels: change(&it.pixels), label: it.label }).collect()
         };
-        Self { name: self.name, train: changed(&self.train), test: changed(&self.test) }
+        during("changing the images", || Self {
+            name: self.name,
+            train: changed(&self.train),
+            test: changed(&self.test),
+        })
     }
 }
 
-/// The image turned counter-clockwise by `degrees`, on black, with bilinear sampling.
+/// The image rotated counter-clockwise by `degrees`, with bilinear sampling and a black background.
 pub fn rotate(pixels: &[u8; PIXELS], degrees: f64) -> [u8; PIXELS] {
     let (sin, cos) = degrees.to_radians().sin_cos();
     let center = (SIDE as f64 - 1.0) / 2.0;
@@ -99,7 +104,7 @@ pub fn rotate(pixels: &[u8; PIXELS], degrees: f64) -> [u8; PIXELS] {
     })
 }
 
-/// The image as a mirror shows it.
+/// The image with left and right exchanged.
 pub fn mirror(pixels: &[u8; PIXELS]) -> [u8; PIXELS] {
     std::array::from_fn(|index| pixels[index - index % SIDE + SIDE - 1 - index % SIDE])
 }

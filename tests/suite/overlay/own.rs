@@ -1,5 +1,5 @@
-//! The overlay over modules of one's own, in training, in records and beside layers that carry adapters
-//! themselves.
+//! The overlay on a user's own modules: in training, in records, and together with layers that have
+//! adapters themselves.
 
 use burn::{
     module::{AutodiffModule, Module, Param},
@@ -19,7 +19,7 @@ use crate::{
     oracle::{Matrix, assert_close, assert_identical, bits},
 };
 
-/// A module of somebody's own, with a matrix that is no layer's.
+/// A user's own module, with a matrix that belongs to no layer.
 #[derive(Module, Debug)]
 struct Own<B: Backend> {
     mixer: Param<Tensor<B, 3>>,
@@ -40,7 +40,7 @@ impl<B: Backend> Own<B> {
         .drawn()
     }
 
-    /// Draws the weights, which clones of an unused module would each draw anew.
+    /// The first use draws the weights. Clones of an unused module would each draw their own.
     fn drawn(self) -> Self {
         let _ = self.forward(ids());
         self
@@ -78,7 +78,7 @@ where
 #[test]
 fn a_module_of_ones_own_with_running_statistics() {
     let own = Own::<Train>::new();
-    // Statistics that are not those of a fresh norm, the last of them still to be taken in.
+    // Statistics that differ from those of a new norm. The last update is still pending in Burn.
     for _ in 0..3 {
         let _ = own.forward(ids());
     }
@@ -103,7 +103,7 @@ fn running_statistics_stay_without_dense_adapters_too() {
     let model = Lora::new(own.clone());
     let _ = model.with_adapters(|own| own.forward(ids()));
     assert_eq!(statistics(&own), before);
-    // By the model itself they move, as Burn has it.
+    // A forward pass of the model itself changes them, as in Burn.
     for _ in 0..2 {
         let _ = model.forward(ids());
     }
@@ -131,7 +131,7 @@ fn records_hold_what_trains_and_nothing_else() {
     let restored = Lora::overlay(own.clone()).load_record(load());
     let y = |model: &Lora<Train, Own<Train>>| model.valid().with_adapters(|own| own.forward(ids()));
     assert_identical(y(&restored), y(&model));
-    // It trains on where the other would.
+    // Further training gives the same as with the original.
     assert_eq!(restored.parameters().trainable, model.parameters().trainable);
     let ids_of = |model: &Lora<Train, Own<Train>>| {
         let record = model.clone().into_record();
@@ -171,7 +171,7 @@ fn adapters_go_from_the_overlay_to_layers_and_back() {
     let expected = Matrix { rows: 4, cols: 3, data: expected };
     let set = adapted.adapters();
     assert_close(layers.switch(&set).unwrap().forward(x()), &expected, 1e-5);
-    // By way of a file, too.
+    // The same after saving and loading a file.
     let dir = std::env::temp_dir().join(format!("burn-lora-overlay-{}", std::process::id()));
     set.save(&dir).unwrap();
     let loaded = LoraAdapters::load(&dir, &device::<Plain>()).unwrap();
@@ -253,7 +253,7 @@ fn as_the_field_of_a_model() {
     let model = model.attach(&config).unwrap();
     let report = model.parameters();
     assert_eq!(report.trainable, 2 * (6 + 8 + 8 + 7 + 7 + 3 + 3 + 2));
-    // A name means every path that ends with it.
+    // A name matches every path that ends with it.
     let paths: Vec<_> = report.layers.iter().map(|it| it.path.as_str()).collect();
     assert_eq!(paths, ["body.blocks.0", "body.blocks.1", "body.head", "head"]);
     assert_eq!(report.layers[0].total, 6 * 8 + 8);

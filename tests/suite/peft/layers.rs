@@ -1,4 +1,4 @@
-//! PEFT's files of adapters on convolutions and embeddings, both ways.
+//! PEFT's files of adapters on convolutions and embeddings, read and written.
 
 use std::{fs, path::Path};
 
@@ -130,7 +130,7 @@ fn groups_and_transposed_convolutions_are_refused_by_name() {
 
 #[test]
 fn an_adapter_of_another_kind_of_layer_does_not_fit() {
-    // A matrix of the right shape, but of an embedding.
+    // A matrix of the right shape, but for an embedding.
     #[derive(Module, Debug)]
     struct Other<B: Backend> {
         table: LoraLinear<B>,
@@ -147,7 +147,7 @@ fn through_the_overlay_too() {
     let adapter = set.get("conv1").unwrap().clone();
     let set = LoraAdapters::new([("", adapter)]);
     let x = Matrix::random(2, 42, 5).tensor([2, 6, 7], &device::<Plain>());
-    // Draws the weights, which clones of an unused layer would each draw anew.
+    // The first use draws the weights. Clones of an unused layer would each draw their own.
     let _ = plain.forward(x.clone());
     let overlay = Lora::overlay(plain.clone()).switch(&set).unwrap();
     let layer = LoraConv1d::from(plain).switch(&set).unwrap();
@@ -156,7 +156,7 @@ fn through_the_overlay_too() {
     assert_close(overlay.with_adapters(|it| it.forward(x)), &expected, 1e-5);
 }
 
-/// Adapters that Python wrote and such that were made here, for `tests/peft/check_saved.py`.
+/// Writes adapters from Python and from this crate for `tests/peft/check_saved.py`.
 pub fn write_for_python(out: &Path) {
     let base = Layers::base();
     let config = LoraConfig::new(3, 2.0).with_init(Init::RandomBoth);

@@ -1,4 +1,4 @@
-//! What does not fit is refused as a whole, by name.
+//! Adapters that do not fit are refused as a whole, and the error names the problem.
 
 use std::fs;
 
@@ -27,7 +27,7 @@ fn assert_refused(config: &[u8], weights: &[u8], message: &str) {
     assert!(error.contains(message), "{error}");
 }
 
-/// A file of the given tensors, with as many zeros as the shape says.
+/// A file with tensors of the given shapes, filled with zeros.
 fn weights(tensors: &[(&str, Dtype, &[usize])]) -> Vec<u8> {
     let zeros = vec![0; 4096];
     let views = tensors.iter().map(|(key, dtype, shape)| {
@@ -93,7 +93,7 @@ fn a_set_that_does_not_fit_a_model_leaves_it_untouched() {
     };
     assert_eq!(mismatch.misshapen, ["fc1 (expected [6, 7], found [6, 8])"]);
     assert_eq!(mismatch.unexpected, ["head.bias", "head.weight", "norm.bias", "norm.weight"]);
-    // The configuration of `regex` means the layers fc1 and fc2: to leave one out is a fault.
+    // The configuration of `regex` means the layers fc1 and fc2. A set without one of them is an error.
     let mut parts = load("regex");
     let error = model.switch(&parts).unwrap_err().to_string();
     assert!(error.contains("fc2 (expected [6, 8], found [8, 8])"), "{error}");
@@ -128,7 +128,7 @@ fn a_saved_set_means_its_own_layers_alone() {
     let fc = || LinearConfig::new(2, 3).init(&device).into();
     let encoder = Inner { fc: fc(), norm: LayerNormConfig::new(3).init(&device) };
     let base = Outer::<Plain> { fc: fc(), encoder };
-    // `encoder.fc` ends with `fc`, and `gamma` goes by another name in the file.
+    // `encoder.fc` ends with `fc`, and `gamma` has another name in the file.
     let config = config().with_excludes(["encoder.fc"]).with_modules_to_save(["gamma"]);
     let set = base.attach(&config).unwrap().adapters();
     let dir = TempDir::new("own-layers");
@@ -224,7 +224,7 @@ fn fields_that_change_the_result_are_refused_by_name() {
     assert_refused(&with("r", json!(0)), &weights, "a rank is 0");
     assert_refused(&with("lora_dropout", json!(1.5)), &weights, "`lora_dropout` is 1.5");
     assert_refused(&with("rank_pattern", json!({"(": 2})), &weights, "`(` is not a valid pattern");
-    // Found by fuzzing: an expression that took seconds to compile, over and over.
+    // Found by fuzzing: an expression that takes seconds to compile.
     let endless = with("rank_pattern", json!({".".repeat(100_000): 2}));
     assert_refused(&endless, &weights, "exceeds size limit");
     assert_refused(&with("bias", json!("some")), &weights, "some");
@@ -254,7 +254,7 @@ fn malformed_configurations_are_refused() {
     assert_refused(format!(r#"{{"x": {deep}}}"#).as_bytes(), &weights, "recursion limit");
 }
 
-/// A file with the given header, and as many zeros of data.
+/// A file with the given header, and `data` zero bytes.
 fn raw(header: &str, data: usize) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());

@@ -1,4 +1,4 @@
-//! A save replaces the adapters in one step, or leaves them as they were.
+//! A save replaces the adapters in one step, or does not change them.
 
 use std::{
     collections::BTreeMap,
@@ -41,7 +41,7 @@ fn a_failed_save_leaves_the_old_file() {
     assert!(error.contains("the adapters hold NaN"), "{error}");
     assert_eq!(fs::read(path.join("adapter_model.safetensors")).unwrap(), before);
 
-    // Nor is a directory of other things taken for one of adapters.
+    // A directory with other things in it is not replaced.
     fs::create_dir(path.join("other")).unwrap();
     let error = load("rslora").save(&path).unwrap_err().to_string();
     assert!(error.contains("holds other, which is not a file"), "{error}");
@@ -55,13 +55,13 @@ fn a_failed_save_leaves_the_old_file() {
     assert_eq!(names(&dir.0), ["set"]);
 }
 
-/// The backend does not matter to files, and this one is quick to start.
+/// Files do not depend on the backend, and this one starts quickly.
 #[cfg(unix)]
 fn load_on_cpu(dir: &Path) -> LoraAdapters<burn::backend::Flex> {
     LoraAdapters::load(dir, &Default::default()).unwrap()
 }
 
-/// Saves two sets in turn until it is killed, if it is told where.
+/// Saves two sets in turn until the process is killed.
 #[cfg(unix)]
 #[test]
 #[ignore = "run by a_killed_save_leaves_one_set_whole"]
@@ -96,7 +96,7 @@ fn a_killed_save_leaves_one_set_whole() {
             .unwrap();
         let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
         assert!(lines.any(|line| line.unwrap() == "ready"));
-        // At any moment of one of the first saves.
+        // Waits for a time that ends within one of the first saves.
         std::thread::sleep(Duration::from_micros((turn * 7_919) % 12_000));
         child.kill().unwrap();
         child.wait().unwrap();

@@ -1,0 +1,101 @@
+//! What a person sees while something runs. In a terminal, the last line shows how far it is. In a pipe
+//! or a file, a line appears from time to time.
+
+use std::{
+    fmt::Display,
+    time::{Duration, Instant},
+};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+/// In a pipe, a training that runs says at least this often how far it is.
+const INTERVAL: Duration = Duration::from_secs(10);
+
+/// The resolution of the bar.
+const TICKS: u64 = 1000;
+
+/// How far a training is.
+pub struct Position {
+    /// The part of the training that runs: an epoch, for example.
+    pub part: String,
+    /// What is done of this part, from 0 to 1.
+    pub of_part: f64,
+    /// What is done of all that this program has to do for the training, from 0 to 1.
+    pub of_all: f64,
+}
+
+/// The display of one training. It disappears when it is dropped.
+pub struct Live {
+    name: String,
+    bar: ProgressBar,
+    start: Instant,
+    /// When the last line was printed.
+    last: Instant,
+}
+
+impl Live {
+    /// Shows the name of the training at once: its first step can take seconds.
+    pub fn new(name: &str, part: impl Display) -> Self {
+        let bar = ProgressBar::with_draw_target(Some(TICKS), ProgressDrawTarget::stdout());
+        let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {msg}");
+        bar.set_style(style.expect("the template is valid").progress_chars("=> "));
+        bar.set_message("starting");
+        bar.set_prefix(format!("{name:<24} {part}"));
+        bar.tick();
+        let now = Instant::now();
+        Self { name: name.to_owned(), bar, start: now, last: now }
+    }
+
+    /// Shows how far the training is, the loss, and the time that is left.
+    pub fn update(&mut self, position: &Position, loss: f64) {
+        let Position { part, of_part, of_all } = position;
+        let left = self.start.elapsed().mul_f64((1.0 - of_all).max(0.0) / of_all.max(1e-9));
+        let percent = 100.0 * of_part;
+        let message = format!("{percent:3.0} %  loss {loss:.4}  {} left", duration(left));
+        if !self.bar.is_hidden() {
+            self.bar.set_prefix(format!("{:<24} {part}", self.name));
+            self.bar.set_message(message);
+            self.bar.set_position((of_part * TICKS as f64) as u64);
+        } else if self.last.elapsed() >= INTERVAL {
+            self.line(format_args!("{part}  {message}"));
+        }
+    }
+
+    /// Prints a line that stays, after the name of the training.
+    pub fn line(&mut self, text: impl Display) {
+        self.bar.suspend(|| println!("{:<24} {text}", self.name));
+        self.last = Instant::now();
+    }
+
+    /// Prints a warning.
+    pub fn warn(&self, text: impl Display) {
+        self.bar.suspend(|| eprintln!("warning: {text}"));
+    }
+}
+
+impl Drop for Live {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Says in a terminal what is being done, for as long as `work` takes.
+pub fn during<T>(doing: &str, work: impl FnOnce() -> T) -> T {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout());
+    bar.set_style(ProgressStyle::with_template("{msg} ...").expect("the template is valid"));
+    bar.set_message(doing.to_owned());
+    bar.tick();
+    let result = work();
+    bar.finish_and_clear();
+    result
+}
+
+/// A duration in the units in which people count it.
+fn duration(duration: Duration) -> String {
+    let seconds = duration.as_secs_f64().ceil() as u64;
+    match seconds {
+        0..60 => format!("{seconds} s"),
+        60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
+        _ => format!("{} h {:02} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
