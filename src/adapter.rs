@@ -153,6 +153,7 @@ impl<B: Backend> LoraAdapter<B> {
 
     /// The update of the output, `s·((x·A)·B + bias)`: `[batch, d_input]` to `[batch, d_output]`.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let x = cast(x, self.a.dtype());
         let hidden = self.dropout.forward(x).matmul(self.a.val()).mul_scalar(self.scale());
         linear(hidden, self.b.val(), self.bias_delta())
     }
@@ -173,7 +174,7 @@ impl<B: Backend> LoraAdapter<B> {
                 return y;
             }
         }
-        linear(x.clone(), weight, bias) + self.forward(x)
+        add(linear(x.clone(), weight, bias), self.forward(x))
     }
 
     /// The update of the output of an embedding, where each index selects one row of the weight:
@@ -186,6 +187,7 @@ impl<B: Backend> LoraAdapter<B> {
     /// The update of the output where the weight is used transposed, `s·(x·Bᵀ)·Aᵀ`:
     /// `[batch, d_output]` to `[batch, d_input]`.
     pub(crate) fn forward_transposed(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        let x = cast(x, self.b.dtype());
         let hidden = x.matmul(self.b.val().transpose()).mul_scalar(self.scale());
         hidden.matmul(self.a.val().transpose())
     }
@@ -199,6 +201,7 @@ impl<B: Backend> LoraAdapter<B> {
         groups: usize,
         times_a: impl FnOnce(Tensor<B, D>, Tensor<B, 2>) -> Tensor<B, D>,
     ) -> Tensor<B, D> {
+        let x = cast(x, self.a.dtype());
         let hidden = times_a(self.dropout.forward(x), self.a.val()).mul_scalar(self.scale());
         let mut shape = hidden.dims();
         let (rank, columns) = (self.rank(), self.b.dims()[1]);
@@ -258,6 +261,21 @@ impl<B: Backend> LoraAdapter<B> {
     pub fn num_trainable(&self) -> usize {
         Module::num_params(self)
     }
+}
+
+/// The tensor in another precision. Gradients are cast back.
+fn cast<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
+    if tensor.dtype() == dtype { tensor } else { tensor.cast(FloatDType::from(dtype)) }
+}
+
+/// The output of the base plus the adapter's update. If the base is in another precision than the
+/// adapter, the sum is formed in the adapter's, and returned in the base's, as in PEFT.
+pub(crate) fn add<B: Backend, const D: usize>(
+    base: Tensor<B, D>,
+    update: Tensor<B, D>,
+) -> Tensor<B, D> {
+    let dtype = base.dtype();
+    cast(cast(base, update.dtype()) + update, dtype)
 }
 
 /// The tensor as a trainable parameter. `detach` makes it a leaf of the autodiff graph.

@@ -51,6 +51,15 @@ pub enum LoraError {
         paths: Vec<String>,
     },
 
+    /// The backend cannot compute with a layer's weight as it is.
+    #[error("`{path}` cannot carry an adapter: {problem}")]
+    Unusable {
+        /// The layer's path.
+        path: String,
+        /// Why not, and what to do.
+        problem: String,
+    },
+
     /// Layers already carry an adapter, which attaching would throw away.
     #[error("already adapted: {}; detach or merge the adapters first", quoted(.paths))]
     AlreadyAttached {

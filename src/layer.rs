@@ -9,7 +9,7 @@ mod module;
 
 use burn::{
     module::{Param, ParamId},
-    tensor::{ElementConversion, Tensor, backend::Backend},
+    tensor::{DType, ElementConversion, Tensor, backend::Backend},
 };
 
 use crate::{
@@ -48,6 +48,9 @@ pub(crate) trait LoraLayer<B: Backend> {
     fn takes_dropout(&self) -> bool {
         true
     }
+
+    /// The type of the weight's elements.
+    fn dtype(&self) -> DType;
 
     /// The device of the base.
     fn device(&self) -> B::Device;
@@ -120,7 +123,7 @@ pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdap
 }
 
 /// The parameter plus `delta`, frozen. The sum is formed in `f32` or better, and then cast to the
-/// parameter's type.
+/// parameter's type. A quantised parameter becomes one of `f32`.
 pub(crate) fn plus<B: Backend, const D: usize>(
     param: &Param<Tensor<B, D>>,
     delta: Tensor<B, D>,
@@ -129,18 +132,26 @@ pub(crate) fn plus<B: Backend, const D: usize>(
     param.clone().map(|value| {
         let dtype = value.dtype();
         let value = at_least_f32(value.detach().set_require_grad(false));
-        (value.clone() + delta.cast(value.dtype())).cast(dtype)
+        let sum = value.clone() + delta.cast(value.dtype());
+        if is_quantised(dtype) { sum } else { sum.cast(dtype) }
     })
 }
 
-/// The base's bias plus the adapter's. If only one of the two exists, it is the result.
+/// Whether the elements are quantised by one of Burn's schemes.
+pub(crate) fn is_quantised(dtype: DType) -> bool {
+    matches!(dtype, DType::QFloat(_))
+}
+
+/// The base's bias plus the adapter's. If only one of the two exists, it is the result, in the type of
+/// the base's weight.
 fn plus_bias<B: Backend>(
     bias: &Option<Param<Tensor<B, 1>>>,
     delta: Option<Tensor<B, 1>>,
+    dtype: DType,
 ) -> Option<Param<Tensor<B, 1>>> {
     match (bias, delta) {
         (Some(bias), Some(delta)) => Some(plus(bias, delta)),
-        (None, Some(delta)) => Some(constant(delta.detach())),
+        (None, Some(delta)) => Some(constant(delta.detach().cast(dtype))),
         (bias, None) => bias.clone(),
     }
 }

@@ -8,7 +8,7 @@ use burn::{
 };
 
 use super::{cat, constant, fixed, module::lora_layer};
-use crate::adapter::{LoraAdapter, WeightLayout};
+use crate::adapter::{LoraAdapter, WeightLayout, add};
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
 /// spatial dimension.
@@ -170,7 +170,7 @@ fn forward<B: Backend, const D: usize>(
         let filters = if transposed { filters } else { for_each_group(filters, groups) };
         convolve(x, constant(filters), None)
     });
-    convolve(input, fixed(weight), bias.map(fixed)) + update
+    add(convolve(input, fixed(weight), bias.map(fixed)), update)
 }
 
 /// The same filters for every group of channels.

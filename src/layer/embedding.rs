@@ -4,7 +4,7 @@ use burn::{
 };
 
 use super::{LoraLayer, module::lora_layer};
-use crate::adapter::{LoraAdapter, WeightLayout, frozen};
+use crate::adapter::{LoraAdapter, WeightLayout, add, frozen};
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.
 ///
@@ -45,7 +45,7 @@ impl<B: Backend> LoraEmbedding<B> {
         if batch * length == 0 {
             return base;
         }
-        base + adapter.forward_lookup(input).reshape([batch, length, d_model])
+        add(base, adapter.forward_lookup(input).reshape([batch, length, d_model]))
     }
 
     /// Uses the table as an output projection (*tied* weights): the product of each vector with each
@@ -71,7 +71,7 @@ impl<B: Backend> LoraEmbedding<B> {
             None => hidden.matmul(self.base.weight.val().transpose()),
             Some(adapter) => {
                 let base = hidden.clone().matmul(frozen(&self.base.weight).transpose());
-                base + adapter.forward_transposed(hidden)
+                add(base, adapter.forward_transposed(hidden))
             }
         };
         logits.reshape([batch, length, n_embedding])

@@ -17,7 +17,7 @@ macro_rules! lora_layer {
                 },
                 record::Record,
                 tensor::{
-                    Tensor,
+                    DType, Tensor,
                     backend::{AutodiffBackend, Backend},
                 },
             };
@@ -125,6 +125,10 @@ macro_rules! lora_layer {
                     self.can_take_bias()
                 }
 
+                fn dtype(&self) -> DType {
+                    self.base.$weight.dtype()
+                }
+
                 fn device(&self) -> B::Device {
                     self.base.$weight.lazy_device()
                 }
@@ -136,7 +140,10 @@ macro_rules! lora_layer {
                     let weight = layer::plus(&self.base.$weight, delta);
                     let finite = layer::is_finite(&weight);
                     $(
-                        let bias = layer::plus_bias(&self.base.$bias, adapter.bias_delta());
+                        let bias = {
+                            let delta = adapter.bias_delta();
+                            layer::plus_bias(&self.base.$bias, delta, weight.dtype())
+                        };
                         let finite = finite && bias.as_ref().is_none_or(layer::is_finite);
                     )?
                     if finite {

@@ -6,6 +6,7 @@ use burn::{
 };
 
 use super::walk::{Map, Place, Walk};
+use crate::layer::is_quantised;
 
 /// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
 /// others. Running statistics never train.
@@ -26,7 +27,8 @@ impl<B: Backend, F: FnMut(&Place) -> bool> Map<B> for Marker<F> {
         param: Param<Tensor<B, D>>,
     ) -> Param<Tensor<B, D>> {
         let trains = !place.is_statistic() && (self.trains)(place);
-        if !B::ad_enabled(&param.lazy_device()) {
+        // A quantised parameter cannot train, and `detach` would make it one of floats.
+        if !B::ad_enabled(&param.lazy_device()) || is_quantised(param.dtype()) {
             return param;
         }
         // A leaf again, whatever trip the tensor has been on.

@@ -6,7 +6,10 @@ use std::{
     rc::Rc,
 };
 
-use burn::{module::Module, tensor::backend::Backend};
+use burn::{
+    module::Module,
+    tensor::{DType, backend::Backend},
+};
 
 use super::{Lora, in_full, record, slot, walk};
 use crate::{
@@ -14,7 +17,7 @@ use crate::{
     adapters::LoraAdapters,
     config::LoraConfig,
     error::{LoraError, Mismatch},
-    layer::{LoraLayer, fresh as fresh_adapter},
+    layer::{LoraLayer, fresh as fresh_adapter, is_quantised},
     pattern::{Pattern, require_matches},
 };
 
@@ -26,6 +29,8 @@ struct Layer {
     takes_bias: bool,
     takes_dropout: bool,
     is_adapted: bool,
+    /// Why the backend cannot compute the layer, if that is so.
+    unusable: Option<String>,
 }
 
 fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
@@ -36,7 +41,37 @@ fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
         takes_bias: layer.takes_bias(),
         takes_dropout: layer.takes_dropout(),
         is_adapted: layer.adapter().is_some(),
+        unusable: unusable::<B>(layer.dtype(), &layer.device()),
     })
+}
+
+/// Why the backend cannot compute with weights of this type.
+fn unusable<B: Backend>(dtype: DType, device: &B::Device) -> Option<String> {
+    if is_quantised(dtype) {
+        return B::ad_enabled(device).then(|| {
+            "its weight is quantised, and Burn has no autodiff for that: use the model without \
+             autodiff, or dequantise the weight"
+                .to_owned()
+        });
+    }
+    let problem = || {
+        format!(
+            "its weight is in {dtype:?}, which the backend `{}` does not compute with: cast it \
+                 to F32",
+            B::name(device)
+        )
+    };
+    (!B::supports_dtype(device, dtype)).then(problem)
+}
+
+/// An error if one of these layers cannot be computed.
+fn require_usable<'a>(layers: impl Iterator<Item = &'a Layer>) -> Result<(), LoraError> {
+    for Layer { path, unusable, .. } in layers {
+        if let Some(problem) = unusable {
+            return Err(LoraError::Unusable { path: path.clone(), problem: problem.clone() });
+        }
+    }
+    Ok(())
 }
 
 /// The model with fresh adapters on the layers that `config` chooses.
@@ -68,6 +103,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     if !paths.is_empty() {
         return Err(LoraError::AlreadyAttached { paths });
     }
+    require_usable(layers.iter().filter(|it| is_chosen(&it.path)))?;
     for layer in layers.iter().filter(|it| is_chosen(&it.path)) {
         for (field, wanted, takes) in [
             ("bias", config.bias, layer.takes_bias),
@@ -135,6 +171,10 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
     for param in params.iter().filter(|it| !it.is_statistic && !it.is_base_of(is_adapted)) {
         let covering = patterns.iter().find_map(|pattern| pattern.covering(&param.path));
         let Some(module) = covering else { continue };
+        if param.is_quantised {
+            let problem = format!("names `{}`, which is quantised, and cannot train", param.path);
+            return Err(LoraError::InvalidConfig { field, problem });
+        }
         // A norm's parameters by themselves go by PyTorch's names.
         let name = if module == param.path { &param.torch_name } else { module };
         if !lora.modules.iter().any(|it| it == name) {
@@ -203,6 +243,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             _ => {}
         }
     }
+    require_usable(layers.iter().filter(|it| set.get(&it.path).is_some()))?;
     let paths: Vec<_> = layers.into_iter().map(|it| it.path).collect();
     mismatch.unmatched_targets = set.unmatched_targets(&paths);
     mismatch.into_result("the set of adapters")?;

@@ -8,7 +8,7 @@ use burn::{
 };
 
 use crate::layer::{
-    LoraLayer,
+    LoraLayer, is_quantised,
     letter::{self, ADAPTER, Change, Look, TAG},
 };
 
@@ -202,6 +202,7 @@ pub(crate) struct Seen {
     pub torch_name: String,
     pub torch_shape: Vec<usize>,
     pub num_elements: usize,
+    pub is_quantised: bool,
     pub requires_grad: bool,
     pub in_adapter: bool,
     pub is_statistic: bool,
@@ -230,6 +231,7 @@ impl<B: Backend> Visit<B> for Vec<Seen> {
             num_elements: shape.iter().product(),
             torch_name: in_torch.name,
             torch_shape: shape,
+            is_quantised: is_quantised(param.dtype()),
             requires_grad: param.is_require_grad(),
             in_adapter: place.adapted_layer().is_some(),
             is_statistic: place.is_statistic(),

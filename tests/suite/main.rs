@@ -14,6 +14,7 @@ mod dropout;
 mod embedding;
 mod empty;
 mod freezing;
+mod half;
 mod init;
 mod learner;
 mod loading;
