@@ -1,7 +1,9 @@
 //! What trains in a model, and what is frozen.
 
+use std::collections::HashSet;
+
 use burn::{
-    module::{ModuleMapper, Param},
+    module::{ModuleMapper, Param, ParamId},
     tensor::{Tensor, backend::Backend},
 };
 
@@ -9,15 +11,18 @@ use super::walk::{Map, Place, Walk};
 use crate::layer::is_quantised;
 
 /// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
-/// others. Running statistics never train.
+/// others. Running statistics never train. What trains gets an id of its own where two parameters have
+/// the same.
 ///
 /// On a backend without autodiff no parameter can be marked, and a model stays as it was.
 pub(super) fn marker<B: Backend>(trains: impl FnMut(&Place) -> bool) -> impl ModuleMapper<B> {
-    Walk::new(Marker { trains })
+    Walk::new(Marker { trains, seen: HashSet::new() })
 }
 
 struct Marker<F> {
     trains: F,
+    /// The ids of what trains.
+    seen: HashSet<ParamId>,
 }
 
 impl<B: Backend, F: FnMut(&Place) -> bool> Map<B> for Marker<F> {
@@ -31,7 +36,12 @@ impl<B: Backend, F: FnMut(&Place) -> bool> Map<B> for Marker<F> {
         if !B::ad_enabled(&param.lazy_device()) || is_quantised(param.dtype()) {
             return param;
         }
+        let (mut id, tensor, mapper) = param.consume();
+        if trains && !self.seen.insert(id) {
+            // A clone of another one that trains. Optimizers would keep one state for both.
+            id = ParamId::new();
+        }
         // A leaf again, whatever trip the tensor has been on.
-        param.map(|tensor| tensor.detach().set_require_grad(trains))
+        Param::from_mapped_value(id, tensor.detach().set_require_grad(trains), mapper)
     }
 }

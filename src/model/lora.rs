@@ -219,8 +219,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// This is how a model with dense adapters is used in training; others can be used without it. The
     /// model that `pass` gets is good for one backward pass: a result that is kept for later must come
-    /// from a call of its own. Running statistics are those from before when it returns, unless `pass`
-    /// panics.
+    /// from a call of its own. Running statistics are those from before when it returns.
     pub fn with_adapters<R>(&self, pass: impl FnOnce(&M) -> R) -> R {
         if self.is_exact() {
             // Without autodiff, running statistics do not move.

@@ -1,7 +1,10 @@
 //! Running statistics of batch norms. Burn keeps them in cells that all clones of a model share, and
 //! every forward pass on an autodiff backend moves them, whether the model is frozen or not.
 
-use std::collections::BTreeSet;
+use std::{
+    collections::BTreeSet,
+    panic::{self, AssertUnwindSafe},
+};
 
 use burn::{module::Module, tensor::backend::Backend};
 
@@ -14,7 +17,7 @@ pub(super) fn sync<B: Backend, M: Module<B>>(model: &M) {
 }
 
 /// The result of `pass`, after which the running statistics at `paths` of `model` and all of its
-/// clones are what they were before.
+/// clones are what they were before, also if it panics.
 pub(super) fn unmoved<B: Backend, M: Module<B>, R>(
     model: &M,
     paths: &BTreeSet<String>,
@@ -24,8 +27,8 @@ pub(super) fn unmoved<B: Backend, M: Module<B>, R>(
         return pass();
     }
     let before: Values<B> = in_full::values(model, paths);
-    let result = pass();
+    let result = panic::catch_unwind(AssertUnwindSafe(pass));
     sync::<B, M>(model);
     drop(in_full::restore(model.clone(), &before));
-    result
+    result.unwrap_or_else(|panic| panic::resume_unwind(panic))
 }

@@ -1,16 +1,18 @@
 //! Operations on whole models: which layers get an adapter, what is counted, and what is refused.
 
+use std::collections::BTreeSet;
+
 use burn::{
     module::Module,
     nn::LinearConfig,
-    optim::GradientsParams,
+    optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraConfig, LoraError, LoraLinear, LoraModule, Scaling};
+use burn_lora::{Init, Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule, Scaling};
 
 use crate::{
     model::{Mlp, Plain, Train, device},
-    oracle::Matrix,
+    oracle::{Matrix, bits},
 };
 
 fn model() -> Mlp<Train> {
@@ -203,4 +205,39 @@ fn a_batch_norms_statistics_are_neither_counted_nor_tracked() {
     let y: Tensor<Train, 2> = model.norm.forward(model.linear.forward(x));
     let grads = y.sin().sum().backward();
     assert_eq!(GradientsParams::from_grads(grads, &model).len(), 4);
+}
+
+/// One optimizer state for two parameters would move both by the wrong amount.
+#[test]
+fn clones_of_an_adapted_layer_train_as_if_made_apart() {
+    let device = device::<Train>();
+    let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
+    let layer: LoraLinear<Train> = config.init(LinearConfig::new(4, 4).init(&device));
+    let apart = config.init(layer.base.clone());
+    let pair = vec![layer.clone(), layer.clone()];
+    let again = vec![layer, apart];
+    let ids = |model: &Vec<LoraLinear<Train>>| {
+        let adapters = model.iter().map(|it| it.adapter().unwrap());
+        adapters.flat_map(|it| [it.a.id, it.b.id]).collect::<BTreeSet<_>>()
+    };
+    let train = |mut model: Lora<Train, Vec<LoraLinear<Train>>>| {
+        assert_eq!(ids(&model).len(), 4);
+        let mut optimizer = AdamConfig::new().init();
+        for _ in 0..3 {
+            let x = Matrix::random(5, 4, 2).tensor::<Train, 2>([5, 4], &device);
+            let y = model.iter().fold(x, |x, layer| layer.forward(x).sin());
+            let grads = GradientsParams::from_grads(y.sum().backward(), &model);
+            assert_eq!(grads.len(), 4);
+            model = optimizer.step(0.1, model, grads);
+        }
+        let values = |layer: &LoraLinear<Train>| bits(layer.adapter().unwrap().a.val());
+        model.iter().map(values).collect::<Vec<_>>()
+    };
+    let expected = train(Lora::new(again));
+    assert_eq!(train(Lora::new(pair.clone())), expected);
+    // A set that holds one adapter twice.
+    let twice =
+        LoraAdapters::new([0, 1].map(|it| (it.to_string(), pair[0].adapter().unwrap().clone())));
+    let bare = pair.iter().map(|layer| LoraLinear::from(layer.base.clone())).collect::<Vec<_>>();
+    assert_eq!(train(bare.switch(&twice).unwrap()), expected);
 }

@@ -1,6 +1,8 @@
 //! The overlay on a user's own modules: in training, in records, and together with layers that have
 //! adapters themselves.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use burn::{
     module::{AutodiffModule, Module, Param},
     nn::{
@@ -94,6 +96,22 @@ fn a_module_of_ones_own_with_running_statistics() {
     assert_eq!(statistics(&model.detach()), before);
     assert_identical(own.valid().forward(ids()), evaluated.clone());
     assert_identical(model.detach().valid().forward(ids()), evaluated);
+}
+
+#[test]
+fn running_statistics_stay_when_a_pass_panics() {
+    let own = Own::<Train>::new();
+    let config = config().with_targets(["mixer"]);
+    let model = Lora::overlay(own.clone()).attach(&config).unwrap();
+    let before = statistics(&own);
+    let pass = AssertUnwindSafe(|| {
+        model.with_adapters(|own| {
+            let _ = own.forward(ids());
+            panic!("in the middle of the pass");
+        })
+    });
+    assert!(catch_unwind(pass).is_err());
+    assert_eq!(statistics(&own), before);
 }
 
 #[test]
