@@ -211,10 +211,6 @@ impl<B: Backend> LoraAdapter<B> {
         let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
         let b_groups = if transposed { 1 } else { groups };
         shape[1] = groups * columns / b_groups;
-        if batch * places == 0 {
-            // A batched product of empty tensors crashes on Burn's flex backend.
-            return Tensor::zeros(shape, &hidden.device());
-        }
         // Reshaped before it is permuted: Burn's wgpu backend reshapes a transposed vector wrongly.
         let b = self.b.val().reshape([1, rank, b_groups, columns / b_groups]);
         let b = b.permute([0, 2, 3, 1]);
