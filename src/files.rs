@@ -1,6 +1,31 @@
-//! Waiting until files are on the disk.
+//! Files that get their name when they are complete and on the disk.
 
-use std::{fs::File, io, path::Path};
+use std::{
+    fs::{File, Metadata},
+    io,
+    path::Path,
+};
+
+use tempfile::{Builder, TempDir};
+
+/// A hidden directory in `dir` for files that are not complete. It is removed in the end, with what is
+/// left in it. A process that is killed leaves it there.
+pub(crate) fn unfinished_in(dir: &Path) -> io::Result<TempDir> {
+    Builder::new().prefix(".unfinished-").tempdir_in(dir)
+}
+
+/// What an open file has in common with no other file at that time.
+#[cfg(unix)]
+pub(crate) fn identity(file: &Metadata) -> impl PartialEq + use<> {
+    use std::os::unix::fs::MetadataExt;
+    (file.dev(), file.ino())
+}
+
+/// What an open file most likely has in common with no other file.
+#[cfg(not(unix))]
+pub(crate) fn identity(file: &Metadata) -> impl PartialEq + use<> {
+    (file.created().ok(), file.modified().ok())
+}
 
 /// Waits until a file or directory is on the disk.
 #[cfg(unix)]

@@ -6,11 +6,7 @@ mod directory;
 mod json;
 mod tensors;
 
-use std::{
-    fs::{self, File},
-    io::Read,
-    path::Path,
-};
+use std::{fs, io::Read, path::Path};
 
 use burn::tensor::backend::Backend;
 
@@ -29,20 +25,17 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// # Errors
     ///
-    /// If a file is missing, is malformed, or holds NaN or infinite values. If the tensors are not
+    /// If a file is missing, is malformed, or holds NaN or infinite values. If others save to `dir` so
+    /// often that the two files of one set are never met. If the tensors are not
     /// exactly those that the configuration requires; the error lists all differences. If the
     /// configuration sets an unsupported field that would change the result.
     pub fn load(dir: impl AsRef<Path>, device: &B::Device) -> Result<Self, LoraError> {
         let dir = dir.as_ref();
         let (config_path, weights_path) = (dir.join(CONFIG), dir.join(WEIGHTS));
-        let io = |path: &Path| {
-            let path = path.to_owned();
-            move |source| LoraError::Io { path, source }
-        };
-        let (mut file, _) = open(&config_path)?;
+        let [(mut file, _), (weights, length)] = directory::open(dir)?;
         let mut config = Vec::new();
-        file.read_to_end(&mut config).map_err(io(&config_path))?;
-        let (weights, length) = open(&weights_path)?;
+        file.read_to_end(&mut config)
+            .map_err(|source| LoraError::Io { path: config_path.clone(), source })?;
         let config = config::parse(&config, &config_path.display().to_string())?;
         tensors::read(config, weights, length, &weights_path.display().to_string(), device)
     }
@@ -63,11 +56,17 @@ impl<B: Backend> LoraAdapters<B> {
 
     /// Writes the adapters as a directory that [`load`](Self::load) and Python's PEFT library read.
     ///
-    /// The directory is replaced in one step: if the process is interrupted, `dir` holds either the old
-    /// adapters or the new ones. (There is an exception where the operating system cannot exchange two
-    /// directories, as on Windows: for a moment `dir` does not exist, and the old directory is next to
-    /// it.) Other files in `dir` are kept. It is an error if `dir` holds directories or links. An
-    /// interrupted save may leave a hidden directory next to `dir`.
+    /// Other files in `dir` are kept, and `dir` keeps its mode and owner. On Linux and macOS the whole
+    /// directory is replaced in one step: if the process is killed, `dir` holds either the old adapters
+    /// or the new ones. Some directories cannot be replaced: mount points, the current directory, those
+    /// with directories or links in them, those of which the parent cannot be written. There, and on
+    /// other systems, the two files are replaced one after the other. A process that is killed in these
+    /// microseconds leaves no configuration in `dir`; the missing files are then in a hidden directory
+    /// `.unfinished-*` in `dir`. A killed save may also leave such a directory in `dir` or next to it.
+    ///
+    /// Several threads or processes may save to `dir` and load from it at once: [`load`](Self::load)
+    /// returns one of the sets. (Where the operating system cannot lock directories, such as on Windows,
+    /// only one at a time may save.)
     ///
     /// PEFT has one scaling rule for all adapters of a directory, `alpha/rank` or `alpha/√rank`. Other
     /// sets are written with `alpha/rank`, and with the alphas that give the same scales. PEFT has one
@@ -80,21 +79,10 @@ impl<B: Backend> LoraAdapters<B> {
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), LoraError> {
         let dir = dir.as_ref();
         let config = config::write(self, &dir.join(CONFIG).display().to_string())?;
-        directory::replace(dir, &[CONFIG, WEIGHTS], |unfinished| {
+        directory::replace(dir, |unfinished| {
             fs::write(unfinished.join(CONFIG), &config)
                 .map_err(|source| LoraError::Io { path: unfinished.join(CONFIG), source })?;
             tensors::write(self, &unfinished.join(WEIGHTS))
         })
     }
-}
-
-/// Opens a regular file, and returns its length. Other files, such as devices, may have no end.
-fn open(path: &Path) -> Result<(File, u64), LoraError> {
-    let io = |source| LoraError::Io { path: path.to_owned(), source };
-    let metadata = fs::metadata(path).map_err(io)?;
-    if !metadata.is_file() {
-        let problem = "not a file".to_owned();
-        return Err(LoraError::InvalidFile { file: path.display().to_string(), problem });
-    }
-    Ok((File::open(path).map_err(io)?, metadata.len()))
 }

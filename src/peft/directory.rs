@@ -1,111 +1,150 @@
-//! Replacing a directory in one step.
+//! The two files of an adapter directory, replaced and opened together.
 
-use std::{ffi::OsString, fs, io, path::Path};
+use std::{
+    fs::{self, File, TryLockError},
+    io,
+    path::Path,
+    thread,
+    time::Duration,
+};
 
-use tempfile::{Builder, TempDir};
+use super::{CONFIG, WEIGHTS};
+use crate::{
+    error::LoraError,
+    files::{identity, sync, unfinished_in},
+};
 
-use crate::{error::LoraError, files::sync};
+/// How often [`open`] tries. Each time that it fails, a save has come in between.
+const ATTEMPTS: usize = 20;
 
-/// Replaces the files `names` in `dir`. `write` creates the new files in the directory that it is given.
+/// The configuration and the weights of one set, with their lengths.
+pub(super) fn open(dir: &Path) -> Result<[(File, u64); 2], LoraError> {
+    let config_path = dir.join(CONFIG);
+    let io = |source| LoraError::Io { path: config_path.clone(), source };
+    let open = || {
+        let (config, weights) = (open_file(&config_path)?, open_file(&dir.join(WEIGHTS))?);
+        // Each save has a configuration file of its own. While one is open, no other is mistaken for it.
+        let opened = config.0.metadata().map_err(io)?;
+        if identity(&opened) == identity(&fs::metadata(&config_path).map_err(io)?) {
+            return Ok([config, weights]);
+        }
+        let problem = "it is replaced again and again; load it when nothing saves to it".to_owned();
+        Err(LoraError::InvalidFile { file: dir.display().to_string(), problem })
+    };
+    // Without the lock, the files could seem to be missing.
+    let _lock = lock(dir, File::try_lock_shared);
+    (1..ATTEMPTS).map(|_| open()).find(Result::is_ok).unwrap_or_else(open)
+}
+
+/// Opens a regular file, and returns its length. Other files, such as devices, may have no end.
+fn open_file(path: &Path) -> Result<(File, u64), LoraError> {
+    let io = |source| LoraError::Io { path: path.to_owned(), source };
+    if !fs::metadata(path).map_err(io)?.is_file() {
+        let problem = "not a file".to_owned();
+        return Err(LoraError::InvalidFile { file: path.display().to_string(), problem });
+    }
+    let file = File::open(path).map_err(io)?;
+    let length = file.metadata().map_err(io)?.len();
+    Ok((file, length))
+}
+
+/// Replaces the two files in `dir`. `write` creates the new ones in the directory that it is given.
 /// Other files in `dir` are kept. Until the last step `dir` does not change.
 pub(super) fn replace(
     dir: &Path,
-    names: &[&str],
-    write: impl FnOnce(&Path) -> Result<(), LoraError>,
+    write: impl Fn(&Path) -> Result<(), LoraError>,
 ) -> Result<(), LoraError> {
+    let io = |source| LoraError::Io { path: dir.to_owned(), source };
+    let fill = |new: &Path| {
+        write(new)?;
+        [CONFIG, WEIGHTS].iter().try_for_each(|name| sync(&new.join(name))).map_err(io)
+    };
+    let is_new = !dir.exists();
+    fs::create_dir_all(dir).map_err(io)?;
     // Links are followed, so that a link to a directory stays a link.
-    let dir = match fs::canonicalize(dir) {
-        Ok(dir) => dir,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => dir.to_owned(),
-        Err(source) => return Err(LoraError::Io { path: dir.to_owned(), source }),
-    };
-    let io = |path: &Path| {
-        let path = path.to_owned();
-        move |source| LoraError::Io { path, source }
-    };
-    let unfinished = create_beside(&dir).map_err(io(parent(&dir)))?;
-    // The temporary directory is removed at the end. By then it holds the old files or, after an error,
-    // the unfinished new ones.
-    let unfinished = unfinished.path();
-    write(unfinished)?;
-    if dir.exists() {
-        keep_others(&dir, names, unfinished).map_err(io(&dir))?;
+    let dir = &fs::canonicalize(dir).map_err(io)?;
+    let replaced = (|| {
+        #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+        if let Ok(new) = successor(dir) {
+            use rustix::fs::{CWD, RenameFlags, renameat_with};
+            fill(new.path())?;
+            sync(new.path()).map_err(io)?;
+            if renameat_with(CWD, new.path(), CWD, dir, RenameFlags::EXCHANGE).is_ok() {
+                return sync(dir.parent().unwrap_or(dir)).map_err(io);
+            }
+        }
+        let new = unfinished_in(dir).map_err(io)?;
+        fill(new.path())?;
+        move_in(new.path(), dir).and_then(|()| sync(dir)).map_err(io)
+    })();
+    if is_new && replaced.is_err() {
+        // Without effect if something is in it.
+        let _ = fs::remove_dir(dir);
     }
-    for name in names {
-        sync(&unfinished.join(name)).map_err(io(unfinished))?;
-    }
-    sync(unfinished).map_err(io(unfinished))?;
-    exchange(unfinished, &dir).map_err(io(&dir))?;
-    sync(parent(&dir)).map_err(io(parent(&dir)))
+    replaced
 }
 
-/// An empty directory with the permissions of `dir`.
-fn create_beside(dir: &Path) -> io::Result<TempDir> {
-    fs::create_dir_all(parent(dir))?;
-    let mut prefix = OsString::from(".");
-    prefix.push(dir.file_name().unwrap_or_default());
-    let mut builder = Builder::new();
-    builder.prefix(&prefix).suffix(".tmp");
-    if let Ok(metadata) = fs::metadata(dir) {
-        builder.permissions(metadata.permissions());
+/// An empty directory with which `dir` can be exchanged, but for the two files. It is an error if `dir`
+/// must stay: it is a mount point or the current directory, or more belongs to it than can be moved.
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+fn successor(dir: &Path) -> io::Result<tempfile::TempDir> {
+    use std::os::unix::fs::{MetadataExt, chown};
+    let (old, parent) = (fs::metadata(dir)?, dir.parent().unwrap_or(dir));
+    let must_stay = || io::Error::from(io::ErrorKind::Unsupported);
+    if fs::metadata(parent)?.dev() != old.dev() || std::env::current_dir()? == dir {
+        return Err(must_stay());
     }
-    builder.tempdir_in(parent(dir))
-}
-
-fn parent(dir: &Path) -> &Path {
-    match dir.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
+    let successor = unfinished_in(parent)?;
+    let new = successor.path();
+    chown(new, Some(old.uid()), Some(old.gid()))?;
+    fs::set_permissions(new, old.permissions())?;
+    if fs::metadata(new)?.mode() != old.mode() {
+        return Err(must_stay());
     }
-}
-
-/// Links or copies to `new` the files of the old directory that are not replaced.
-fn keep_others(old: &Path, names: &[&str], new: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(old)? {
+    for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        let name = entry.file_name();
-        if names.iter().any(|it| name == *it) {
-            continue;
-        }
         if !entry.file_type()?.is_file() {
-            let problem = format!(
-                "holds {}, which is not a file; save into a directory of its own",
-                name.display()
-            );
-            return Err(io::Error::other(problem));
+            return Err(must_stay());
         }
-        let (from, to) = (entry.path(), new.join(&name));
-        if fs::hard_link(&from, &to).is_err() {
-            fs::copy(&from, &to)?;
-            sync(&to)?;
+        let name = entry.file_name();
+        if name != CONFIG && name != WEIGHTS {
+            fs::hard_link(entry.path(), new.join(name))?;
         }
     }
-    Ok(())
+    Ok(successor)
 }
 
-/// Gives `new` the name `dir`, in one atomic step if the system has one.
-fn exchange(new: &Path, dir: &Path) -> io::Result<()> {
-    if !dir.exists() {
-        return fs::rename(new, dir);
-    }
-    #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
-    {
-        use rustix::fs::{CWD, RenameFlags, renameat_with};
-        match renameat_with(CWD, new, CWD, dir, RenameFlags::EXCHANGE) {
-            Ok(()) => return Ok(()),
-            // File systems that cannot exchange two directories return one of these errors.
-            Err(
-                rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS | rustix::io::Errno::NOTSUP,
-            ) => {}
-            Err(error) => return Err(error.into()),
+/// Replaces the files one by one. While the weights are replaced there is no configuration, so that
+/// nobody takes it for that of the other weights.
+fn move_in(new: &Path, dir: &Path) -> io::Result<()> {
+    let old = &new.join("old");
+    fs::create_dir(old)?;
+    let rename = |name, from: &Path, to: &Path| fs::rename(from.join(name), to.join(name));
+    let rename_if_there = |name, from: &Path, to: &Path| match rename(name, from, to) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        renamed => renamed,
+    };
+    let _lock = lock(dir, File::try_lock);
+    rename_if_there(CONFIG, dir, old)
+        .and_then(|()| rename_if_there(WEIGHTS, dir, old))
+        .and_then(|()| rename(WEIGHTS, new, dir))
+        .and_then(|()| rename(CONFIG, new, dir))
+        .inspect_err(|_| {
+            // Never the configuration without its weights.
+            let _ =
+                rename_if_there(WEIGHTS, old, dir).and_then(|()| rename_if_there(CONFIG, old, dir));
+        })
+}
+
+/// Keeps others out of [`move_in`], where the system can lock directories. It does not wait for ever,
+/// because programs that hold such a lock for their own ends may call this one.
+fn lock(dir: &Path, try_lock: fn(&File) -> Result<(), TryLockError>) -> io::Result<File> {
+    let file = File::open(dir.join("."))?;
+    for _ in 0..1000 {
+        match try_lock(&file) {
+            Err(TryLockError::WouldBlock) => thread::sleep(Duration::from_millis(1)),
+            _ => break,
         }
     }
-    // Otherwise in two steps. Between them `dir` does not exist, and the old directory is next to it.
-    let aside = new.with_extension("old");
-    fs::rename(dir, &aside)?;
-    if let Err(error) = fs::rename(new, dir) {
-        fs::rename(&aside, dir)?;
-        return Err(error);
-    }
-    fs::remove_dir_all(aside)
+    Ok(file)
 }

@@ -12,7 +12,7 @@ use burn::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::files::sync;
+use crate::files::{sync, unfinished_in};
 
 /// A recorder that writes to a temporary file, and renames it when it is complete. If the run is killed
 /// during a save, or the save fails, an existing file stays as it was.
@@ -57,31 +57,24 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
     type LoadArgs = PathBuf;
 
     fn save_item<I: Serialize>(&self, item: I, mut file: PathBuf) -> Result<(), RecorderError> {
-        // Recorders replace everything after the last dot, so the name must not contain one.
-        let name = file.file_stem().unwrap_or_default().to_string_lossy().replace('.', "_");
-        let mut unfinished = file.with_file_name(format!("{name}{UNFINISHED}"));
-        let written = self.inner.save_item(item, unfinished.clone());
-        file.set_extension(R::file_extension());
-        unfinished.set_extension(R::file_extension());
-        let moved = written.and_then(|()| {
+        let save = || {
+            let io = |error: io::Error| RecorderError::Unknown(error.to_string());
+            let directory = unfinished_in(file.parent().unwrap_or(&file)).map_err(io)?;
+            let mut unfinished = directory.path().join(file.file_name().unwrap_or_default());
+            self.inner.save_item(item, unfinished.clone())?;
+            // As recorders do.
+            unfinished.set_extension(R::file_extension());
+            file.set_extension(R::file_extension());
             // Without `sync`, the new name could reach the disk before the content.
-            let moved = sync(&unfinished).and_then(|()| fs::rename(&unfinished, &file));
-            moved.map_err(|error| RecorderError::Unknown(error.to_string()))
-        });
-        moved.map_err(|error| {
-            // An error of `remove_file` does not matter: the file may not exist.
-            let _ = fs::remove_file(&unfinished);
-            RecorderError::Unknown(format!("{}: {error}", file.display()))
-        })
+            sync(&unfinished).and_then(|()| fs::rename(&unfinished, &file)).map_err(io)
+        };
+        save().map_err(|error| RecorderError::Unknown(format!("{}: {error}", file.display())))
     }
 
     fn load_item<I: DeserializeOwned>(&self, file: &mut PathBuf) -> Result<I, RecorderError> {
         self.inner.load_item(file)
     }
 }
-
-/// The suffix of the name of an incomplete file.
-const UNFINISHED: &str = "~unfinished";
 
 /// The files that burn-train writes for an epoch.
 const PARTS: [&str; 3] = ["model", "optim", "scheduler"];
