@@ -1,6 +1,7 @@
 //! Adapters as values and as PEFT's files: what Python wrote computes the same here, nothing is lost
 //! on the way to a file and back.
 
+mod cases;
 mod layers;
 mod refused;
 mod saving;
