@@ -125,18 +125,29 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
     let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
     require_matches(field, &patterns, &paths, Pattern::covers)?;
 
-    let mut trains = BTreeSet::new();
     // The base under an adapter is a constant, whatever its flags say.
     let is_adapted = |path: &str| adapted.contains(path);
-    for param in params.iter().filter(|it| !it.is_statistic && !it.is_base_of(is_adapted)) {
-        let covering = patterns.iter().find_map(|pattern| pattern.covering(&param.path));
-        let Some(module) = covering else { continue };
+    let covered = params.iter().filter_map(|param| {
+        let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
+        (!param.is_statistic && !param.is_base_of(is_adapted)).then_some((param, module))
+    });
+    let covered: Vec<_> = covered.collect();
+    let trains: BTreeSet<_> = covered.iter().map(|(param, _)| param.path.clone()).collect();
+    // PEFT compares the ends of modules' names as mere text. A name in its file must not mean a module
+    // whose parameters are not all in the file, so their parameters are named one by one then.
+    let means_more = |module: &str| {
+        params.iter().any(|param| {
+            let mut within = param.path.match_indices('.').map(|(end, _)| &param.path[..end]);
+            within.any(|it| it.ends_with(module)) && !trains.contains(&param.path)
+        })
+    };
+    for (param, module) in covered {
         // A norm's parameters by themselves go by PyTorch's names.
-        let name = if module == param.path { &param.torch_name } else { module };
+        let by_itself = module == param.path || means_more(module);
+        let name = if by_itself { &param.torch_name } else { module };
         if !lora.modules.iter().any(|it| it == name) {
             lora.modules.push(name.to_owned());
         }
-        trains.insert(param.path.clone());
     }
     Ok(lora.training(&trains))
 }

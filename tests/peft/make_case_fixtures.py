@@ -43,6 +43,7 @@ class Mixed(torch.nn.Module):
         self.nb = torch.nn.Linear(4, 5, bias=False)
         self.c = torch.nn.Conv2d(3, 4, (3, 2))
         self.norm = torch.nn.LayerNorm(5)
+        self.final_norm = torch.nn.LayerNorm(5)
         self.bn = torch.nn.BatchNorm2d(4)
         self.gn = torch.nn.GroupNorm(2, 4)
         self.other = torch.nn.Linear(3, 3)
@@ -180,7 +181,7 @@ def main():
     case("tied_tables_saved", "llama_tied", also=lambda it: it.endswith("embed_tokens.weight"),
          **causal, target_modules=["q_proj"], save={"save_embedding_layers": True})
     case("bias_all_saved", "mixed", also=lambda it: it.endswith("bias") or "modules_to_save" in it,
-         target_modules=["l", "c"], modules_to_save=["other", "norm"], bias="all")
+         target_modules=["l", "c"], modules_to_save=["other", "final_norm"], bias="all")
     case("batch_norm_saved", "mixed", also=lambda it: "modules_to_save" in it,
          target_modules=["l"], modules_to_save=["bn"])
     attention()

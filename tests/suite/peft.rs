@@ -265,6 +265,7 @@ fn write_for_python() {
         fs::write(out.join(name).join("expected.json"), expected.to_string()).unwrap();
     }
     layers::write_for_python(&out);
+    cases::write_for_python(&out);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Adapters of whole models as people have them. Every layer of the adapted model computes what it does
 //! in PEFT.
 
-use std::{collections::BTreeMap, fs};
+use std::{collections::BTreeMap, fs, path::Path};
 
 use burn::{
     module::Module,
@@ -11,9 +11,12 @@ use burn::{
     },
     tensor::{Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{LoraAdapters, LoraConv2d, LoraEmbedding, LoraLinear, LoraModule};
+use burn_lora::{
+    Init, Lora, LoraAdapters, LoraConfig, LoraConv2d, LoraEmbedding, LoraLinear, LoraModule,
+};
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::{SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
 
 use super::{TempDir, fixture};
 use crate::{
@@ -255,6 +258,7 @@ struct Mixed<B: Backend> {
     nb: LoraLinear<B>,
     c: LoraConv2d<B>,
     norm: LayerNorm<B>,
+    final_norm: LayerNorm<B>,
     bn: BatchNorm<B>,
     gn: GroupNorm<B>,
     other: LoraLinear<B>,
@@ -268,6 +272,7 @@ impl Mixed<Plain> {
             nb: linear(4, 5, false),
             c: Conv2dConfig::new([3, 4], [3, 2]).init(&device).into(),
             norm: LayerNormConfig::new(5).init(&device),
+            final_norm: LayerNormConfig::new(5).init(&device),
             bn: BatchNormConfig::new(4).init(&device),
             gn: GroupNormConfig::new(2, 4).init(&device),
             other: linear(3, 3, true),
@@ -283,6 +288,7 @@ impl Leaves for Mixed<Plain> {
             ("nb", Leaf::Linear(&self.nb)),
             ("c", Leaf::Conv(&self.c)),
             ("norm", Leaf::LayerNorm(&self.norm)),
+            ("final_norm", Leaf::LayerNorm(&self.final_norm)),
             ("bn", Leaf::BatchNorm(&self.bn)),
             ("gn", Leaf::GroupNorm(&self.gn)),
             ("other", Leaf::Linear(&self.other)),
@@ -383,4 +389,62 @@ fn what_is_not_read_is_refused_by_name() {
     };
     refused("batch_norm_saved", "running statistics of a batch norm");
     refused("attention", "adapters of PyTorch's `MultiheadAttention` cannot be read");
+}
+
+fn config(targets: &[&str]) -> LoraConfig {
+    LoraConfig::new(3, 2.0).with_init(Init::RandomBoth).with_targets(targets.iter().copied())
+}
+
+#[test]
+fn a_name_that_means_more_to_python_is_not_written() {
+    let modules = |module: &str| {
+        let config = config(&["l"]).with_modules_to_save([module]);
+        let set = Mixed::new().attach(&config).unwrap().adapters();
+        let dir = TempDir::new(&format!("case-{module}"));
+        set.save(dir.0.join("set")).unwrap();
+        let text = fs::read(dir.0.join("set/adapter_config.json")).unwrap();
+        let saved: Value = serde_json::from_slice(&text).unwrap();
+        let again = LoraAdapters::<Plain>::load(dir.0.join("set"), &device::<Plain>()).unwrap();
+        assert_eq!(again.num_params(), set.num_params());
+        saved["modules_to_save"].clone()
+    };
+    // `norm` would also mean `final_norm`.
+    assert_eq!(modules("norm"), json!(["norm.weight", "norm.bias"]));
+    assert_eq!(modules("final_norm"), json!(["final_norm"]));
+}
+
+/// Adapters of whole models, those of Python and ours, for `tests/peft/check_saved.py`.
+pub fn write_for_python(out: &Path) {
+    fn write<M: Leaves>(out: &Path, name: &str, base: &str, io: &str, adapted: &Lora<Plain, M>) {
+        adapted.adapters().save(out.join(name)).unwrap();
+        let bytes = fs::read(fixture("cases").join(io).join("io.safetensors")).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let outputs = adapted.leaves().into_iter().map(|(path, leaf)| {
+            let y = leaf.output(&file.tensor(&format!("x.{path}")).unwrap());
+            (path, y.into_data().convert::<f64>().to_vec::<f64>().unwrap())
+        });
+        let outputs: BTreeMap<_, _> = outputs.collect();
+        let expected = json!({"base": base, "io": io, "y": outputs});
+        fs::write(out.join(name).join("case.json"), expected.to_string()).unwrap();
+    }
+    let (llama, tied) = (Llama::new(false), Llama::new(true));
+    let names = ["norm_saved", "head_targeted", "embedding_and_head", "tables_saved"];
+    for name in names.map(|name| format!("llama_{name}")) {
+        write(out, &name, "llama", &name, &llama.switch(&load(&name)).unwrap());
+    }
+    for name in ["tied_embedding", "tied_embedding_ensured", "tied_tables_saved"] {
+        write(out, name, "llama_tied", name, &tied.switch(&load(name)).unwrap());
+    }
+    let gpt2 = Gpt2::new().switch(&load("gpt2_saved")).unwrap();
+    write(out, "gpt2_saved", "gpt2", "gpt2_saved", &gpt2);
+    let mixed = Mixed::new().switch(&load("bias_all_saved")).unwrap();
+    write(out, "bias_all_saved", "mixed", "bias_all_saved", &mixed);
+
+    let ours = tied.attach(&config(&["embed_tokens", "v_proj"])).unwrap();
+    write(out, "ours_tied", "llama_tied", "tied_embedding", &ours);
+    // The norm is not that of the base.
+    let mut moved = Mixed::new();
+    moved.norm.gamma = moved.norm.gamma.map(|gamma| gamma * 2.0);
+    let ours = moved.attach(&config(&["l"]).with_modules_to_save(["norm"])).unwrap();
+    write(out, "ours_norm", "mixed", "bias_all_saved", &ours);
 }
