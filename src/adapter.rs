@@ -72,6 +72,21 @@ pub struct LoraAdapter<B: Backend> {
     pub dropout: Dropout,
     /// How the layer that the adapter was made for stores its weight.
     pub(crate) layout: WeightLayout,
+    /// What the adapter does to a head that is the same table as the embedding.
+    pub(crate) tie: Tie,
+}
+
+/// What an adapter does to a *tied* head: an output projection whose weight is the table of embeddings.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Tie {
+    /// The adapter updates the weight, wherever that is used.
+    #[default]
+    Moves,
+    /// The adapter of an embedding updates lookups, and not the head.
+    Leaves,
+    /// The adapter of a head repeats that of the table. A model in which the head is the table does not
+    /// need it.
+    Repeats,
 }
 
 impl<B: Backend> LoraAdapter<B> {
@@ -91,8 +106,9 @@ impl<B: Backend> LoraAdapter<B> {
         );
         assert!(rank > 0, "the rank must be at least 1, got 0");
         let dropout = DropoutConfig::new(0.0).init();
-        let (a, b, layout) = (trainable(a), trainable(b), WeightLayout::Matrix);
-        Self { a, b, bias: None, alpha, scaling, dropout, layout }
+        let (a, b) = (trainable(a), trainable(b));
+        let (layout, tie) = (WeightLayout::Matrix, Tie::default());
+        Self { a, b, bias: None, alpha, scaling, dropout, layout, tie }
     }
 
     /// A fresh adapter for a weight `[d_input, d_output]`, with initial values as `config` says. Fields

@@ -7,13 +7,13 @@ mod renaming;
 
 use std::{collections::BTreeMap, fmt};
 
-use burn::tensor::{Tensor, backend::Backend};
+use burn::tensor::{ElementConversion, Tensor, backend::Backend};
 
 use crate::{
     adapter::LoraAdapter,
     table::{grouped, table},
 };
-use peft_targets::Targets;
+use peft_targets::{Targets, within_any};
 
 pub use combine::Combination;
 pub use low_rank::Approximation;
@@ -64,6 +64,9 @@ pub(crate) struct Extra<B: Backend> {
     /// The elements, row by row.
     pub values: Tensor<B, 1>,
     pub shape: Vec<usize>,
+    /// Whether it may be the weight of Hugging Face's `Conv1D`, `[d_input, d_output]`, which is the
+    /// transpose of a `Linear`'s.
+    pub may_be_conv1d: bool,
 }
 
 impl<B: Backend> LoraAdapters<B> {
@@ -101,6 +104,12 @@ impl<B: Backend> LoraAdapters<B> {
         targets.map_or(vec![], |it| it.unmatched(names.iter().map(String::as_str)))
     }
 
+    /// Whether the parameter `name` trains, or was only saved because PEFT does so.
+    pub(crate) fn trains_in_full(&self, name: &str) -> bool {
+        let is_bias = name == "bias" || name.ends_with(".bias");
+        is_bias || within_any(&self.modules_to_save, name)
+    }
+
     fn name_in_file(&self, path: &str) -> String {
         self.names_in_file.iter().fold(path.to_owned(), |path, names| names.apply(&path))
     }
@@ -133,6 +142,24 @@ impl<B: Backend> LoraAdapters<B> {
 impl<B: Backend> Extra<B> {
     pub fn num_elements(&self) -> usize {
         self.shape.iter().product()
+    }
+
+    /// The matrix, transposed.
+    pub fn transposed(&self) -> Self {
+        let [rows, columns] = self.shape[..] else { panic!("{:?} is not a matrix", self.shape) };
+        let values = self.values.clone();
+        // A vector stays as it is: Burn's wgpu backend gets the reshape of a transposed one wrong.
+        let values = match rows == 1 || columns == 1 {
+            true => values,
+            false => values.reshape([rows, columns]).transpose().reshape([rows * columns]),
+        };
+        Self { values, shape: vec![columns, rows], ..*self }
+    }
+
+    /// Whether both have the same shape and elements.
+    pub fn equals(&self, other: &Self) -> bool {
+        let equal = || self.values.clone().equal(other.values.clone()).all().into_scalar().elem();
+        self.shape == other.shape && equal()
     }
 }
 

@@ -108,7 +108,7 @@ pub enum LoraError {
     },
 
     /// Sets of adapters cannot be combined or renamed.
-    #[error("sets of adapters: `{path}`: {problem}")]
+    #[error("sets of adapters: {}: {problem}", quote(.path))]
     Incompatible {
         /// The layer, the parameter or the argument.
         path: String,
@@ -117,7 +117,7 @@ pub enum LoraError {
     },
 
     /// Merging would write NaN or infinity into a weight: the adapter has most likely diverged.
-    #[error("merging `{path}` would produce NaN or infinite weights; nothing was merged")]
+    #[error("merging {} would produce NaN or infinite weights; nothing was merged", quote(.path))]
     NotFinite {
         /// The layer's path.
         path: String,
@@ -136,6 +136,8 @@ pub struct Mismatch {
     pub misshapen: Vec<String>,
     /// Targets of the configuration that match nothing.
     pub unmatched_targets: Vec<String>,
+    /// What the keys or layers look like, and what to do, if that is known.
+    pub hint: Option<String>,
 }
 
 impl Mismatch {
@@ -153,6 +155,19 @@ impl Mismatch {
 }
 
 impl LoraError {
+    /// Burn keeps running statistics in a cell that all clones share: to put them on one model would
+    /// change all others.
+    pub(crate) fn running_statistic(file: &str, name: &str) -> Self {
+        Self::Unsupported {
+            file: file.to_owned(),
+            field: name.to_owned(),
+            reason: ": it is one of the running statistics of a batch norm, which Burn shares between \
+                     clones; name the parameters of the norm (`gamma` and `beta`; in PyTorch `weight` \
+                     and `bias`) instead of the norm"
+                .to_owned(),
+        }
+    }
+
     pub(crate) fn unmatched(
         field: &'static str,
         patterns: Vec<String>,
@@ -174,8 +189,22 @@ impl fmt::Display for Mismatch {
                 write!(f, "; {name}: {}", some_of(keys))?;
             }
         }
-        Ok(())
+        match &self.hint {
+            Some(hint) => write!(f, "; {hint}"),
+            None => Ok(()),
+        }
     }
+}
+
+/// Whether PyTorch gives this name to one of the running statistics of a norm.
+pub(crate) fn shares_statistics(name: &str) -> bool {
+    let name = name.rsplit_once('.').map_or(name, |(_, name)| name);
+    ["running_mean", "running_var", "num_batches_tracked"].contains(&name)
+}
+
+/// What a message calls the layer at `path`. A layer that is no part of a model has no path.
+pub(crate) fn named(path: &str) -> &str {
+    if path.is_empty() { "the layer itself" } else { path }
 }
 
 /// The first names of a list that may be long, and how many more there are.
@@ -188,10 +217,15 @@ pub(crate) fn some_of(names: &[String]) -> String {
     }
 }
 
+/// The path in quotes, or what a layer without one is called.
+fn quote(path: &str) -> String {
+    if path.is_empty() { named(path).to_owned() } else { format!("`{path}`") }
+}
+
 fn quoted(names: &[String]) -> String {
     match names {
         [] => "nothing".to_owned(),
-        names => some_of(&names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>()),
+        names => some_of(&names.iter().map(|name| quote(name)).collect::<Vec<_>>()),
     }
 }
 

@@ -4,6 +4,7 @@
 mod config;
 mod directory;
 mod json;
+mod keys;
 mod tensors;
 
 use std::{fs, io::Read, path::Path};

@@ -16,7 +16,7 @@ use burn::{
     },
 };
 
-use super::{LoraAdapter, WeightLayout};
+use super::{LoraAdapter, Tie, WeightLayout};
 use crate::config::Scaling;
 
 /// The record of a [`LoraAdapter`]. It holds every value that the adapter computes with.
@@ -34,6 +34,8 @@ pub struct LoraAdapterRecord<B: Backend> {
     pub scaling: Scaling,
     /// The probability of dropout.
     pub dropout: f64,
+    /// Whether the adapter of an embedding leaves a head alone that is the same table.
+    pub leaves_head: bool,
 }
 
 impl<B: Backend> Record<B> for Scaling {
@@ -113,6 +115,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
             alpha: self.alpha,
             scaling: self.scaling,
             dropout: self.dropout.prob,
+            leaves_head: self.tie == Tie::Leaves,
         }
     }
 }
@@ -128,6 +131,7 @@ impl<B: Backend> LoraAdapter<B> {
             scaling: record.scaling,
             dropout: Dropout { prob: record.dropout },
             layout: WeightLayout::Matrix,
+            tie: if record.leaves_head { Tie::Leaves } else { Tie::default() },
         }
     }
 }
@@ -153,6 +157,7 @@ impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
             scaling: self.scaling,
             dropout: self.dropout.clone(),
             layout: self.layout.clone(),
+            tie: self.tie,
         }
     }
 
@@ -166,6 +171,7 @@ impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
             scaling: module.scaling,
             dropout: module.dropout,
             layout: module.layout,
+            tie: module.tie,
         }
     }
 }
@@ -184,6 +190,7 @@ impl<B: Backend> Clone for LoraAdapter<B> {
             scaling: self.scaling,
             dropout: self.dropout.clone(),
             layout: self.layout.clone(),
+            tie: self.tie,
         }
     }
 }

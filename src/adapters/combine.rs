@@ -127,6 +127,11 @@ impl<B: Backend> LoraAdapters<B> {
                     let layouts = (&first.layout, &adapter.layout);
                     return incompatible(path, format!("layouts differ: {layouts:?}"));
                 }
+                if adapter.tie != first.tie {
+                    let problem = "some of the adapters move a head that is the same table, and \
+                                   others do not";
+                    return incompatible(path, problem.to_owned());
+                }
                 if how != Combination::Concatenate && adapter.rank() != first.rank() {
                     let ranks = (first.rank(), adapter.rank());
                     let problem = format!("ranks differ: {ranks:?}; truncate or concatenate");
@@ -140,6 +145,7 @@ impl<B: Backend> LoraAdapters<B> {
             let dropout = parts.iter().map(|(it, _)| it.dropout.prob).fold(0.0, f64::max);
             adapter.dropout = Dropout { prob: dropout };
             adapter.layout = first.layout.clone();
+            adapter.tie = first.tie;
             combined.push((path.clone(), adapter));
         }
         Ok(Self::new(combined))

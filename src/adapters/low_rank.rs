@@ -53,6 +53,7 @@ impl<B: Backend> LoraAdapters<B> {
                 bias: adapter.bias_delta().map(|bias| Param::from_tensor(bias.detach())),
                 dropout: adapter.dropout.clone(),
                 layout: adapter.layout.clone(),
+                tie: adapter.tie,
                 ..truncated
             };
             kept.insert(path.clone(), share);

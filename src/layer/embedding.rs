@@ -4,7 +4,7 @@ use burn::{
 };
 
 use super::{LoraLayer, module::lora_layer};
-use crate::adapter::{LoraAdapter, WeightLayout, add, frozen};
+use crate::adapter::{LoraAdapter, Tie, WeightLayout, add, frozen};
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.
 ///
@@ -51,6 +51,12 @@ impl<B: Backend> LoraEmbedding<B> {
     /// Uses the table as an output projection (*tied* weights): the product of each vector with each
     /// embedding, `[batch, length, d_model]` to `[batch, length, n_embedding]`.
     ///
+    /// The adapter updates the projection as it updates lookups. An exception is an adapter that was
+    /// loaded from a file of PEFT without `ensure_weight_tying`: in PEFT the head keeps the base's table
+    /// then, and here the projection does. [Merged](crate::Lora::merge), every adapter is in the one
+    /// table that is left, as in PEFT. A table that was trained in full is used by lookups and
+    /// projection, which in PEFT needs `ensure_weight_tying`, too.
+    ///
     /// # Panics
     ///
     /// If the last dimension of `hidden` is not `d_model`.
@@ -71,7 +77,10 @@ impl<B: Backend> LoraEmbedding<B> {
             None => hidden.matmul(self.base.weight.val().transpose()),
             Some(adapter) => {
                 let base = hidden.clone().matmul(frozen(&self.base.weight).transpose());
-                add(base, adapter.forward_transposed(hidden))
+                match adapter.tie {
+                    Tie::Leaves => base,
+                    _ => add(base, adapter.forward_transposed(hidden)),
+                }
             }
         };
         logits.reshape([batch, length, n_embedding])

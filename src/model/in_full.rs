@@ -71,7 +71,7 @@ pub(super) fn read<B: Backend, M: Module<B>>(
             }
             let tensor = if moves { tensor.swap_dims(0, 1) } else { tensor };
             let values = tensor.reshape([shape.iter().product::<usize>()]);
-            self.1.insert(in_torch.name, Extra { values, shape });
+            self.1.insert(in_torch.name, Extra { values, shape, may_be_conv1d: false });
         }
     }
     let mut reader = Reader(paths, BTreeMap::new());

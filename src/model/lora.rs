@@ -15,7 +15,12 @@ use super::{
     slot::{self, Slot},
     statistics, walk,
 };
-use crate::{adapters::LoraAdapters, config::LoraConfig, error::LoraError, layer::LoraLayer};
+use crate::{
+    adapters::{Extra, LoraAdapters},
+    config::LoraConfig,
+    error::LoraError,
+    layer::LoraLayer,
+};
 
 /// A model with adapters, of which only these train, and what was asked to train in full next to
 /// them; all else is frozen.
@@ -141,6 +146,9 @@ pub struct Lora<B: Backend, M> {
     pub(super) modules: Vec<String>,
     /// What the file of the adapters said beyond what this crate uses.
     pub(super) described: BTreeMap<String, serde_json::Value>,
+    /// Weights that the file of the adapters held as those of Hugging Face's `Conv1D`, by their names in
+    /// it.
+    pub(super) conv1d: BTreeSet<String>,
     /// The paths of running statistics.
     pub(super) statistics: BTreeSet<String>,
     /// The model with its dense adapters composed, once it was asked for without autodiff.
@@ -179,6 +187,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             originals: Values::new(),
             modules: Vec::new(),
             described: Default::default(),
+            conv1d: BTreeSet::new(),
             statistics,
             composed: OnceLock::new(),
         }
@@ -248,8 +257,8 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         let lora = self.clone().change_layers(|_, layer| layer.set_adapter(None));
         let model = Box::new(in_full::restore(*lora.model, &self.originals));
         let (trains, originals, modules) = Default::default();
-        let described = Default::default();
-        Self { model, trains, originals, modules, described, ..lora }.refrozen()
+        let (described, conv1d) = Default::default();
+        Self { model, trains, originals, modules, described, conv1d, ..lora }.refrozen()
     }
 
     /// The model with further adapters; see [`LoraModule::attach`](crate::LoraModule::attach).
@@ -286,6 +295,11 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     pub fn adapters(&self) -> LoraAdapters<B> {
         let mut set = LoraAdapters::new(record::adapters(self));
         set.extras = in_full::read(&*self.model, &self.originals.keys().cloned().collect());
+        for name in &self.conv1d {
+            if let Some(extra) = set.extras.get_mut(name) {
+                *extra = Extra { may_be_conv1d: true, ..extra.transposed() };
+            }
+        }
         set.modules_to_save = self.modules.clone();
         set.config = self.described.clone();
         set

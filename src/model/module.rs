@@ -210,6 +210,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
             originals: originals.collect(),
             modules: self.modules.clone(),
             described: self.described.clone(),
+            conv1d: self.conv1d.clone(),
             statistics: self.statistics.clone(),
             composed: OnceLock::new(),
         }
@@ -235,6 +236,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
             originals,
             modules: module.modules,
             described: module.described,
+            conv1d: module.conv1d,
             statistics: module.statistics,
             composed: OnceLock::new(),
         };

@@ -1,6 +1,7 @@
 //! Putting adapters on a model: fresh ones, those of a set, or into the weights for good.
 
 use std::{
+    borrow::Cow,
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
     rc::Rc,
@@ -13,10 +14,10 @@ use burn::{
 
 use super::{Lora, in_full, record, slot, walk};
 use crate::{
-    adapter::WeightLayout,
+    adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
     config::LoraConfig,
-    error::{LoraError, Mismatch},
+    error::{LoraError, Mismatch, named},
     layer::{LoraLayer, fresh as fresh_adapter, is_quantised},
     pattern::{Pattern, require_matches},
 };
@@ -89,7 +90,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     let params = if in_full.is_empty() { vec![] } else { walk::params(lora) };
     for param in params.iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
         if param.is_statistic {
-            return Err(running_statistic("modules_to_save", &param.path));
+            return Err(LoraError::running_statistic("modules_to_save", &param.path));
         }
         if param.is_base_of(is_chosen) {
             let field = "modules_to_save";
@@ -165,22 +166,33 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
     let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
     require_matches(field, &patterns, &paths, Pattern::covers)?;
 
-    let mut trains = BTreeSet::new();
     // The base under an adapter is a constant, whatever its flags say.
     let is_adapted = |path: &str| adapted.contains(path);
-    for param in params.iter().filter(|it| !it.is_statistic && !it.is_base_of(is_adapted)) {
-        let covering = patterns.iter().find_map(|pattern| pattern.covering(&param.path));
-        let Some(module) = covering else { continue };
-        if param.is_quantised {
-            let problem = format!("names `{}`, which is quantised, and cannot train", param.path);
-            return Err(LoraError::InvalidConfig { field, problem });
-        }
+    let covered = params.iter().filter_map(|param| {
+        let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
+        (!param.is_statistic && !param.is_base_of(is_adapted)).then_some((param, module))
+    });
+    let covered: Vec<_> = covered.collect();
+    if let Some((param, _)) = covered.iter().find(|(param, _)| param.is_quantised) {
+        let problem = format!("names `{}`, which is quantised, and cannot train", param.path);
+        return Err(LoraError::InvalidConfig { field, problem });
+    }
+    let trains: BTreeSet<_> = covered.iter().map(|(param, _)| param.path.clone()).collect();
+    // PEFT compares the ends of modules' names as mere text. A name in its file must not mean a module
+    // whose parameters are not all in the file, so their parameters are named one by one then.
+    let means_more = |module: &str| {
+        params.iter().any(|param| {
+            let mut within = param.path.match_indices('.').map(|(end, _)| &param.path[..end]);
+            within.any(|it| it.ends_with(module)) && !trains.contains(&param.path)
+        })
+    };
+    for (param, module) in covered {
         // A norm's parameters by themselves go by PyTorch's names.
-        let name = if module == param.path { &param.torch_name } else { module };
+        let by_itself = module == param.path || means_more(module);
+        let name = if by_itself { &param.torch_name } else { module };
         if !lora.modules.iter().any(|it| it == name) {
             lora.modules.push(name.to_owned());
         }
-        trains.insert(param.path.clone());
     }
     Ok(lora.training(&trains))
 }
@@ -191,41 +203,60 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     set: &LoraAdapters<B>,
 ) -> Result<Lora<B, M>, LoraError> {
     let layers = layers::<B, _>(bare);
+    let set = &*untied(set, &layers);
     let mut params =
         if set.extras.is_empty() { vec![] } else { walk::params::<B, M>(&*bare.model) };
     params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
-        format!("{name} (expected {expected:?}, found {found:?})")
+        format!("{} (expected {expected:?}, found {found:?})", named(name))
     };
     // The parameters that the set brings along, and whether they train: not those under an adapter.
     let mut brought = BTreeSet::new();
     let mut trains = BTreeSet::new();
+    // Those that are stored as a `Conv1D` of Hugging Face.
+    let mut conv1d = BTreeSet::new();
     for (name, extra) in &set.extras {
-        match params.iter().find(|param| param.torch_name == *name) {
-            None => mismatch.unexpected.push(name.clone()),
-            Some(param) if param.is_statistic => {
-                return Err(running_statistic("the set of adapters", name));
+        let Some(param) = params.iter().find(|param| param.torch_name == *name) else {
+            // The table of a tied head is in the file once more, under the name of the head.
+            let known = |it: &str| params.iter().any(|param| param.torch_name == it);
+            let mut others = set.extras.iter().filter(|(name, _)| known(name));
+            if set.trains_in_full(name) || !others.any(|(_, it)| it.equals(extra)) {
+                mismatch.unexpected.push(name.clone());
             }
-            Some(param) if param.torch_shape != extra.shape => {
-                mismatch.misshapen.push(misshapen(name, &param.torch_shape, &extra.shape));
+            continue;
+        };
+        if param.is_statistic {
+            return Err(LoraError::running_statistic("the set of adapters", name));
+        }
+        let mut shape = extra.shape.clone();
+        if extra.may_be_conv1d && param.transposed {
+            if shape[0] == shape[1] {
+                return Err(ambiguous(name));
             }
-            Some(param) => {
-                brought.insert(param.path.clone());
-                if !param.is_base_of(|path| set.get(path).is_some()) {
-                    trains.insert(param.path.clone());
-                }
+            if shape != param.torch_shape {
+                shape.swap(0, 1);
+                conv1d.insert(name.clone());
             }
+        }
+        if param.torch_shape != shape {
+            mismatch.misshapen.push(misshapen(name, &param.torch_shape, &extra.shape));
+            continue;
+        }
+        brought.insert(param.path.clone());
+        if set.trains_in_full(name) && !param.is_base_of(|path| set.get(path).is_some()) {
+            trains.insert(param.path.clone());
         }
     }
     let unknown = set.adapters.keys().filter(|path| !layers.iter().any(|it| it.path == **path));
     let unknown: Vec<_> = unknown.cloned().collect();
     if !unknown.is_empty() {
+        mismatch.hint = other_prefix(&unknown, &layers);
         let stock: BTreeSet<_> =
             slot::find::<B, M>(&*bare.model).into_iter().map(|slot| slot.path).collect();
         mismatch.unexpected.extend(unknown.into_iter().map(|path| match stock.contains(&path) {
-            true => format!("{path} (a stock module: see `Lora::overlay`)"),
-            false => path,
+            true => format!("{} (a stock module: see `Lora::overlay`)", named(&path)),
+            false => named(&path).to_owned(),
         }));
     }
     for Layer { path, shape, layout, takes_bias, .. } in &layers {
@@ -237,9 +268,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
                 mismatch.misshapen.push(misshapen(path, layout, &adapter.layout));
             }
             Some(adapter) if adapter.bias.is_some() && !takes_bias => {
-                mismatch.unexpected.push(format!("{path} (a bias)"));
+                mismatch.unexpected.push(format!("{} (a bias)", named(path)));
             }
-            None if set.is_target(path) => mismatch.missing.push(path.clone()),
+            None if set.is_target(path) => mismatch.missing.push(named(path).to_owned()),
             _ => {}
         }
     }
@@ -255,10 +286,77 @@ pub(super) fn set<B: Backend, M: Module<B>>(
         }
     });
     lora.originals = in_full::values(&*lora.model, &brought);
-    lora.model = Box::new(in_full::write(*lora.model, &set.extras));
+    let mut extras = set.extras.clone();
+    for name in &conv1d {
+        extras.entry(name.clone()).and_modify(|extra| *extra = extra.transposed());
+    }
+    lora.model = Box::new(in_full::write(*lora.model, &extras));
+    lora.conv1d = conv1d;
     lora.modules = set.modules_to_save.clone();
     lora.described = set.config.clone();
     Ok(lora.training(&trains))
+}
+
+/// The set for a model with these layers, with regard to a tied head: if the model has a layer for the
+/// head, that gets its own adapter. If it does not, the head's adapter is not needed.
+fn untied<'a, B: Backend>(set: &'a LoraAdapters<B>, layers: &[Layer]) -> Cow<'a, LoraAdapters<B>> {
+    let heads = set.adapters.iter().filter(|(_, adapter)| adapter.tie == Tie::Repeats);
+    let heads: Vec<_> = heads.map(|(path, _)| path.clone()).collect();
+    if heads.is_empty() {
+        return Cow::Borrowed(set);
+    }
+    let mut set = set.clone();
+    let (own, repeated): (Vec<_>, Vec<_>) =
+        heads.into_iter().partition(|head| layers.iter().any(|it| it.path == *head));
+    for head in repeated {
+        set.adapters.remove(&head);
+    }
+    if !own.is_empty() {
+        for adapter in set.adapters.values_mut() {
+            let is_table = adapter.layout == WeightLayout::Embedding;
+            adapter.tie = if is_table { Tie::Leaves } else { Tie::Moves };
+        }
+    }
+    Cow::Owned(set)
+}
+
+/// How to rename the layers at `unknown`, if their paths differ from those of the model by what they
+/// begin with.
+fn other_prefix(unknown: &[String], layers: &[Layer]) -> Option<String> {
+    let begins = |whole: &str, end: &str| {
+        let prefix = whole.strip_suffix(end)?.strip_suffix('.')?;
+        (!end.is_empty()).then(|| prefix.to_owned())
+    };
+    let by_all = |prefix_of: &dyn Fn(&str, &str) -> Option<String>| {
+        let prefixes = |path: &String| {
+            layers.iter().filter_map(|it| prefix_of(path, &it.path)).collect::<BTreeSet<_>>()
+        };
+        let shared = unknown.iter().map(prefixes).reduce(|one, other| &one & &other)?;
+        shared.into_iter().min_by_key(String::len)
+    };
+    let (theirs, ours) =
+        (by_all(&|path, layer| begins(path, layer)), by_all(&|path, layer| begins(layer, path)));
+    let (whose, prefix, from, to) = match (&theirs, &ours) {
+        (Some(prefix), _) => ("in the set", prefix, prefix.as_str(), ""),
+        (None, Some(prefix)) => ("in the model", prefix, "", prefix.as_str()),
+        (None, None) => return None,
+    };
+    Some(format!(
+        "the names {whose} begin with `{prefix}.`, and the others do not: rename the set by \
+         `Renaming::new([({from:?}, {to:?})])`"
+    ))
+}
+
+/// A square weight may be stored either way.
+fn ambiguous(name: &str) -> LoraError {
+    LoraError::Unsupported {
+        file: "the set of adapters".to_owned(),
+        field: name.to_owned(),
+        reason: ": the file says `fan_in_fan_out`, and the weight is square, so that it may be a \
+                 `Conv1D`'s or a `Linear`'s, which is its transpose; store it in the file as a \
+                 `Linear` has it, `[d_output, d_input]`, with `fan_in_fan_out` false"
+            .to_owned(),
+    }
 }
 
 /// The model with its adapters in its weights.
@@ -273,17 +371,5 @@ pub(super) fn merged<B: Backend, M: Module<B>>(lora: Lora<B, M>) -> Result<M, Lo
     match not_finite.take() {
         Some(path) => Err(LoraError::NotFinite { path }),
         None => Ok(*lora.model),
-    }
-}
-
-/// Burn keeps running statistics in a cell that all clones share: to put them on one model would
-/// change all others.
-fn running_statistic(file: &str, name: &str) -> LoraError {
-    LoraError::Unsupported {
-        file: file.to_owned(),
-        field: name.to_owned(),
-        reason: ": Burn shares running statistics between clones; name the parameters of the norm \
-                 (`gamma`, `beta`) instead of the norm"
-            .to_owned(),
     }
 }

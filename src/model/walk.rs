@@ -201,6 +201,8 @@ pub(crate) struct Seen {
     /// Its name and its shape in PyTorch.
     pub torch_name: String,
     pub torch_shape: Vec<usize>,
+    /// Whether PyTorch's `Linear` has it transposed.
+    pub transposed: bool,
     pub num_elements: usize,
     pub is_quantised: bool,
     pub requires_grad: bool,
@@ -231,6 +233,7 @@ impl<B: Backend> Visit<B> for Vec<Seen> {
             num_elements: shape.iter().product(),
             torch_name: in_torch.name,
             torch_shape: shape,
+            transposed: in_torch.transposed,
             is_quantised: is_quantised(param.dtype()),
             requires_grad: param.is_require_grad(),
             in_adapter: place.adapted_layer().is_some(),

@@ -3,12 +3,12 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use burn::tensor::backend::Backend;
-use serde::Deserialize;
+use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
 use super::json::{Entries, check_object};
 use crate::{
-    adapter::WeightLayout,
+    adapter::{LoraAdapter, Tie, WeightLayout},
     adapters::{
         LoraAdapters,
         peft_targets::{Indices, Modules, Names, Targets, within_any},
@@ -39,48 +39,29 @@ const UNSUPPORTED: [&str; 11] = [
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "loftq", "corda", "lora_ga"];
 
 /// The contents of the file.
-#[derive(Debug, Deserialize)]
+#[derive(Debug)]
 pub(crate) struct PeftConfig {
-    peft_type: Option<String>,
-    #[serde(default = "default_rank")]
     r: usize,
-    #[serde(default = "default_alpha")]
     lora_alpha: f64,
-    #[serde(default)]
     pub lora_dropout: f64,
-    #[serde(default)]
     use_rslora: bool,
-    #[serde(default)]
-    rank_pattern: Entries<usize>,
-    #[serde(default)]
-    alpha_pattern: Entries<f64>,
-    /// `rank_pattern`, compiled.
-    #[serde(skip)]
+    /// The patterns of the ranks, compiled.
     ranks: Vec<(Pattern, usize)>,
-    /// `alpha_pattern`, compiled.
-    #[serde(skip)]
+    /// The patterns of the alphas, compiled.
     alphas: Vec<(Pattern, f64)>,
-    #[serde(default)]
     pub lora_bias: bool,
-    #[serde(default)]
     bias: BiasMode,
-    modules_to_save: Option<Vec<String>>,
-    pub target_modules: Option<Modules>,
-    pub exclude_modules: Option<Modules>,
-    pub layers_to_transform: Option<Indices>,
-    pub layers_pattern: Option<Names>,
-    init_lora_weights: Option<Value>,
+    modules_to_save: Vec<String>,
+    target_modules: Option<Modules>,
+    exclude_modules: Option<Modules>,
+    layers_to_transform: Option<Indices>,
+    layers_pattern: Option<Names>,
+    /// Whether weights in the file may be those of Hugging Face's `Conv1D`.
+    pub fan_in_fan_out: bool,
+    /// Whether the adapter of an embedding moves a head that is the same table, too.
+    pub ties_head: bool,
     /// All other fields.
-    #[serde(flatten)]
     pub others: BTreeMap<String, Value>,
-}
-
-fn default_rank() -> usize {
-    8
-}
-
-fn default_alpha() -> f64 {
-    8.0
 }
 
 /// Which biases of the base were trained, and are in the file.
@@ -93,28 +74,83 @@ enum BiasMode {
     LoraOnly,
 }
 
+/// The fields that were not read yet.
+struct Fields(BTreeMap<String, Value>);
+
+impl Fields {
+    /// Takes out a field. As in PEFT, one that is null is not set.
+    fn take<T: DeserializeOwned>(
+        &mut self,
+        field: &str,
+        expected: &str,
+    ) -> Result<Option<T>, String> {
+        match self.0.remove(field) {
+            None | Some(Value::Null) => Ok(None),
+            Some(value) => typed(field, value, expected).map(Some),
+        }
+    }
+}
+
+fn typed<T: DeserializeOwned>(field: &str, value: Value, expected: &str) -> Result<T, String> {
+    let problem = format!("`{field}` is {value}; {expected} is expected");
+    serde_json::from_value(without_fraction(value)).map_err(|_| problem)
+}
+
+/// Writes whole numbers without a fraction. Some programs write 2.0 for 2.
+fn without_fraction(value: Value) -> Value {
+    match value {
+        Value::Number(it) if it.is_f64() => number(it.as_f64().unwrap_or_default()),
+        Value::Array(items) => items.into_iter().map(without_fraction).collect(),
+        other => other,
+    }
+}
+
+/// The patterns of a field, compiled, in the order of the file. A key matches a whole path or the end of
+/// a path.
+///
+/// Patterns that this crate cannot compile are an error, because PEFT may accept them: to ignore them
+/// would give a wrong rank or alpha.
+fn patterns<V: DeserializeOwned>(
+    field: &str,
+    entries: Option<Entries<Value>>,
+    expected: &str,
+) -> Result<Vec<(Pattern, V)>, String> {
+    let compile = |(key, value): (String, Value)| {
+        let pattern = Pattern::new(&key).map_err(|error| error.to_string())?;
+        Ok((pattern, typed(&format!("{field}.{key}"), value, expected)?))
+    };
+    entries.unwrap_or_default().0.into_iter().map(compile).collect()
+}
+
+/// The fields whose order matters.
+#[derive(Deserialize)]
+struct Ordered {
+    rank_pattern: Option<Entries<Value>>,
+    alpha_pattern: Option<Entries<Value>>,
+}
+
+/// Reads the text of the file. A byte-order mark at its start is ignored.
 pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
+    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let invalid = |problem: String| LoraError::InvalidFile { file: file.to_owned(), problem };
     let unsupported = |field: &str, reason: String| LoraError::Unsupported {
         file: file.to_owned(),
         field: field.to_owned(),
         reason,
     };
-    check_object(text).map_err(invalid)?;
-    let mut config: PeftConfig =
-        serde_json::from_slice(text).map_err(|error| invalid(error.to_string()))?;
-
-    match config.peft_type.as_deref() {
+    let mut fields = Fields(object(text).map_err(invalid)?);
+    let peft_type = fields.take::<String>("peft_type", "a string").map_err(invalid)?;
+    match peft_type.as_deref() {
         Some("LORA") => {}
         Some(other) => return Err(unsupported("peft_type", format!(": it is {other}, not LORA"))),
         None => return Err(invalid("`peft_type` is missing; LORA is expected".to_owned())),
     }
     for field in UNSUPPORTED {
-        if config.others.get(field).is_some_and(is_on) {
+        if fields.0.get(field).is_some_and(is_on) {
             return Err(unsupported(field, String::new()));
         }
     }
-    if let Some(Value::String(init)) = &config.init_lora_weights
+    if let Some(Value::String(init)) = fields.0.get("init_lora_weights")
         && BASE_CHANGING.iter().any(|it| init.to_lowercase().starts_with(it))
     {
         let reason = format!(
@@ -123,22 +159,58 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
         );
         return Err(unsupported("init_lora_weights", reason));
     }
-    let ranks = config.rank_pattern.0.iter().map(|(_, rank)| *rank);
+    let config = fields.into_config(text).map_err(invalid)?;
+
+    let ranks = config.ranks.iter().map(|(_, rank)| *rank);
     if ranks.chain([config.r]).any(|rank| rank == 0) {
         return Err(invalid("a rank is 0".to_owned()));
     }
-    let alphas = config.alpha_pattern.0.iter().map(|(_, alpha)| *alpha);
+    let alphas = config.alphas.iter().map(|(_, alpha)| *alpha);
     if alphas.chain([config.lora_alpha]).any(|alpha| !alpha.is_finite()) {
         return Err(invalid("an alpha is not finite".to_owned()));
     }
     if !(0.0..1.0).contains(&config.lora_dropout) {
         return Err(invalid(format!("`lora_dropout` is {}, not in [0, 1)", config.lora_dropout)));
     }
-    // Patterns that this crate cannot compile are an error, because PEFT may accept them: to ignore them
-    // would give a wrong rank or alpha.
-    config.ranks = compile_keys(&config.rank_pattern).map_err(invalid)?;
-    config.alphas = compile_keys(&config.alpha_pattern).map_err(invalid)?;
     Ok(config)
+}
+
+/// The fields of the object that the text is.
+fn object(text: &[u8]) -> Result<BTreeMap<String, Value>, String> {
+    check_object(text)?;
+    serde_json::from_slice(text).map_err(|error| error.to_string())
+}
+
+impl Fields {
+    fn into_config(mut self, text: &[u8]) -> Result<PeftConfig, String> {
+        const NUMBER: &str = "a number";
+        const WHOLE: &str = "a whole number of at least 0";
+        const BOOL: &str = "true or false";
+        const NAMES: &str = "a string or a list of strings";
+        for field in ["rank_pattern", "alpha_pattern"] {
+            self.take::<BTreeMap<String, Value>>(field, "an object of numbers")?;
+        }
+        let ordered: Ordered = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        Ok(PeftConfig {
+            r: self.take("r", WHOLE)?.unwrap_or(8),
+            lora_alpha: self.take("lora_alpha", NUMBER)?.unwrap_or(8.0),
+            lora_dropout: self.take("lora_dropout", NUMBER)?.unwrap_or_default(),
+            use_rslora: self.take("use_rslora", BOOL)?.unwrap_or_default(),
+            ranks: patterns("rank_pattern", ordered.rank_pattern, WHOLE)?,
+            alphas: patterns("alpha_pattern", ordered.alpha_pattern, NUMBER)?,
+            lora_bias: self.take("lora_bias", BOOL)?.unwrap_or_default(),
+            bias: self.take("bias", r#""none", "all" or "lora_only""#)?.unwrap_or_default(),
+            modules_to_save: self.take("modules_to_save", "a list of strings")?.unwrap_or_default(),
+            target_modules: self.take("target_modules", NAMES)?,
+            exclude_modules: self.take("exclude_modules", NAMES)?,
+            layers_to_transform: self
+                .take("layers_to_transform", "a whole number or a list of these")?,
+            layers_pattern: self.take("layers_pattern", NAMES)?,
+            fan_in_fan_out: self.0.get("fan_in_fan_out").is_some_and(is_on),
+            ties_head: self.0.get("ensure_weight_tying").is_some_and(is_on),
+            others: self.0,
+        })
+    }
 }
 
 fn is_on(value: &Value) -> bool {
@@ -148,12 +220,6 @@ fn is_on(value: &Value) -> bool {
         Value::Object(fields) => !fields.is_empty(),
         _ => true,
     }
-}
-
-/// Compiles the keys of rank or alpha patterns. A key matches a whole path or the end of a path.
-fn compile_keys<V: Copy>(patterns: &Entries<V>) -> Result<Vec<(Pattern, V)>, String> {
-    let compiled = patterns.0.iter().map(|(key, value)| Ok((Pattern::new(key)?, *value)));
-    compiled.collect::<Result<_, LoraError>>().map_err(|error| error.to_string())
 }
 
 fn first_match<V: Copy>(patterns: &[(Pattern, V)], path: &str) -> Option<V> {
@@ -180,12 +246,16 @@ impl PeftConfig {
             self.exclude_modules.as_ref(),
             self.layers_to_transform.as_ref(),
             self.layers_pattern.as_ref(),
-            self.modules_to_save(),
+            &self.modules_to_save,
         )
     }
 
-    pub fn modules_to_save(&self) -> &[String] {
-        self.modules_to_save.as_deref().unwrap_or_default()
+    /// The module that the parameter `name` was trained in full with. PEFT compares the ends of modules'
+    /// names as mere text: `norm` also means `input_layernorm`.
+    pub fn module_to_save<'n>(&self, name: &'n str) -> Option<&'n str> {
+        let ends = name.match_indices('.').map(|(end, _)| end).chain([name.len()]);
+        ends.map(|end| &name[..end])
+            .find(|module| self.modules_to_save.iter().any(|it| module.ends_with(it.as_str())))
     }
 
     /// Whether the file may hold the parameter `name`, trained in full. `of_target` says whether the
@@ -197,7 +267,7 @@ impl PeftConfig {
             BiasMode::All => is_bias,
             BiasMode::LoraOnly => is_bias && of_target,
         };
-        by_mode || within_any(self.modules_to_save(), name)
+        by_mode || self.module_to_save(name).is_some()
     }
 }
 
@@ -274,10 +344,27 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         _ => "all",
     };
 
+    let moves_head = |adapter: &LoraAdapter<B>| {
+        adapter.layout == WeightLayout::Embedding && adapter.tie == Tie::Moves
+    };
+    let ties_head = set.adapters.values().any(|it| moves_head(it));
+    let mut targets: Vec<_> = paths().map(|path| regex::escape(path)).collect();
+    // PEFT ties a head only if the expression matches the bare name of an embedding that it knows.
+    let is_known =
+        |path: &String| path.ends_with(".embed_tokens") && moves_head(&set.adapters[path]);
+    if paths().any(is_known) {
+        targets.push("embed_tokens".to_owned());
+    }
+    let matrices: Vec<_> = set.extras.values().filter(|it| it.shape.len() == 2).collect();
     let mut fields = set.config.clone();
+    if !matrices.is_empty() {
+        let has_conv1d = matrices.iter().any(|it| it.may_be_conv1d);
+        fields.insert("fan_in_fan_out".to_owned(), json!(has_conv1d));
+    }
     for (name, value) in [
         ("alpha_pattern", json!(alphas)),
         ("bias", json!(bias)),
+        ("ensure_weight_tying", json!(ties_head)),
         ("inference_mode", json!(true)),
         ("init_lora_weights", json!(true)),
         ("lora_alpha", number(common_alpha)),
@@ -287,10 +374,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         ("r", json!(rank)),
         ("rank_pattern", json!(ranks)),
         // An expression, because a name in a list also matches every path that ends with that name.
-        (
-            "target_modules",
-            json!(paths().map(|it| regex::escape(it)).collect::<Vec<_>>().join("|")),
-        ),
+        ("target_modules", json!(targets.join("|"))),
         ("use_rslora", json!(rslora)),
     ] {
         fields.insert(name.to_owned(), value);

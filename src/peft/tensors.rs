@@ -9,7 +9,7 @@
 use std::{
     borrow::Cow,
     cell::Cell,
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, HashMap},
     io::Read,
     path::Path,
 };
@@ -17,7 +17,7 @@ use std::{
 use burn::{
     module::Param,
     nn::Dropout,
-    tensor::{Tensor, TensorData, backend::Backend},
+    tensor::{ElementConversion, Tensor, TensorData, backend::Backend},
 };
 use half::{bf16, f16};
 use safetensors::{
@@ -25,62 +25,16 @@ use safetensors::{
     tensor::{Metadata, TensorInfo},
 };
 
-use super::{config::PeftConfig, json::check_object};
-use crate::{
-    adapter::{LoraAdapter, WeightLayout},
-    adapters::{Extra, LoraAdapters},
-    error::{LoraError, Mismatch},
+use super::{
+    config::PeftConfig,
+    json::check_object,
+    keys::{A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, Keys, PREFIX, Role},
 };
-
-const PREFIX: &str = "base_model.model.";
-const A: &str = ".lora_A.weight";
-const B: &str = ".lora_B.weight";
-const B_BIAS: &str = ".lora_B.bias";
-const EMBEDDING_A: &str = ".lora_embedding_A";
-const EMBEDDING_B: &str = ".lora_embedding_B";
-
-/// Parts of tensor names by which unsupported adapters are recognised, and the reasons to report.
-const UNSUPPORTED: [(&str, &str); 3] = [
-    (".lora_magnitude_vector", ": DoRA cannot be read"),
-    (".token_adapter.", ": trainable tokens cannot be read"),
-    (".lora_ga_", ": LoRA-GA cannot be read"),
-];
-
-/// The header's entries for the tensors of one layer.
-#[derive(Default)]
-struct Parts<'a> {
-    a: Option<&'a TensorInfo>,
-    b: Option<&'a TensorInfo>,
-    bias: Option<&'a TensorInfo>,
-    embedding_a: Option<&'a TensorInfo>,
-    embedding_b: Option<&'a TensorInfo>,
-}
-
-impl Parts<'_> {
-    fn is_embedding(&self) -> bool {
-        self.embedding_a.is_some() || self.embedding_b.is_some()
-    }
-
-    /// How the layer stores its weight. [`check`] checks the shapes of A and B.
-    fn layout(&self) -> WeightLayout {
-        match self.a {
-            Some(a) if a.shape.len() > 2 => {
-                WeightLayout::Conv { kernel: a.shape[2..].to_vec(), groups: 1 }
-            }
-            None if self.is_embedding() => WeightLayout::Embedding,
-            _ => WeightLayout::Matrix,
-        }
-    }
-}
-
-/// The meaning of a tensor, by its key.
-enum Role<'a> {
-    A(&'a str),
-    B(&'a str),
-    Bias(&'a str),
-    /// A parameter that was trained in full, with its name in the model.
-    Extra(String),
-}
+use crate::{
+    adapter::{LoraAdapter, Tie, WeightLayout, frozen},
+    adapters::{Extra, LoraAdapters},
+    error::LoraError,
+};
 
 /// Reads the file of `length` bytes. The whole header is checked first. The tensors are then read one
 /// after the other, each into its own buffer.
@@ -93,85 +47,17 @@ pub(super) fn read<Bk: Backend>(
 ) -> Result<LoraAdapters<Bk>, LoraError> {
     let invalid = |problem: String| LoraError::InvalidFile { file: file.to_owned(), problem };
     let header = read_header(&mut source, length).map_err(invalid)?;
-    let keys = header.offset_keys();
-    let tensors = keys.iter().map(|key| (key.as_str(), header.info(key).expect("it has its keys")));
-
-    let mut layers: BTreeMap<&str, Parts> = BTreeMap::new();
-    let mut roles = Vec::new();
-    let mut mismatch = Mismatch::default();
-    for (key, info) in tensors {
-        if let Some((_, reason)) = UNSUPPORTED.iter().find(|(part, _)| key.contains(part)) {
-            let (file, field, reason) = (file.to_owned(), key.to_owned(), (*reason).to_owned());
-            return Err(LoraError::Unsupported { file, field, reason });
-        }
-        let Some(name) = key.strip_prefix(PREFIX) else {
-            mismatch.unexpected.push(key.to_owned());
-            continue;
-        };
-        let role = if let Some(path) = name.strip_suffix(A) {
-            layers.entry(path).or_default().a = Some(info);
-            Role::A(path)
-        } else if let Some(path) = name.strip_suffix(B) {
-            layers.entry(path).or_default().b = Some(info);
-            Role::B(path)
-        } else if let Some(path) = name.strip_suffix(B_BIAS) {
-            layers.entry(path).or_default().bias = Some(info);
-            Role::Bias(path)
-        } else if let Some(path) = name.strip_suffix(EMBEDDING_A) {
-            layers.entry(path).or_default().embedding_a = Some(info);
-            Role::A(path)
-        } else if let Some(path) = name.strip_suffix(EMBEDDING_B) {
-            layers.entry(path).or_default().embedding_b = Some(info);
-            Role::B(path)
-        } else {
-            Role::Extra(name.to_owned())
-        };
-        roles.push((key, info, role));
-    }
-    let mut names = BTreeSet::new();
-    for (key, _, role) in &mut roles {
-        let Role::Extra(name) = role else { continue };
-        // PEFT names the parameters of an adapted layer's base `base_layer.*`.
-        let target = name.strip_suffix(".base_layer.bias").filter(|path| layers.contains_key(path));
-        // PEFT also saves the table of an adapted embedding.
-        let table = name.strip_suffix(".base_layer.weight");
-        let table = table.filter(|path| layers.get(path).is_some_and(Parts::is_embedding));
-        let (of_target, is_table) = (target.is_some(), table.is_some());
-        if let Some(path) = target {
-            *name = format!("{path}.bias");
-        } else if let Some(path) = table {
-            *name = format!("{path}.weight");
-        }
-        let saved = is_table || config.saves(name, of_target);
-        if !saved || !names.insert(name.clone()) {
-            mismatch.unexpected.push((*key).to_owned());
-        }
-    }
+    let names = header.offset_keys();
     let targets = config.targets();
-    for (path, parts) in &layers {
-        if is_grouped(parts, config.rank(path)) {
-            let (file, field) = (file.to_owned(), format!("{PREFIX}{path}{B}"));
-            let reason = ": its convolution has groups, and PEFT's adapter mixes channels of different \
-                          groups, which no update of the kernel can do";
-            return Err(LoraError::Unsupported { file, field, reason: reason.to_owned() });
-        }
-        check(path, parts, &config, &mut mismatch);
-        // PEFT would not put an adapter on this layer.
-        if targets.as_ref().is_some_and(|targets| !targets.matches(path)) {
-            mismatch.unexpected.push(format!("{PREFIX}{path} (not a target)"));
-        }
-    }
-    mismatch.unmatched_targets =
-        targets.as_ref().map_or(vec![], |it| it.unmatched(layers.keys().copied()));
-    mismatch.into_result(file)?;
-    if layers.is_empty() {
+    let keys = Keys::read(&names, &header, &config, targets.as_ref(), file)?;
+    if keys.layers.is_empty() {
         return Err(invalid("there is no adapter in it".to_owned()));
     }
 
     let mut factors: BTreeMap<&str, [Option<Tensor<Bk, 2>>; 2]> = BTreeMap::new();
     let mut biases = BTreeMap::new();
     let mut extras = BTreeMap::new();
-    for (key, info, role) in roles {
+    for (key, info, role) in &keys.roles {
         let values = read_values(&mut source, info);
         let values = values.map_err(|problem| invalid(format!("`{key}` {problem}")))?;
         let flat = |values: Vec<f32>| {
@@ -186,29 +72,68 @@ pub(super) fn read<Bk: Backend>(
         match role {
             Role::A(path) => factors.entry(path).or_default()[0] = factor(values),
             Role::B(path) => factors.entry(path).or_default()[1] = factor(values),
-            Role::Bias(path) => drop(biases.insert(path, flat(values))),
+            Role::Bias(path) => drop(biases.insert(*path, flat(values))),
             Role::Extra(name) => {
-                let extra = Extra { values: flat(values), shape: info.shape.clone() };
-                extras.insert(name, extra);
+                let may_be_conv1d = config.fan_in_fan_out && info.shape.len() == 2;
+                let shape = info.shape.clone();
+                extras.insert(name.clone(), Extra { values: flat(values), shape, may_be_conv1d });
             }
+            Role::Unused => {}
         }
     }
     let mut adapters = BTreeMap::new();
     for (path, factors) in factors {
         let [a, b] = factors.map(|factor| factor.expect("none is missing"));
         let mut adapter = LoraAdapter::new(a, b, config.alpha(path), config.scaling());
-        adapter.layout = layers[path].layout();
+        adapter.layout = keys.layers[path].layout();
         adapter.dropout = Dropout { prob: config.lora_dropout };
         adapter.bias = biases.remove(path).map(Param::from_tensor);
         adapters.insert(path.to_owned(), Box::new(adapter));
     }
-    let modules_to_save = config.modules_to_save().to_vec();
+    let not_meant = |path: &str| targets.as_ref().is_some_and(|targets| !targets.matches(path));
+    if let Some(path) = tie(&mut adapters, config.ties_head, not_meant) {
+        let problem = format!(
+            "`{path}` is not a target, and its factors are not those of the embedding that \
+             `ensure_weight_tying` ties it to"
+        );
+        return Err(invalid(problem));
+    }
+    let Keys { modules_to_save, .. } = keys;
     let (config, names_in_file) = (config.others, Vec::new());
     Ok(LoraAdapters { adapters, extras, modules_to_save, targets, names_in_file, config })
 }
 
+/// Notes what the adapters of embeddings, and of a head tied to one, do to the head. The result is a
+/// layer that is `not_meant` by the configuration, and no tied head.
+fn tie<Bk: Backend>(
+    adapters: &mut BTreeMap<String, Box<LoraAdapter<Bk>>>,
+    ties_head: bool,
+    not_meant: impl Fn(&str) -> bool,
+) -> Option<String> {
+    let tables = adapters.values_mut().filter(|it| it.layout == WeightLayout::Embedding);
+    let mut tables: Vec<_> = tables.collect();
+    if !ties_head {
+        tables.iter_mut().for_each(|table| table.tie = Tie::Leaves);
+        return None;
+    }
+    let tables: Vec<_> = tables.into_iter().map(|table| table.clone()).collect();
+    let equal = |one: &Param<Tensor<Bk, 2>>, other: &Param<Tensor<Bk, 2>>| -> bool {
+        let (one, other) = (frozen(one), frozen(other).transpose());
+        one.dims() == other.dims() && one.equal(other).all().into_scalar().elem()
+    };
+    for (path, head) in adapters.iter_mut() {
+        let is_matrix = head.layout == WeightLayout::Matrix;
+        if is_matrix && tables.iter().any(|it| equal(&head.a, &it.b) && equal(&head.b, &it.a)) {
+            head.tie = Tie::Repeats;
+        } else if is_matrix && not_meant(path) {
+            return Some(path.clone());
+        }
+    }
+    None
+}
+
 /// Reads the header and its length, and checks that the header describes all bytes that follow.
-fn read_header(source: &mut impl Read, length: u64) -> Result<Metadata, String> {
+pub(super) fn read_header(source: &mut impl Read, length: u64) -> Result<Metadata, String> {
     let mut bytes = [0; 8];
     source.read_exact(&mut bytes).map_err(|error| format!("header: {error}"))?;
     let announced = u64::from_le_bytes(bytes);
@@ -228,62 +153,8 @@ fn read_header(source: &mut impl Read, length: u64) -> Result<Metadata, String> 
     Ok(header)
 }
 
-/// Whether the layer is a convolution with groups. PEFT's B then has fewer columns than the rank.
-fn is_grouped(parts: &Parts, rank: usize) -> bool {
-    let columns = parts.b.filter(|b| b.shape.len() > 2).map(|b| b.shape[1]);
-    columns.is_some_and(|columns| columns > 0 && columns < rank && rank.is_multiple_of(columns))
-}
-
-/// Adds to `mismatch` what is wrong with the tensors of a layer.
-fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch) {
-    let key = |suffix: &str| format!("{PREFIX}{path}{suffix}");
-    let rank = config.rank(path);
-    let kernel = parts.a.map_or(&[][..], |a| a.shape.get(2..).unwrap_or_default());
-    let (mut factors, mut others) = (
-        vec![(parts.a, A), (parts.b, B)],
-        vec![(parts.embedding_a, EMBEDDING_A), (parts.embedding_b, EMBEDDING_B)],
-    );
-    if parts.a.is_none() && parts.b.is_none() && parts.is_embedding() {
-        std::mem::swap(&mut factors, &mut others);
-    }
-    let missing = factors.iter().filter(|(part, _)| part.is_none());
-    mismatch.missing.extend(missing.map(|(_, suffix)| key(suffix)));
-    let unexpected = others.iter().filter(|(part, _)| part.is_some());
-    mismatch.unexpected.extend(unexpected.map(|(_, suffix)| key(suffix)));
-    match parts.bias {
-        None if config.lora_bias && !parts.is_embedding() => mismatch.missing.push(key(B_BIAS)),
-        Some(_) if !config.lora_bias || parts.is_embedding() => {
-            mismatch.unexpected.push(key(B_BIAS));
-        }
-        _ => {}
-    }
-    let [a, b] = [factors[0], factors[1]];
-    let d_output = b.0.and_then(|b| b.shape.first().copied());
-    let ones = vec![1; kernel.len()];
-    let a_fits = |shape: &[usize]| {
-        shape.len() >= 2 && shape[0] == rank && shape.iter().product::<usize>() > 0
-    };
-    let b_fits = |shape: &[usize]| {
-        shape.len() >= 2 && shape[0] > 0 && shape[1] == rank && shape[2..] == ones
-    };
-    let bias_fits = |shape: &[usize]| shape.len() == 1 && d_output.is_none_or(|it| it == shape[0]);
-    let mut expect =
-        |(part, suffix): (Option<&TensorInfo>, &str), fits: &dyn Fn(&[usize]) -> bool, expected| {
-            if let Some(info) = part
-                && !fits(&info.shape)
-            {
-                let text = format!("{} (expected {expected}, found {:?})", key(suffix), info.shape);
-                mismatch.misshapen.push(text);
-            }
-        };
-    let (more_a, more_b) = if kernel.is_empty() { ("", "") } else { (", ..kernel", ", 1, ..") };
-    expect(a, &a_fits, format!("[{rank}, d_input{more_a}]"));
-    expect(b, &b_fits, format!("[d_output, {rank}{more_b}]"));
-    expect((parts.bias, B_BIAS), &bias_fits, "[d_output]".to_owned());
-}
-
 /// Reads the next tensor's elements as `f32`. It is an error if one of them is not finite.
-fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<Vec<f32>, String> {
+pub(super) fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<Vec<f32>, String> {
     let count = info.shape.iter().product();
     let mut halves = |convert: fn(u16) -> f32| {
         let mut halves = vec![0u16; count];
@@ -302,7 +173,14 @@ fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<Vec<f32>, St
                 bytemuck::cast_vec(values)
             })
         }
-        other => return Err(format!("is of type {other:?}; F32, F16 or BF16 is expected")),
+        Dtype::F64 => {
+            let mut values = vec![0u64; count];
+            source.read_exact(bytemuck::cast_slice_mut(&mut values)).map(|()| {
+                let values = values.into_iter().map(|it| f64::from_bits(u64::from_le(it)) as f32);
+                values.collect()
+            })
+        }
+        other => return Err(format!("is of type {other:?}; F64, F32, F16 or BF16 is expected")),
     };
     let values = values.map_err(|error| error.to_string())?;
     if all_finite(&values) { Ok(values) } else { Err("holds NaN or infinite values".to_owned()) }

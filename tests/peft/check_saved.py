@@ -15,11 +15,31 @@ from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dic
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file
 
+import make_case_fixtures
 import make_fixtures
 import make_layer_fixtures
 
 WEIGHTS = "adapter_model.safetensors"
 ROOT = Path(__file__).parent.parent.parent
+
+
+def check_case(path):
+    """Every layer of the model computes what it did here."""
+    case = json.loads((path / "case.json").read_text())
+    base = make_case_fixtures.base_model(case["base"])
+    model = PeftModel.from_pretrained(base, path).eval().base_model.model
+    inputs = load_file(make_case_fixtures.CASES / case["io"] / "io.safetensors")
+    worst = 0.0
+    for leaf, expected in case["y"].items():
+        module = model.get_submodule(leaf)
+        x = inputs[f"x.{leaf}"]
+        # The same input as here, where indices were written as floats.
+        y = module(x.long() if "embed" in leaf or "transformer.w" in leaf else x)
+        expected = torch.tensor(expected)
+        error = (y.flatten() - expected).abs().max() / expected.abs().max().clamp(min=1.0)
+        assert error < 1e-5, (path, leaf, error)
+        worst = max(worst, error.item())
+    return worst
 
 
 def main():
@@ -33,6 +53,10 @@ def main():
         directories = sorted(Path(out).iterdir())
         assert directories, "nothing was written"
         for path in directories:
+            if (path / "case.json").exists():
+                worst = max(worst, check_case(path))
+                print(f"{path.name:<20} as expected")
+                continue
             layers = path.name.startswith("layers_")
             base_model = (make_layer_fixtures if layers else make_fixtures).base_model
             config = PeftConfig.from_pretrained(path)

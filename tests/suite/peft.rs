@@ -1,6 +1,7 @@
 //! Adapters as values and as PEFT's files: adapters from Python compute the same here, and a file keeps
 //! everything.
 
+mod cases;
 mod layers;
 mod refused;
 mod saving;
@@ -264,6 +265,7 @@ fn write_for_python() {
         fs::write(out.join(name).join("expected.json"), expected.to_string()).unwrap();
     }
     layers::write_for_python(&out);
+    cases::write_for_python(&out);
 }
 
 #[test]
