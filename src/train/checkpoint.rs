@@ -15,7 +15,8 @@ use serde::{Serialize, de::DeserializeOwned};
 use crate::files::{sync, unfinished_in};
 
 /// A recorder that writes to a temporary file, and renames it when it is complete. If the run is killed
-/// during a save, or the save fails, an existing file stays as it was.
+/// during a save, or the save fails, an existing file stays as it was. A run that is killed may leave a
+/// hidden directory `.unfinished-*` next to the file.
 ///
 /// It wraps one of Burn's file recorders. Use full precision for checkpoints: half precision cannot
 /// represent the optimizer's second moments. Errors that Burn's recorder does not report are not

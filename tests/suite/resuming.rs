@@ -207,8 +207,9 @@ impl<B: Backend> Recorder<B> for Killed {
     fn save_item<I: Serialize>(&self, item: I, file: PathBuf) -> Result<(), RecorderError> {
         Recorder::<B>::save_item(&self.0, item, file.clone())?;
         if file.to_string_lossy().contains("optim-3") {
-            // Waits until another thread has written the rest of the checkpoint before.
-            while !file.with_file_name("scheduler-2.mpk").exists() {
+            // Another thread writes the end of the checkpoint before.
+            let checkpoint = file.parent().unwrap().parent().unwrap();
+            while !checkpoint.join("scheduler-2.mpk").exists() {
                 std::thread::yield_now();
             }
             let file = file.with_extension(<Self as FileRecorder<B>>::file_extension());
@@ -243,7 +244,8 @@ fn a_training_that_was_killed_while_it_wrote_goes_on() {
         .map(|file| file.unwrap().file_name().into_string().unwrap())
         .collect();
     files.sort();
-    assert!(files.iter().any(|it| it.starts_with("optim-3~")), "{files:?}");
+    let half = |it: &String| checkpoint.join(it).join("optim-3.mpk").exists();
+    assert!(files.iter().any(half), "{files:?}");
     assert!(!files.contains(&"optim-3.mpk".to_owned()), "{files:?}");
     assert_eq!(last_checkpoint(dir.0.join("killed")).unwrap(), Some(2));
 
@@ -395,6 +397,38 @@ fn keeps_the_old_file<R: FileRecorder<Plain>>(recorder: AtomicRecorder<R>, name:
 }
 
 #[test]
+fn files_with_names_alike_are_saved_at_once() {
+    let dir = TempDir::new("atomic-at-once");
+    let recorder = AtomicRecorder::<MessagePack>::default();
+    std::thread::scope(|scope| {
+        for name in ["a.b.mpk", "a_b.mpk", "a.b.mpk"] {
+            let (recorder, path) = (&recorder, dir.0.join(name));
+            scope.spawn(move || {
+                for _ in 0..100 {
+                    Recorder::<Plain>::save_item(recorder, name, path.clone()).unwrap();
+                    let item = Recorder::<Plain>::load_item::<String>(recorder, &mut path.clone());
+                    assert_eq!(item.unwrap(), name);
+                }
+            });
+        }
+    });
+    assert_eq!(fs::read_dir(&dir.0).unwrap().count(), 2);
+}
+
+#[test]
+fn a_saved_file_is_like_any_other() {
+    let dir = TempDir::new("atomic-like-others");
+    // A name as long as the system allows.
+    let path = dir.0.join(format!("{}.mpk", "n".repeat(251)));
+    let recorder = AtomicRecorder::<MessagePack>::default();
+    Recorder::<Plain>::save_item(&recorder, "item", path.clone()).unwrap();
+    let other = dir.0.join("other");
+    fs::write(&other, []).unwrap();
+    let permissions = |path: &Path| fs::metadata(path).unwrap().permissions();
+    assert_eq!(permissions(&path), permissions(&other));
+}
+
+#[test]
 fn only_whole_checkpoints_are_found() {
     let dir = TempDir::new("whole");
     let (path, last) = (dir.0.join("checkpoint"), || last_checkpoint(&dir.0).unwrap());
@@ -402,7 +436,9 @@ fn only_whole_checkpoints_are_found() {
     fs::create_dir(&path).unwrap();
     let touch = |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), []).unwrap());
     touch(&["model-9.mpk", "optim-9.mpk", "scheduler-9.mpk"]);
-    touch(&["model-10.mpk", "optim-10~unfinished.mpk", "scheduler-10.mpk"]);
+    touch(&["model-10.mpk", "scheduler-10.mpk"]);
+    fs::create_dir(path.join(".unfinished-")).unwrap();
+    touch(&[".unfinished-/optim-10.mpk"]);
     touch(&["model-11.mpk", "model-11.bin", "optim-11.mpk", "notes-11.mpk"]);
     touch(&["model-best.mpk", "README"]);
     assert_eq!(last(), Some(9));
