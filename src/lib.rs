@@ -99,7 +99,7 @@ mod peft;
 mod table;
 mod train;
 
-// A recipe, and what can be wrong with it.
+// The configuration, and what can be wrong with it.
 pub use config::{Init, LoraConfig, Scaling};
 pub use error::{LoraError, Mismatch};
 
