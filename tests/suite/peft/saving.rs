@@ -38,7 +38,9 @@ fn a_failed_save_leaves_the_old_file() {
     adapter.b = adapter.b.map(|b| b * f32::NAN);
     diverged.fc1.set_adapter(Some(adapter));
     let error = Lora::new(diverged).adapters().save(&path).unwrap_err().to_string();
-    assert!(error.contains("the adapters hold NaN"), "{error}");
+    let file = path.join("adapter_model.safetensors");
+    let expected = format!("{}: the adapters hold NaN", file.display());
+    assert!(error.contains(&expected), "{error}");
     assert_eq!(fs::read(path.join("adapter_model.safetensors")).unwrap(), before);
 
     // Nor is a directory of other things taken for one of adapters.
