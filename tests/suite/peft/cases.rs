@@ -381,11 +381,14 @@ fn a_tied_head_moves_if_the_file_says_so() {
     let recorded = Lora::new(Llama::new(true)).load_record(adapted.clone().into_record());
     assert_computes(&*recorded, "tied_embedding");
     // A model with a head of its own has an adapter on it.
-    let own = Llama { lm_head: Some(linear(8, 17, false)), ..Llama::new(true) };
+    let mut own = Llama { lm_head: Some(linear(8, 17, false)), ..Llama::new(true) };
     let table = own.model.embed_tokens.base.weight.val();
-    let mut own = own;
     own.lm_head.as_mut().unwrap().base.weight = Param::from_tensor(table.transpose());
     check(&own, "tied_embedding");
+    let adapted = own.switch(&load("tied_embedding_ensured")).unwrap();
+    assert_computes(&*adapted, "tied_embedding_ensured");
+    let again = own.switch(&adapted.adapters()).unwrap();
+    assert_computes(&*again, "tied_embedding_ensured");
 }
 
 #[test]
