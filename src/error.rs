@@ -161,10 +161,11 @@ impl LoraError {
         Self::Unsupported {
             file: file.to_owned(),
             field: name.to_owned(),
-            reason: ": it is one of the running statistics of a batch norm, which Burn shares between \
-                     clones; name the parameters of the norm (`gamma` and `beta`; in PyTorch `weight` \
-                     and `bias`) instead of the norm"
-                .to_owned(),
+            reason:
+                ": Burn shares the running statistics of a batch norm between clones; name the \
+                     parameters of the norm (`gamma` and `beta`; in PyTorch `weight` and `bias`) \
+                     instead of the norm"
+                    .to_owned(),
         }
     }
 

@@ -3,8 +3,10 @@
 
 mod config;
 mod directory;
+mod find;
 mod json;
 mod keys;
+mod mlx;
 mod tensors;
 
 use std::{fs, io::Read, path::Path};
@@ -12,17 +14,26 @@ use std::{fs, io::Read, path::Path};
 use burn::tensor::backend::Backend;
 
 use crate::{adapters::LoraAdapters, error::LoraError};
+use config::PeftConfig;
+use mlx::MlxConfig;
 
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 impl<B: Backend> LoraAdapters<B> {
-    /// Reads a directory written by [`save`](Self::save), or by Python's PEFT library.
+    /// Reads a directory written by [`save`](Self::save), by Python's PEFT library, or by mlx-lm
+    /// (`adapters.safetensors`).
     ///
     /// Supported are adapters of linear layers, embeddings and convolutions without groups, with
     /// `alpha/r` or rsLoRA scaling, rank and alpha patterns, `lora_bias`, `bias` and `modules_to_save`.
-    /// Tensors in `f32`, `f16` or `bf16` are converted to the backend's default type. All other fields
-    /// of the configuration are kept, and saved again.
+    /// Tensors in `f64`, `f32`, `f16` or `bf16` are converted to the backend's default type. All other
+    /// fields of PEFT's configuration are kept, and saved again.
+    ///
+    /// Whether the adapter of an embedding also moves a head that is the same table is up to the field
+    /// `ensure_weight_tying`; see [`LoraEmbedding::project`](crate::LoraEmbedding::project). With
+    /// `fan_in_fan_out`, a weight that was trained in full may be that of a `Conv1D` of Hugging Face's,
+    /// `[d_input, d_output]`: the model's shapes tell, and a square weight is an error when the set is
+    /// put on a model.
     ///
     /// # Errors
     ///
@@ -32,13 +43,14 @@ impl<B: Backend> LoraAdapters<B> {
     /// configuration sets an unsupported field that would change the result.
     pub fn load(dir: impl AsRef<Path>, device: &B::Device) -> Result<Self, LoraError> {
         let dir = dir.as_ref();
-        let (config_path, weights_path) = (dir.join(CONFIG), dir.join(WEIGHTS));
-        let [(mut file, _), (weights, length)] = directory::open(dir)?;
-        let mut config = Vec::new();
-        file.read_to_end(&mut config)
-            .map_err(|source| LoraError::Io { path: config_path.clone(), source })?;
-        let config = config::parse(&config, &config_path.display().to_string())?;
-        tensors::read(config, weights, length, &weights_path.display().to_string(), device)
+        let named = |name: &str| dir.join(name).display().to_string();
+        let (config, weights, length) = directory::open(dir, |text| {
+            let config = Config::parse(text, &named(CONFIG))?;
+            let weights = config.weights();
+            Ok((config, weights))
+        })?;
+        let file = named(config.weights());
+        config.read(weights, length, &file, device)
     }
 
     /// Like [`load`](Self::load), from the contents of the two files.
@@ -51,8 +63,9 @@ impl<B: Backend> LoraAdapters<B> {
         weights: &[u8],
         device: &B::Device,
     ) -> Result<Self, LoraError> {
-        let config = config::parse(config, CONFIG)?;
-        tensors::read(config, weights, weights.len() as u64, WEIGHTS, device)
+        let config = Config::parse(config, CONFIG)?;
+        let file = config.weights();
+        config.read(weights, weights.len() as u64, file, device)
     }
 
     /// Writes the adapters as a directory that [`load`](Self::load) and Python's PEFT library read.
@@ -73,6 +86,10 @@ impl<B: Backend> LoraAdapters<B> {
     /// sets are written with `alpha/rank`, and with the alphas that give the same scales. PEFT has one
     /// dropout probability for all adapters: the largest one is written.
     ///
+    /// The adapter of an embedding that was made here also updates a head that is the same table, so
+    /// `ensure_weight_tying` is written. Weights are written as PyTorch's `Linear` has them: in Python,
+    /// transpose one that belongs to a `Conv1D`.
+    ///
     /// # Errors
     ///
     /// If something cannot be expressed in PEFT's format, or a file cannot be written. An existing
@@ -83,7 +100,53 @@ impl<B: Backend> LoraAdapters<B> {
         directory::replace(dir, |unfinished| {
             fs::write(unfinished.join(CONFIG), &config)
                 .map_err(|source| LoraError::Io { path: unfinished.join(CONFIG), source })?;
-            tensors::write(self, &unfinished.join(WEIGHTS))
+            tensors::write(self, &unfinished.join(WEIGHTS), &dir.join(WEIGHTS))
         })
+    }
+}
+
+/// The configuration of either format.
+enum Config {
+    Peft(PeftConfig),
+    Mlx(MlxConfig),
+}
+
+impl Config {
+    fn parse(text: &[u8], file: &str) -> Result<Self, LoraError> {
+        find::check_start(text, file)?;
+        // A byte-order mark is ignored.
+        let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
+        match mlx::parse(text, file) {
+            Some(config) => config.map(Self::Mlx),
+            None => config::parse(text, file).map(Self::Peft),
+        }
+    }
+
+    /// The name of the file of the tensors.
+    fn weights(&self) -> &'static str {
+        match self {
+            Self::Peft(_) => WEIGHTS,
+            Self::Mlx(_) => mlx::WEIGHTS,
+        }
+    }
+
+    /// Reads the tensors from `length` bytes of `weights`.
+    fn read<B: Backend>(
+        self,
+        mut weights: impl Read,
+        length: u64,
+        file: &str,
+        device: &B::Device,
+    ) -> Result<LoraAdapters<B>, LoraError> {
+        let io = |source| LoraError::Io { path: file.into(), source };
+        // The first bytes tell whether this is the file itself.
+        let mut start = Vec::new();
+        weights.by_ref().take(64).read_to_end(&mut start).map_err(io)?;
+        find::check_start(&start, file)?;
+        let weights = start.as_slice().chain(weights);
+        match self {
+            Self::Peft(config) => tensors::read(config, weights, length, file, device),
+            Self::Mlx(config) => mlx::read(config, weights, length, file, device),
+        }
     }
 }

@@ -186,9 +186,11 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
             within.any(|it| it.ends_with(module)) && !trains.contains(&param.path)
         })
     };
+    let mut more = BTreeMap::new();
     for (param, module) in covered {
         // A norm's parameters by themselves go by PyTorch's names.
-        let by_itself = module == param.path || means_more(module);
+        let by_itself =
+            module == param.path || *more.entry(module).or_insert_with(|| means_more(module));
         let name = if by_itself { &param.torch_name } else { module };
         if !lora.modules.iter().any(|it| it == name) {
             lora.modules.push(name.to_owned());

@@ -14,7 +14,7 @@ use crate::{
         peft_targets::{Indices, Modules, Names, Targets, within_any},
     },
     config::Scaling,
-    error::LoraError,
+    error::{LoraError, named},
     pattern::Pattern,
 };
 
@@ -129,9 +129,7 @@ struct Ordered {
     alpha_pattern: Option<Entries<Value>>,
 }
 
-/// Reads the text of the file. A byte-order mark at its start is ignored.
 pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
-    let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
     let invalid = |problem: String| LoraError::InvalidFile { file: file.to_owned(), problem };
     let unsupported = |field: &str, reason: String| LoraError::Unsupported {
         file: file.to_owned(),
@@ -142,7 +140,12 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
     let peft_type = fields.take::<String>("peft_type", "a string").map_err(invalid)?;
     match peft_type.as_deref() {
         Some("LORA") => {}
-        Some(other) => return Err(unsupported("peft_type", format!(": it is {other}, not LORA"))),
+        Some(other) => {
+            return Err(unsupported(
+                "peft_type",
+                format!(": it is {other}, not LORA; only LoRA's adapters are read"),
+            ));
+        }
         None => return Err(invalid("`peft_type` is missing; LORA is expected".to_owned())),
     }
     for field in UNSUPPORTED {
@@ -282,7 +285,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         return Err(unsupported("an empty set", ": there is no adapter to save"));
     };
     if set.adapters.contains_key("") {
-        return Err(unsupported("a layer without a name", ": make it the field of a model"));
+        return Err(unsupported(named(""), ": it has no name; make it the field of a model"));
     }
 
     for (path, adapter) in set.iter() {

@@ -2,13 +2,13 @@
 
 use std::{
     fs::{self, File, TryLockError},
-    io,
+    io::{self, Read},
     path::Path,
     thread,
     time::Duration,
 };
 
-use super::{CONFIG, WEIGHTS};
+use super::{CONFIG, WEIGHTS, find};
 use crate::{
     error::LoraError,
     files::{identity, sync, unfinished_in},
@@ -17,16 +17,24 @@ use crate::{
 /// How often [`open`] tries. Each time that it fails, a save has come in between.
 const ATTEMPTS: usize = 20;
 
-/// The configuration and the weights of one set, with their lengths.
-pub(super) fn open(dir: &Path) -> Result<[(File, u64); 2], LoraError> {
+/// The configuration of a set, and its weights with their length. `parse` reads the configuration, and
+/// returns it with the name of the file of the weights.
+pub(super) fn open<C>(
+    dir: &Path,
+    parse: impl Fn(&[u8]) -> Result<(C, &'static str), LoraError>,
+) -> Result<(C, File, u64), LoraError> {
     let config_path = dir.join(CONFIG);
     let io = |source| LoraError::Io { path: config_path.clone(), source };
     let open = || {
-        let (config, weights) = (open_file(&config_path)?, open_file(&dir.join(WEIGHTS))?);
+        let (mut file, _) = find::open(&config_path)?;
+        let mut text = Vec::new();
+        file.read_to_end(&mut text).map_err(io)?;
+        let (config, weights) = parse(&text)?;
+        let (weights, length) = find::open(&dir.join(weights))?;
         // Each save has a configuration file of its own. While one is open, no other is mistaken for it.
-        let opened = config.0.metadata().map_err(io)?;
+        let opened = file.metadata().map_err(io)?;
         if identity(&opened) == identity(&fs::metadata(&config_path).map_err(io)?) {
-            return Ok([config, weights]);
+            return Ok((config, weights, length));
         }
         let problem = "it is replaced again and again; load it when nothing saves to it".to_owned();
         Err(LoraError::InvalidFile { file: dir.display().to_string(), problem })
@@ -34,18 +42,6 @@ pub(super) fn open(dir: &Path) -> Result<[(File, u64); 2], LoraError> {
     // Without the lock, the files could seem to be missing.
     let _lock = lock(dir, File::try_lock_shared);
     (1..ATTEMPTS).map(|_| open()).find(Result::is_ok).unwrap_or_else(open)
-}
-
-/// Opens a regular file, and returns its length. Other files, such as devices, may have no end.
-fn open_file(path: &Path) -> Result<(File, u64), LoraError> {
-    let io = |source| LoraError::Io { path: path.to_owned(), source };
-    if !fs::metadata(path).map_err(io)?.is_file() {
-        let problem = "not a file".to_owned();
-        return Err(LoraError::InvalidFile { file: path.display().to_string(), problem });
-    }
-    let file = File::open(path).map_err(io)?;
-    let length = file.metadata().map_err(io)?.len();
-    Ok((file, length))
 }
 
 /// Replaces the two files in `dir`. `write` creates the new ones in the directory that it is given.

@@ -247,7 +247,12 @@ impl<Bk: Backend> View for Outgoing<'_, Bk> {
     }
 }
 
-pub(super) fn write<Bk: Backend>(set: &LoraAdapters<Bk>, path: &Path) -> Result<(), LoraError> {
+/// Writes the file at `path`. Errors in what is to be saved call it `file`.
+pub(super) fn write<Bk: Backend>(
+    set: &LoraAdapters<Bk>,
+    path: &Path,
+    file: &Path,
+) -> Result<(), LoraError> {
     let not_finite = Cell::new(false);
     let factor = |tensor: Tensor<Bk, 2>, shape| Outgoing {
         values: Values::Factor(tensor),
@@ -295,7 +300,7 @@ pub(super) fn write<Bk: Backend>(set: &LoraAdapters<Bk>, path: &Path) -> Result<
     })?;
     if not_finite.get() {
         let problem = "the adapters hold NaN or infinite values; nothing was saved".to_owned();
-        return Err(LoraError::InvalidFile { file: path.display().to_string(), problem });
+        return Err(LoraError::InvalidFile { file: file.display().to_string(), problem });
     }
     Ok(())
 }

@@ -3,6 +3,7 @@
 
 mod cases;
 mod layers;
+mod mlx;
 mod refused;
 mod saving;
 

@@ -4,7 +4,7 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use burn::{
-    module::Module,
+    module::{Module, Param},
     nn::{
         BatchNorm, BatchNormConfig, EmbeddingConfig, GroupNorm, GroupNormConfig, LayerNorm,
         LayerNormConfig, LinearConfig, RmsNorm, RmsNormConfig, conv::Conv2dConfig,
@@ -378,6 +378,17 @@ fn a_tied_head_moves_if_the_file_says_so() {
     assert_computes(&*adapted, "tied_embedding");
     let again = tied.switch(&adapted.adapters()).unwrap();
     assert_computes(&*again, "tied_embedding");
+    let recorded = Lora::new(Llama::new(true)).load_record(adapted.clone().into_record());
+    assert_computes(&*recorded, "tied_embedding");
+    // A model with a head of its own has an adapter on it.
+    let mut own = Llama { lm_head: Some(linear(8, 17, false)), ..Llama::new(true) };
+    let table = own.model.embed_tokens.base.weight.val();
+    own.lm_head.as_mut().unwrap().base.weight = Param::from_tensor(table.transpose());
+    check(&own, "tied_embedding");
+    let adapted = own.switch(&load("tied_embedding_ensured")).unwrap();
+    assert_computes(&*adapted, "tied_embedding_ensured");
+    let again = own.switch(&adapted.adapters()).unwrap();
+    assert_computes(&*again, "tied_embedding_ensured");
 }
 
 #[test]

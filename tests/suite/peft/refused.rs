@@ -7,7 +7,7 @@ use burn::{
     nn::{LayerNorm, LayerNormConfig, LinearConfig},
     tensor::backend::Backend,
 };
-use burn_lora::{LoraAdapters, LoraError, LoraLinear, LoraModule, Mismatch};
+use burn_lora::{LoraAdapters, LoraError, LoraLinear, LoraModule, Mismatch, Renaming};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
@@ -370,6 +370,90 @@ fn files_that_are_not_there_or_no_files_are_named() {
     assert!(load().contains("adapter_model.safetensors: No such file"), "{}", load());
     fs::create_dir(dir.0.join("adapter_model.safetensors")).unwrap();
     assert!(load().contains("adapter_model.safetensors: not a file"), "{}", load());
+}
+
+#[test]
+fn what_is_there_instead_is_named() {
+    let dir = TempDir::new("instead");
+    let load = || LoraAdapters::<Plain>::load(&dir.0, &device::<Plain>()).unwrap_err().to_string();
+    let (config, weights) = files("plain");
+    for name in ["two", "one"] {
+        fs::create_dir(dir.0.join(name)).unwrap();
+        fs::write(dir.0.join(name).join("adapter_config.json"), &config).unwrap();
+    }
+    assert!(
+        load().contains("holds several adapters by name; load one of `one`, `two`"),
+        "{}",
+        load()
+    );
+    fs::write(dir.0.join("adapter_config.json"), &config).unwrap();
+    fs::write(dir.0.join("adapter_model.bin"), "").unwrap();
+    assert!(load().contains("only adapter_model.bin is there, which is not read"), "{}", load());
+
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 4\n";
+    fs::write(dir.0.join("adapter_model.safetensors"), pointer).unwrap();
+    let expected = "adapter_model.safetensors: this is a git-lfs pointer; fetch the file";
+    assert!(load().contains(expected), "{}", load());
+    assert_refused(pointer.as_bytes(), &weights, "adapter_config.json: this is a git-lfs pointer");
+}
+
+#[test]
+fn other_formats_are_named() {
+    let config = br#"{"peft_type": "LORA", "r": 4}"#;
+    for (key, message) in [
+        ("lora_unet_mid_attn.lora_down.weight", "looks like kohya's format"),
+        ("unet.mid.attn.to_q_lora.down.weight", "unexpected: unet.mid"),
+        ("fc.processor.to_q.lora.up.weight", "looks like an old format of diffusers"),
+        ("fc.lora_A", "looks like loralib's format"),
+        ("fc.lora_a", "looks like mlx-lm's format"),
+        ("fc.lora_A.weight", "its keys lack the prefix `base_model.model.`"),
+        (
+            "_orig_mod.base_model.model.fc.lora_A.weight",
+            "looks like a wrapped model's (`_orig_mod.`)",
+        ),
+        ("module.base_model.model.fc.lora_A.weight", "looks like a wrapped model's (`module.`)"),
+        ("base_model.model.fc.lora_A.default.weight", "with the adapter's name"),
+    ] {
+        assert_refused(config, &weights(&[(key, Dtype::F32, &[4, 2, 1])]), message);
+    }
+    for key in ["fc.running_mean", "fc.running_var", "fc.num_batches_tracked"] {
+        let key = format!("base_model.model.{key}");
+        assert_refused(config, &weights(&[(&key, Dtype::F32, &[4])]), "running statistics");
+    }
+}
+
+#[test]
+fn other_beginnings_of_names_are_named_with_the_remedy() {
+    let base = Model::<Plain>::base();
+    let renamed = |from: &str, to: &str| {
+        let set = load("plain").renamed(&Renaming::new([(from, to)])).unwrap();
+        base.switch(&set).unwrap_err().to_string()
+    };
+    for prefix in ["_orig_mod", "module", "language_model.model", "base_model.model"] {
+        let error = renamed("", prefix);
+        let expected = format!(
+            "begin with `{prefix}.`, and the others do not: rename the set by \
+                                `Renaming::new([(\"{prefix}\", \"\")])`"
+        );
+        assert!(error.contains(&expected), "{error}");
+        // What the message says helps.
+        let set = load("plain").renamed(&Renaming::new([("", prefix)])).unwrap();
+        base.switch(&set.renamed(&Renaming::new([(prefix, "")])).unwrap()).unwrap();
+    }
+    assert!(!renamed("fc1", "fc9").contains("rename the set"));
+}
+
+#[test]
+fn a_layer_without_a_name_is_called_so() {
+    let linear = || LoraLinear::from(LinearConfig::new(6, 7).init::<Plain>(&device::<Plain>()));
+    let adapter = load("plain").get("fc1").unwrap().clone();
+    let error = linear().switch(&LoraAdapters::new([("", adapter)])).unwrap_err().to_string();
+    assert!(error.contains("the layer itself (expected [6, 7], found [6, 8])"), "{error}");
+    let mut adapter = linear().attach(&config()).unwrap().adapters().get("").unwrap().clone();
+    adapter.b = adapter.b.map(|b| b * f32::NAN);
+    let adapted = linear().switch(&LoraAdapters::new([("", adapter)])).unwrap();
+    let error = adapted.merge().unwrap_err().to_string();
+    assert!(error.starts_with("merging the layer itself would produce NaN"), "{error}");
 }
 
 #[cfg(unix)]

@@ -50,7 +50,9 @@ fn a_failed_save_leaves_the_old_file() {
     let diverged = Lora::new(diverged).adapters();
     let fails = |path: &Path| {
         let error = diverged.save(path).unwrap_err().to_string();
-        assert!(error.contains("the adapters hold NaN"), "{error}");
+        let file = path.join("adapter_model.safetensors");
+        let expected = format!("{}: the adapters hold NaN", file.display());
+        assert!(error.contains(&expected), "{error}");
     };
     fails(&path);
     assert_eq!(fs::read(path.join("adapter_model.safetensors")).unwrap(), before);
