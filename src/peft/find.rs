@@ -57,12 +57,13 @@ fn explained(path: &Path, source: io::Error) -> LoraError {
     LoraError::Io { path: path.to_owned(), source }
 }
 
-/// The names of the directories in `dir` that hold adapters.
+/// The names of the directories in `dir` that hold adapters. Hidden ones are left by saves that were
+/// killed.
 fn adapters_in(dir: &Path) -> Vec<String> {
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
     let adapters = entries.filter(|entry| entry.path().join(CONFIG).is_file());
-    let mut names: Vec<_> =
-        adapters.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let names = adapters.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let mut names: Vec<_> = names.filter(|name| !name.starts_with('.')).collect();
     names.sort();
     names
 }
