@@ -99,8 +99,11 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         });
         let mut lora = lora.training(&in_full);
         lora.model = Box::new(record::load(*lora.model, record.parameters));
-        let (trains, modules) = (record.trains.into_iter().collect(), record.modules);
-        Self { trains, modules, composed: OnceLock::new(), ..lora }.refrozen()
+        lora.trains = record.trains.into_iter().collect();
+        lora.modules = record.modules;
+        lora.described = serde_json::from_str(&record.described).expect("the record holds JSON");
+        lora.conv1d = record.conv1d.into_iter().collect();
+        lora.refrozen()
     }
 }
 
@@ -179,6 +182,8 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
             parameters: record::save(&*self.model, &paths),
             trains: self.trains.into_iter().collect(),
             modules: self.modules,
+            described: serde_json::to_string(&self.described).expect("it came from JSON"),
+            conv1d: self.conv1d.into_iter().collect(),
         }
     }
 }

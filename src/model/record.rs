@@ -26,6 +26,10 @@ pub struct LoraRecord<B: Backend> {
     pub trains: Vec<String>,
     /// The modules that train in full, as a set of adapters names them.
     pub modules: Vec<String>,
+    /// What the file of the adapters said beyond what this crate uses, as JSON.
+    pub described: String,
+    /// The parameters that are those of a `Conv1D` in the file.
+    pub conv1d: Vec<String>,
 }
 
 /// An adapter and its place.

@@ -20,7 +20,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{Init, LoraAdapters, LoraConfig, LoraLinear, LoraModule, Scaling};
+use burn_lora::{Init, Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule, Scaling};
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
@@ -205,11 +205,16 @@ fn what_a_file_says_beyond_our_concern_is_kept() {
     config["a_field_of_the_future"] = json!({"x": 1});
     let text = serde_json::to_vec(&config).unwrap();
     let set = LoraAdapters::<Plain>::from_bytes(&text, &weights, &device::<Plain>()).unwrap();
-    set.save(dir.0.join("set")).unwrap();
-    let saved = fs::read(dir.0.join("set/adapter_config.json")).unwrap();
-    let saved: Value = serde_json::from_slice(&saved).unwrap();
-    assert_eq!(saved["base_model_name_or_path"], "bert");
-    assert_eq!(saved["a_field_of_the_future"], json!({"x": 1}));
+    // Also by a model, and by one that was restored from a record.
+    let model = Model::<Plain>::base().switch(&set).unwrap();
+    let restored = Lora::new(Model::<Plain>::base()).load_record(model.clone().into_record());
+    for set in [set, model.adapters(), restored.adapters()] {
+        set.save(dir.0.join("set")).unwrap();
+        let saved = fs::read(dir.0.join("set/adapter_config.json")).unwrap();
+        let saved: Value = serde_json::from_slice(&saved).unwrap();
+        assert_eq!(saved["base_model_name_or_path"], "bert");
+        assert_eq!(saved["a_field_of_the_future"], json!({"x": 1}));
+    }
 }
 
 fn config() -> LoraConfig {
