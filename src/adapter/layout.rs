@@ -47,6 +47,9 @@ impl WeightLayout {
                 Tensor::from_primitive(weight.into_primitive())
             }
             Self::Matrix | Self::Embedding => weight.reshape([d_input, d_output]),
+            Self::Conv { .. } if is_vector([d_input, d_output]) => {
+                weight.reshape([d_input, d_output])
+            }
             Self::Conv { .. } => weight.reshape([d_output, d_input]).transpose(),
             Self::ConvTranspose { .. } => {
                 let places = d_input / dims[0];
@@ -67,12 +70,9 @@ impl WeightLayout {
                 Tensor::from_primitive(matrix.into_primitive())
             }
             Self::Matrix | Self::Embedding => matrix.reshape(dims),
-            Self::Conv { .. } => {
-                let mut rotated = dims;
-                rotated.rotate_left(1);
-                let axes: [isize; D] = std::array::from_fn(|dim| ((dim + D - 1) % D) as isize);
-                matrix.reshape(rotated).permute(axes)
-            }
+            // Reshaped last, so that it is not a permuted view: of such kernels Burn's wgpu backend
+            // computes wrong gradients of the input.
+            Self::Conv { .. } => swapped(matrix.reshape([1, d_input, d_output])).reshape(dims),
             Self::ConvTranspose { .. } => {
                 swapped(matrix.reshape([dims[0], d_input / dims[0], d_output])).reshape(dims)
             }
@@ -90,11 +90,16 @@ impl WeightLayout {
     }
 }
 
-/// The tensor with its last two dimensions swapped. If one of them has size 1, no element moves, and the
-/// tensor is reshaped instead: Burn's wgpu backend later reshapes a transposed vector wrongly.
+/// Whether no element moves when the matrix is transposed. It is reshaped then instead: Burn's wgpu
+/// backend later reshapes a transposed vector wrongly.
+fn is_vector([rows, columns]: [usize; 2]) -> bool {
+    rows == 1 || columns == 1
+}
+
+/// The tensor with its last two dimensions swapped.
 fn swapped<B: Backend>(tensor: Tensor<B, 3>) -> Tensor<B, 3> {
     let [first, rows, columns] = tensor.dims();
-    match rows == 1 || columns == 1 {
+    match is_vector([rows, columns]) {
         true => tensor.reshape([first, columns, rows]),
         false => tensor.swap_dims(1, 2),
     }

@@ -71,6 +71,9 @@ impl<B: Backend> LoraConv1d<B> {
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
         let Conv1d { weight, bias, groups, .. } = &self.base;
         forward(adapter, weight, bias.as_ref(), *groups, input, |x, weight, bias| {
+            if *groups == 1 {
+                return Conv1d { weight, bias, ..self.base.clone() }.forward(x);
+            }
             self.in_two_dimensions(weight, bias).forward(x.unsqueeze_dim(2)).squeeze_dim(2)
         })
     }
