@@ -49,9 +49,6 @@ pub(crate) trait LoraLayer<B: Backend> {
         true
     }
 
-    /// The type of the weight's elements.
-    fn dtype(&self) -> DType;
-
     /// The device of the base.
     fn device(&self) -> B::Device;
 

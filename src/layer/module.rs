@@ -17,7 +17,7 @@ macro_rules! lora_layer {
                 },
                 record::Record,
                 tensor::{
-                    DType, Tensor,
+                    Tensor,
                     backend::{AutodiffBackend, Backend},
                 },
             };
@@ -123,10 +123,6 @@ macro_rules! lora_layer {
 
                 fn takes_bias(&self) -> bool {
                     self.can_take_bias()
-                }
-
-                fn dtype(&self) -> DType {
-                    self.base.$weight.dtype()
                 }
 
                 fn device(&self) -> B::Device {

@@ -8,11 +8,14 @@ use std::{
 };
 
 use burn::{
-    module::Module,
-    tensor::{DType, backend::Backend},
+    module::{Module, Param},
+    tensor::{Tensor, backend::Backend},
 };
 
-use super::{Lora, in_full, record, slot, walk};
+use super::{
+    Lora, in_full, record, slot,
+    walk::{self, Place, Visit},
+};
 use crate::{
     adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
@@ -30,8 +33,6 @@ struct Layer {
     takes_bias: bool,
     takes_dropout: bool,
     is_adapted: bool,
-    /// Why the backend cannot compute the layer, if that is so.
-    unusable: Option<String>,
 }
 
 fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
@@ -42,37 +43,48 @@ fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
         takes_bias: layer.takes_bias(),
         takes_dropout: layer.takes_dropout(),
         is_adapted: layer.adapter().is_some(),
-        unusable: unusable::<B>(layer.dtype(), &layer.device()),
     })
 }
 
-/// Why the backend cannot compute with weights of this type.
-fn unusable<B: Backend>(dtype: DType, device: &B::Device) -> Option<String> {
-    if is_quantised(dtype) {
-        return B::ad_enabled(device).then(|| {
-            "its weight is quantised, and Burn has no autodiff for that: use the model without \
-             autodiff, or dequantise the weight"
-                .to_owned()
-        });
+/// An error if the backend cannot compute with the weights of these layers.
+fn require_usable<B: Backend, M: Module<B>>(
+    model: &M,
+    is_layer: impl Fn(&str) -> bool,
+) -> Result<(), LoraError> {
+    struct Check<F> {
+        is_layer: F,
+        result: Result<(), LoraError>,
     }
-    let problem = || {
-        format!(
-            "its weight is in {dtype:?}, which the backend `{}` does not compute with: cast it \
-                 to F32",
-            B::name(device)
-        )
-    };
-    (!B::supports_dtype(device, dtype)).then(problem)
-}
-
-/// An error if one of these layers cannot be computed.
-fn require_usable<'a>(layers: impl Iterator<Item = &'a Layer>) -> Result<(), LoraError> {
-    for Layer { path, unusable, .. } in layers {
-        if let Some(problem) = unusable {
-            return Err(LoraError::Unusable { path: path.clone(), problem: problem.clone() });
+    impl<B: Backend, F: Fn(&str) -> bool> Visit<B> for Check<F> {
+        fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+            let (dtype, device) = (param.dtype(), param.lazy_device());
+            let problem = if is_quantised(dtype) {
+                B::ad_enabled(&device).then(|| {
+                    "its weight is quantised, and Burn has no autodiff for that: use the model \
+                     without autodiff, or dequantise the weight"
+                        .to_owned()
+                })
+            } else {
+                (!B::supports_dtype(&device, dtype)).then(|| {
+                    let name = B::name(&device);
+                    format!(
+                        "its weight is in {dtype:?}, which the backend `{name}` does not compute \
+                         with: cast it to F32"
+                    )
+                })
+            };
+            let Some(problem) = problem else { return };
+            let mut paths = [place.module(), place.path()].into_iter();
+            if place.adapted_layer().is_none()
+                && let Some(path) = paths.find(|path| (self.is_layer)(path))
+            {
+                self.result = Err(LoraError::Unusable { path: path.to_owned(), problem });
+            }
         }
     }
-    Ok(())
+    let mut check = Check { is_layer, result: Ok(()) };
+    walk::visit(model, &mut check);
+    check.result
 }
 
 /// The model with fresh adapters on the layers that `config` chooses.
@@ -104,7 +116,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     if !paths.is_empty() {
         return Err(LoraError::AlreadyAttached { paths });
     }
-    require_usable(layers.iter().filter(|it| is_chosen(&it.path)))?;
+    require_usable(&*lora.model, is_chosen)?;
     for layer in layers.iter().filter(|it| is_chosen(&it.path)) {
         for (field, wanted, takes) in [
             ("bias", config.bias, layer.takes_bias),
@@ -276,7 +288,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             _ => {}
         }
     }
-    require_usable(layers.iter().filter(|it| set.get(&it.path).is_some()))?;
+    require_usable(&*bare.model, |path| set.get(path).is_some())?;
     let paths: Vec<_> = layers.into_iter().map(|it| it.path).collect();
     mismatch.unmatched_targets = set.unmatched_targets(&paths);
     mismatch.into_result("the set of adapters")?;

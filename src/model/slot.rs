@@ -8,7 +8,7 @@ use std::{
 
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Tensor, backend::Backend},
+    tensor::{Tensor, backend::Backend},
 };
 
 use super::walk::{self, Map, Place, Visit};
@@ -160,7 +160,6 @@ impl<B: Backend> Map<B> for Adder<'_, B> {
 struct Reader<'a, B: Backend> {
     slot: &'a Slot<B>,
     device: Option<B::Device>,
-    dtype: Option<DType>,
     /// The weight seen as a matrix, if it is wanted.
     matrix: Option<Tensor<B, 2>>,
     wanted: bool,
@@ -170,7 +169,6 @@ impl<B: Backend> Visit<B> for Reader<'_, B> {
     fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
         if place.path() == self.slot.weight {
             self.device = Some(param.lazy_device());
-            self.dtype = Some(param.dtype());
             self.matrix = self.wanted.then(|| self.slot.layout.to_matrix(frozen(param)));
         }
     }
@@ -210,8 +208,7 @@ pub(super) struct SlotLayer<'a, B: Backend, M: Module<B>> {
 
 impl<B: Backend, M: Module<B>> SlotLayer<'_, B, M> {
     fn read(&self, wanted: bool) -> Reader<'_, B> {
-        let mut reader =
-            Reader { slot: &self.slot, device: None, dtype: None, matrix: None, wanted };
+        let mut reader = Reader { slot: &self.slot, device: None, matrix: None, wanted };
         walk::visit(&*self.module, &mut reader);
         reader
     }
@@ -248,10 +245,6 @@ impl<B: Backend, M: Module<B>> LoraLayer<B> for SlotLayer<'_, B, M> {
 
     fn takes_dropout(&self) -> bool {
         false
-    }
-
-    fn dtype(&self) -> DType {
-        self.read(false).dtype.expect("the slots are the module's")
     }
 
     fn device(&self) -> B::Device {
