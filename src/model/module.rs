@@ -174,7 +174,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
         let paths = self.originals.keys().chain(&self.statistics).cloned().collect();
         let adapters = record::adapters(&self).into_iter();
         let adapters = adapters.map(|(path, adapter)| {
-            let adapter = adapter.into_record();
+            let adapter = record::unshared_adapter(adapter.into_record());
             PlacedAdapterRecord { path, adapter }
         });
         LoraRecord {

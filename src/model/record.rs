@@ -58,6 +58,20 @@ pub(super) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, Lora
     layers.into_iter().flatten().collect()
 }
 
+/// The record in memory of its own. burn-train reads a checkpoint on another thread, while the training
+/// goes on. On GPUs, Burn 0.21 may change memory in place that another thread is about to read.
+pub(super) fn unshared_adapter<B: Backend>(record: LoraAdapterRecord<B>) -> LoraAdapterRecord<B> {
+    let LoraAdapterRecord { a, b, bias, .. } = record;
+    LoraAdapterRecord { a: unshared(a), b: unshared(b), bias: bias.map(unshared), ..record }
+}
+
+fn unshared<B: Backend, const D: usize>(param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+    let (id, value, mapper) = param.consume();
+    let options = (&value.device(), value.dtype());
+    let value = Tensor::from_data(value.to_data(), options);
+    Param::from_mapped_value(id, value, mapper)
+}
+
 /// The parameters at `paths`.
 pub(super) fn save<B: Backend, M: Module<B>>(
     model: &M,
@@ -70,7 +84,7 @@ pub(super) fn save<B: Backend, M: Module<B>>(
             if self.0.contains(path) {
                 let size = param.shape().num_elements();
                 let values = Param::initialized(param.id, param.val().reshape([size]));
-                self.1.push(ParameterRecord { path: path.to_owned(), values });
+                self.1.push(ParameterRecord { path: path.to_owned(), values: unshared(values) });
             }
         }
     }
