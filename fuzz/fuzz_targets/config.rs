@@ -1,4 +1,5 @@
-//! Reads random bytes as `adapter_config.json`, with tensors that fit many configurations.
+//! Reads random bytes as `adapter_config.json`, PEFT's and mlx-lm's, with tensors that fit many
+//! configurations.
 //!
 //! ```text
 //! cargo +nightly fuzz run config fuzz/corpus/config fuzz/seeds/config
@@ -26,21 +27,32 @@ fn model() -> Model<Flex> {
     Model { layers: vec![block(), block(), block()] }
 }
 
-/// Adapters of rank 1 for two linear layers.
-fn weights() -> Vec<u8> {
+/// PEFT's keys for adapters of rank 1 on two linear layers.
+const PEFT: [(&str, [usize; 2]); 4] = [
+    ("base_model.model.layers.0.fc.lora_A.weight", [1, 2]),
+    ("base_model.model.layers.0.fc.lora_B.weight", [3, 1]),
+    ("base_model.model.layers.1.fc.lora_A.weight", [1, 2]),
+    ("base_model.model.layers.1.fc.lora_B.weight", [3, 1]),
+];
+
+/// mlx-lm's.
+const MLX: [(&str, [usize; 2]); 4] = [
+    ("layers.0.fc.lora_a", [2, 1]),
+    ("layers.0.fc.lora_b", [1, 3]),
+    ("layers.1.fc.lora_a", [2, 1]),
+    ("layers.1.fc.lora_b", [1, 3]),
+];
+
+/// A file of zeros.
+fn weights(tensors: [(&str, [usize; 2]); 4]) -> Vec<u8> {
     let mut header = String::from("{");
     let mut end = 0;
-    for (key, shape) in [
-        ("layers.0.fc.lora_A.weight", [1, 2]),
-        ("layers.0.fc.lora_B.weight", [3, 1]),
-        ("layers.1.fc.lora_A.weight", [1, 2]),
-        ("layers.1.fc.lora_B.weight", [3, 1]),
-    ] {
+    for (key, shape) in tensors {
         let start = end;
         end += 4 * shape[0] * shape[1];
         let comma = if start == 0 { "" } else { "," };
         header += &format!(
-            r#"{comma}"base_model.model.{key}": {{"dtype": "F32", "shape": {shape:?},
+            r#"{comma}"{key}": {{"dtype": "F32", "shape": {shape:?},
             "data_offsets": [{start}, {end}]}}"#
         );
     }
@@ -52,7 +64,11 @@ fn weights() -> Vec<u8> {
 }
 
 fuzz_target!(|bytes: &[u8]| {
-    if let Ok(set) = LoraAdapters::<Flex>::from_bytes(bytes, &weights(), &Default::default()) {
+    for tensors in [PEFT, MLX] {
+        let weights = weights(tensors);
+        let Ok(set) = LoraAdapters::<Flex>::from_bytes(bytes, &weights, &Default::default()) else {
+            continue;
+        };
         assert_eq!(set.len(), 2);
         assert!(set.iter().all(|(_, adapter)| adapter.alpha.is_finite()));
         if let Ok(adapted) = model().switch(&set) {

@@ -10,6 +10,7 @@ mod algebra;
 mod attention;
 mod conv;
 mod correctness;
+mod decoder;
 mod dropout;
 mod embedding;
 mod empty;

@@ -1,0 +1,162 @@
+//! Reads a decoder from a directory in Hugging Face's format: `config.json`, and `model.safetensors` or
+//! several files with `model.safetensors.index.json`.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Display,
+    fs,
+    path::{Component, Path},
+    rc::Rc,
+};
+
+use burn::tensor::{DType, backend::Backend};
+use burn_store::{
+    BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
+    TensorSnapshot,
+};
+use serde::Deserialize;
+
+use super::{config::LlamaConfig, llama::Llama};
+
+const WEIGHTS: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+
+/// A decoder that was read.
+pub struct Pretrained<B: Backend> {
+    pub llama: Llama<B>,
+    /// The type of the weights in the file, if they had to be converted to `f32`.
+    pub converted: Option<DType>,
+}
+
+type Tensors = BTreeMap<String, TensorSnapshot>;
+
+/// The decoder in `dir`.
+///
+/// # Errors
+///
+/// If a file cannot be read or is not of a decoder that [`Llama`] is; if a tensor is missing, unexpected,
+/// or has another shape. The error lists all of them.
+pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<Pretrained<B>, String> {
+    let config = LlamaConfig::read(&dir.join("config.json"))?;
+    let mut tensors = read_tensors(dir)?;
+    let told = |problem: &dyn Display| format!("{}: {problem}", dir.display());
+    check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
+    let converted = tensors.values().map(|it| it.dtype).find(|&it| it != DType::F32);
+    let mut llama = config.init_zeros(device);
+    let found = match_up(&llama, &config, &mut tensors);
+    let found = found.map_err(|problems| told(&problems.join("; ")))?;
+    let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
+    match result.errors.is_empty() && result.missing.is_empty() {
+        true => Ok(Pretrained { llama, converted }),
+        false => Err(told(&format!("{:?}, {:?}", result.errors, result.missing))),
+    }
+}
+
+/// All tensors of the directory, by name. Their values are read when they are needed.
+fn read_tensors(dir: &Path) -> Result<Tensors, String> {
+    let index = dir.join(INDEX);
+    if !index.exists() {
+        return read_file(&dir.join(WEIGHTS));
+    }
+    let told = |error: &dyn Display| format!("{}: {error}", index.display());
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: BTreeMap<String, String>,
+    }
+    let text = fs::read_to_string(&index).map_err(|error| told(&error))?;
+    let index: Index = serde_json::from_str(&text).map_err(|error| told(&error))?;
+    let files: BTreeSet<_> = index.weight_map.values().collect();
+    let mut tensors = Tensors::new();
+    for file in files {
+        let mut parts = Path::new(file).components();
+        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
+            return Err(told(&format!("`{file}` is not the name of a file in the directory")));
+        }
+        tensors.extend(read_file(&dir.join(file))?);
+    }
+    let listed = index.weight_map.into_keys().collect::<BTreeSet<_>>();
+    let found = tensors.keys().cloned().collect();
+    match listed.symmetric_difference(&found).next() {
+        Some(name) => Err(told(&format!("`{name}` is only in the index, or only in the files"))),
+        None => Ok(tensors),
+    }
+}
+
+fn read_file(path: &Path) -> Result<Tensors, String> {
+    let told = |error: &dyn Display| format!("{}: {error}", path.display());
+    // burn-store would not name the file.
+    fs::File::open(path).map_err(|error| told(&error))?;
+    let mut file = SafetensorsStore::from_file(path);
+    Ok(file.get_all_snapshots().map_err(|error| told(&error))?.clone())
+}
+
+/// Checks that the files have the sizes in the configuration, before memory is allocated for them.
+fn check_sizes(config: &LlamaConfig, tensors: &Tensors) -> Result<(), String> {
+    let (width, head) = (config.hidden_size, config.head_dim());
+    let rows = |heads: usize| heads.saturating_mul(head);
+    for (name, shape) in [
+        ("model.embed_tokens.weight", [config.vocab_size, width]),
+        ("model.layers.0.self_attn.q_proj.weight", [rows(config.num_attention_heads), width]),
+        ("model.layers.0.self_attn.k_proj.weight", [rows(config.key_value_heads()), width]),
+        ("model.layers.0.mlp.gate_proj.weight", [config.intermediate_size, width]),
+    ] {
+        let found = tensors.get(name).map(|tensor| tensor.shape.to_vec());
+        if found.as_deref() != Some(&shape) {
+            let found = found.map_or("missing".to_owned(), |found| format!("{found:?}"));
+            return Err(format!("by config.json `{name}` is {shape:?}, and it is {found}"));
+        }
+    }
+    let ends = |name: &&String| name.ends_with(".mlp.gate_proj.weight");
+    let (layers, found) = (config.num_hidden_layers, tensors.keys().filter(ends).count());
+    match layers == found {
+        true => Ok(()),
+        false => Err(format!("by config.json it has {layers} layers, and it has {found}")),
+    }
+}
+
+/// The decoder's tensors, or a list of problems.
+fn match_up<B: Backend>(
+    llama: &Llama<B>,
+    config: &LlamaConfig,
+    tensors: &mut Tensors,
+) -> Result<Vec<TensorSnapshot>, Vec<String>> {
+    let (mut found, mut problems) = (Vec::new(), Vec::new());
+    for wanted in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
+        let path = wanted.full_path();
+        // Burn's name of a norm's factor.
+        let name =
+            path.strip_suffix(".gamma").map_or(path.clone(), |norm| format!("{norm}.weight"));
+        let Some(tensor) = tensors.remove(&name) else {
+            problems.push(format!("`{name}` is missing"));
+            continue;
+        };
+        if tensor.shape != wanted.shape {
+            let [expected, shape] = [&wanted.shape, &tensor.shape].map(|it| it.to_vec());
+            problems.push(format!("`{name}` must be of shape {expected:?}, and is {shape:?}"));
+        } else if !matches!(tensor.dtype, DType::F32 | DType::F16 | DType::BF16) {
+            let expected = "F32, F16 or BF16";
+            problems
+                .push(format!("`{name}` must be of type {expected}, and is {:?}", tensor.dtype));
+        }
+        found.push(in_f32(tensor, wanted));
+    }
+    tensors.retain(|name, _| {
+        // Written by old versions, and computed here.
+        let computed = name.ends_with(".rotary_emb.inv_freq");
+        // The same table again.
+        let tied = config.tie_word_embeddings && name == "lm_head.weight";
+        !computed && !tied
+    });
+    problems.extend(tensors.keys().map(|name| format!("`{name}` belongs to nothing")));
+    if problems.is_empty() { Ok(found) } else { Err(problems) }
+}
+
+/// The values of `tensor` in the place of `wanted`, converted when they are read.
+fn in_f32(tensor: TensorSnapshot, wanted: TensorSnapshot) -> TensorSnapshot {
+    let shape = tensor.shape.clone();
+    let values = Rc::new(move || Ok(tensor.to_data()?.convert_dtype(DType::F32)));
+    let path = wanted.path_stack.unwrap_or_default();
+    let containers = wanted.container_stack.unwrap_or_default();
+    let id = wanted.tensor_id.unwrap_or_default();
+    TensorSnapshot::from_closure(values, DType::F32, shape, path, containers, id)
+}

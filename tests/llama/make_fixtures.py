@@ -1,0 +1,103 @@
+"""Writes tiny decoders with random weights, one of each architecture that the language_model example
+reads, and what Hugging Face's `transformers` and PEFT compute with them.
+
+    python -m venv venv
+    venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0
+    venv/bin/python tests/llama/make_fixtures.py
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import save_file
+from transformers import (
+    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+    Qwen3Config, Qwen3ForCausalLM,
+)
+
+FIXTURES = Path(__file__).parent / "fixtures"
+
+SIZES = {
+    "vocab_size": 29, "hidden_size": 12, "intermediate_size": 20, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5, "attn_implementation": "eager", "bos_token_id": 1, "eos_token_id": 2,
+}
+
+# Periods of 6.3 and more: with these limits some are kept, some scaled, and one is between.
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 50.0, "factor": 4.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}
+
+MODELS = {
+    "llama2": (LlamaForCausalLM, LlamaConfig(**SIZES)),
+    "llama3": (LlamaForCausalLM, LlamaConfig(
+        **SIZES | {"num_attention_heads": 2, "num_key_value_heads": 1}, head_dim=8, rope_parameters=LLAMA3,
+    )),
+    "smollm2": (LlamaForCausalLM, LlamaConfig(
+        **SIZES, tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+    )),
+    "biases": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=4, tie_word_embeddings=True)),
+}
+
+
+def write(path, ids, logits):
+    rows = [[round(it, 6) for it in row] for row in logits.double().flatten(0, 1).tolist()]
+    text = json.dumps({"ids": ids.tolist(), "logits": rows}, separators=(",", ":"))
+    path.write_text(text + "\n")
+
+
+def tiny(name, kind, config):
+    model = kind(config).eval()
+    for parameter in model.parameters():
+        parameter.copy_(0.5 * torch.randn_like(parameter))
+    if name == "mistral":
+        # Rounded to the type of its file.
+        model = model.bfloat16().float()
+    path = FIXTURES / name
+    ids = torch.randint(0, config.vocab_size, (2, 9))
+    match name:
+        case "mistral":
+            model.bfloat16().save_pretrained(path)
+            model = model.float()
+        case "qwen2":
+            # In parts with an index.
+            model.save_pretrained(path, max_shard_size="3kB")
+            assert (path / "model.safetensors.index.json").exists()
+        case _:
+            model.save_pretrained(path)
+    (path / "generation_config.json").unlink(missing_ok=True)
+    write(path / "expected.json", ids, model(ids).logits)
+
+    targets = "all-linear" if name != "smollm2" else ["q_proj", "v_proj", "down_proj"]
+    config = LoraConfig(
+        r=2, lora_alpha=5, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM",
+    )
+    adapted = get_peft_model(model, config).eval()
+    for key, parameter in adapted.named_parameters():
+        if "lora_" in key:
+            parameter.copy_(0.4 * torch.randn_like(parameter))
+    adapted.save_pretrained(path / "adapter")
+    (path / "adapter" / "README.md").unlink()
+    write(path / "adapter" / "expected.json", ids, adapted(ids).logits)
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    print(f"{name}: {size:,} bytes")
+
+
+def main():
+    torch.manual_seed(16)
+    shutil.rmtree(FIXTURES, ignore_errors=True)
+    FIXTURES.mkdir()
+    with torch.no_grad():
+        for name, (kind, config) in MODELS.items():
+            tiny(name, kind, config)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,263 @@
+//! The decoder of the `language_model` example computes the same as Hugging Face's `transformers`, for
+//! each architecture that it reads, with and without an adapter. `tests/llama/make_fixtures.py` wrote the
+//! models and the reference outputs.
+
+#[path = "../../examples/language_model/config.rs"]
+mod config;
+#[path = "../../examples/language_model/llama.rs"]
+mod llama;
+#[path = "../../examples/language_model/pretrained.rs"]
+mod pretrained;
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn_lora::{LoraAdapters, LoraConfig, LoraModule};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::{
+    model::{Plain, Train, device},
+    oracle::{Matrix, assert_close},
+    peft::TempDir,
+};
+use llama::Llama;
+
+const MODELS: [&str; 7] = ["llama2", "llama3", "smollm2", "biases", "mistral", "qwen2", "qwen3"];
+
+/// Texts, and the scores from Python: a row per token.
+#[derive(Deserialize)]
+struct Expected {
+    ids: Vec<Vec<i32>>,
+    logits: Vec<Vec<f64>>,
+}
+
+impl Expected {
+    fn read(path: PathBuf) -> Self {
+        serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
+    }
+
+    /// The rows of some tokens of a text.
+    fn rows(&self, text: usize, tokens: std::ops::Range<usize>) -> Matrix {
+        let length = self.ids[0].len();
+        let rows = &self.logits[text * length..][tokens];
+        Matrix { rows: rows.len(), cols: rows[0].len(), data: rows.concat() }
+    }
+}
+
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/llama/fixtures").join(name)
+}
+
+fn tiny(name: &str) -> Llama<Plain> {
+    pretrained::load(&fixture(name), &device::<Plain>()).unwrap().llama
+}
+
+fn ids(texts: &[&[i32]]) -> Tensor<Plain, 2, Int> {
+    let shape = [texts.len(), texts[0].len()];
+    Tensor::from_data(TensorData::new(texts.concat(), shape), &device::<Plain>())
+}
+
+#[track_caller]
+fn assert_computes(llama: &Llama<Plain>, expected: PathBuf) {
+    let expected = Expected::read(expected);
+    let texts: Vec<_> = expected.ids.iter().map(Vec::as_slice).collect();
+    let logits = llama.forward(ids(&texts));
+    let (rows, cols) = (expected.logits.len(), expected.logits[0].len());
+    let expected = Matrix { rows, cols, data: expected.logits.concat() };
+    assert_close(logits.reshape([rows, cols]), &expected, 2e-5);
+}
+
+#[test]
+fn scores_are_those_of_transformers() {
+    for name in MODELS {
+        let loaded = pretrained::load::<Plain>(&fixture(name), &device::<Plain>()).unwrap();
+        let stored = if name == "mistral" { Some(DType::BF16) } else { None };
+        assert_eq!(loaded.converted, stored, "{name}");
+        assert_computes(&loaded.llama, fixture(name).join("expected.json"));
+    }
+}
+
+#[test]
+fn adapters_of_peft_compute_the_same_and_keep_their_names() {
+    let dir = TempDir::new("llama-adapter");
+    for name in MODELS {
+        let path = fixture(name).join("adapter");
+        let adapters = LoraAdapters::load(&path, &device::<Plain>()).unwrap();
+        let adapted = tiny(name).switch(&adapters).unwrap();
+        assert_computes(&adapted, path.join("expected.json"));
+
+        adapted.adapters().save(dir.0.join(name)).unwrap();
+        let read = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
+        assert_eq!(read(&dir.0.join(name)), read(&path), "{name}");
+        assert_computes(&adapted.merge().unwrap(), path.join("expected.json"));
+    }
+}
+
+#[test]
+fn a_target_means_what_it_means_in_peft() {
+    let llama = pretrained::load::<Train>(&fixture("qwen3"), &device::<Train>()).unwrap().llama;
+    let config = LoraConfig::new(2, 5.0).with_targets(["q_proj", "v_proj"]);
+    let adapted = llama.attach(&config).unwrap();
+    let adapters = adapted.adapters();
+    let paths: Vec<_> = adapters.iter().map(|(path, _)| path.to_owned()).collect();
+    let path = |layer: usize, name: &str| format!("model.layers.{layer}.self_attn.{name}");
+    let expected: Vec<_> =
+        (0..2).flat_map(|layer| ["q_proj", "v_proj"].map(|name| path(layer, name))).collect();
+    assert_eq!(paths, expected);
+}
+
+#[test]
+fn what_is_read_in_parts_scores_the_same_as_in_one() {
+    for name in ["llama3", "qwen3"] {
+        let (llama, expected) = (tiny(name), Expected::read(fixture(name).join("expected.json")));
+        let text = &expected.ids[1];
+        let mut cache = llama.cache();
+        // Several tokens at once, first and later.
+        for part in [0..4, 4..5, 5..8, 8..9] {
+            let logits = llama.read(ids(&[&text[part.clone()]]), &mut cache);
+            assert_close(logits, &expected.rows(1, part.end - 1..part.end), 2e-5);
+        }
+    }
+}
+
+#[test]
+fn texts_in_one_row_do_not_see_each_other() {
+    let llama = tiny("llama3");
+    let expected = Expected::read(fixture("llama3/expected.json"));
+    let (one, two) = (&expected.ids[0][..5], &expected.ids[1][..4]);
+    let row = [one, two].concat();
+    let places = llama.packed(&[vec![5, 4]], &device::<Plain>());
+    let scores = llama.logits(llama.hidden(ids(&[&row]), &places)).squeeze_dim::<2>(0);
+    assert_close(scores.clone().narrow(0, 0, 5), &expected.rows(0, 0..5), 2e-5);
+    assert_close(scores.narrow(0, 5, 4), &expected.rows(1, 0..4), 2e-5);
+
+    // Rows with other divisions, in one batch.
+    let places = llama.packed(&[vec![9], vec![5, 4]], &device::<Plain>());
+    let scores = llama.logits(llama.hidden(ids(&[&expected.ids[0], &row]), &places));
+    let of = |text: usize| scores.clone().narrow(0, text, 1).squeeze_dim::<2>(0);
+    assert_close(of(0), &expected.rows(0, 0..9), 2e-5);
+    assert_close(of(1).narrow(0, 5, 4), &expected.rows(1, 0..4), 2e-5);
+}
+
+#[test]
+fn a_fresh_decoder_prefers_no_token() {
+    let config = config::LlamaConfig::read(&fixture("llama3/config.json")).unwrap();
+    let scores = config.init::<Plain>(&device::<Plain>()).forward(ids(&[&[3, 1, 4]]));
+    let largest = scores.clone().abs().max().into_scalar();
+    assert!(largest > 0.0 && largest < 0.5, "{largest}");
+}
+
+/// A copy of a fixture with another configuration, in a directory `dir`.
+fn changed(dir: &str, name: &str, change: impl FnOnce(&mut Value)) -> TempDir {
+    let dir = TempDir::new(&format!("llama-{dir}"));
+    for file in fs::read_dir(fixture(name)).unwrap() {
+        let file = file.unwrap();
+        if file.file_type().unwrap().is_file() {
+            fs::copy(file.path(), dir.0.join(file.file_name())).unwrap();
+        }
+    }
+    let path = dir.0.join("config.json");
+    let mut config = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    change(&mut config);
+    fs::write(path, config.to_string()).unwrap();
+    dir
+}
+
+fn error(dir: &Path) -> String {
+    pretrained::load::<Plain>(dir, &device::<Plain>()).err().expect("it cannot be loaded")
+}
+
+#[test]
+fn older_files_say_the_same_in_other_words() {
+    let dir = changed("old", "llama3", |config| {
+        let mut rope = config["rope_parameters"].take();
+        config["rope_theta"] = rope.as_object_mut().unwrap().remove("rope_theta").unwrap();
+        rope["type"] = rope.as_object_mut().unwrap().remove("rope_type").unwrap();
+        config["rope_scaling"] = rope;
+        config.as_object_mut().unwrap().remove("rope_parameters");
+    });
+    let llama = pretrained::load(&dir.0, &device::<Plain>()).unwrap().llama;
+    assert_computes(&llama, fixture("llama3/expected.json"));
+}
+
+#[test]
+fn what_the_decoder_is_not_is_refused_by_name() {
+    for (model, key, value, expected) in [
+        ("llama2", "model_type", json!("gemma3"), "unknown variant `gemma3`"),
+        ("llama2", "hidden_act", json!("gelu"), "`hidden_act` must be \"silu\", and is \"gelu\""),
+        ("mistral", "sliding_window", json!(8), "`sliding_window` 8 is not supported"),
+        ("llama2", "num_key_value_heads", json!(4), "6 query heads cannot share 4"),
+        ("llama2", "head_dim", json!(3), "the size of a head must be even, and is 3"),
+        (
+            "llama2",
+            "vocab_size",
+            json!(1_000_000_000_000_u64),
+            "is [1000000000000, 12], and it is [29, 12]",
+        ),
+        ("llama2", "num_hidden_layers", json!(3), "it has 3 layers, and it has 2"),
+        (
+            "llama2",
+            "quantization_config",
+            json!({"quant_method": "awq"}),
+            "(\"awq\") is not supported",
+        ),
+        (
+            "llama2",
+            "rope_parameters",
+            json!({"rope_type": "yarn"}),
+            "`rope_type` \"yarn\" is not supported",
+        ),
+        ("llama2", "rms_norm_eps", json!(0), "`rms_norm_eps` must be above 0"),
+    ] {
+        let dir = changed(&format!("refused-{key}"), model, |config| config[key] = value);
+        let error = error(&dir.0);
+        assert!(error.contains(expected), "{error}");
+        assert!(error.contains(dir.0.to_str().unwrap()), "{error}");
+    }
+    // A window that hides nothing.
+    for (model, key, value) in [("mistral", "sliding_window", 64), ("qwen2", "sliding_window", 8)] {
+        let dir = changed(&format!("wide-{model}"), model, |config| config[key] = json!(value));
+        let llama = pretrained::load(&dir.0, &device::<Plain>()).unwrap().llama;
+        assert_computes(&llama, fixture(model).join("expected.json"));
+    }
+}
+
+#[test]
+fn all_tensors_that_do_not_fit_are_in_one_error() {
+    // The head is missing, and no layer has biases.
+    let dir = changed("missing", "smollm2", |config| {
+        config["tie_word_embeddings"] = json!(false);
+        config["model_type"] = json!("qwen2");
+    });
+    let found = error(&dir.0);
+    for name in ["lm_head", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"] {
+        let tensor = if name == "lm_head" { "weight" } else { "bias" };
+        assert!(found.contains(&format!("`{name}.{tensor}` is missing")), "{found}");
+    }
+    let dir = changed("unexpected", "biases", |config| config["mlp_bias"] = json!(false));
+    let found = error(&dir.0);
+    assert!(found.contains("`model.layers.1.mlp.up_proj.bias` belongs to nothing"), "{found}");
+    assert_eq!(found.matches("belongs to nothing").count(), 6, "{found}");
+
+    // A part that is missing, one outside, and a tensor that is in no part.
+    let part = "model-00002-of-00005.safetensors";
+    let dir = changed("part", "qwen2", |_| ());
+    fs::remove_file(dir.0.join(part)).unwrap();
+    assert!(error(&dir.0).contains(part));
+    for (which, file, expected) in [
+        ("outside", "../model.safetensors", "is not the name of a file in the directory"),
+        ("lost", "model-00001-of-00005.safetensors", "is only in the index, or only in the files"),
+    ] {
+        let dir = changed(which, "qwen2", |_| ());
+        let index = dir.0.join("model.safetensors.index.json");
+        let mut json: Value = serde_json::from_slice(&fs::read(&index).unwrap()).unwrap();
+        json["weight_map"]["model.unknown.weight"] = json!(file);
+        fs::write(index, json.to_string()).unwrap();
+        let found = error(&dir.0);
+        assert!(found.contains(expected) && found.contains("index.json"), "{found}");
+    }
+}
