@@ -92,17 +92,9 @@ pub struct Cache<B: Backend> {
 }
 
 impl LlamaConfig {
-    /// The decoder with random weights.
+    /// The decoder with zeros in place of the weights, which are then read from files.
     pub fn init<B: Backend>(&self, device: &B::Device) -> Llama<B> {
-        self.init_with(&Initializer::Normal { mean: 0.0, std: 0.02 }, device)
-    }
-
-    /// The decoder with zeros in place of the weights.
-    pub fn init_zeros<B: Backend>(&self, device: &B::Device) -> Llama<B> {
-        self.init_with(&Initializer::Zeros, device)
-    }
-
-    fn init_with<B: Backend>(&self, draw: &Initializer, device: &B::Device) -> Llama<B> {
+        let draw = Initializer::Zeros;
         let width = self.hidden_size;
         let norm = |size| RmsNormConfig::new(size).with_epsilon(self.rms_norm_eps).init(device);
         let linear = |from, to, bias| -> LoraLinear<B> {
@@ -145,13 +137,6 @@ impl LlamaConfig {
 }
 
 impl<B: Backend> Llama<B> {
-    /// The scores of all possible next tokens, at each token of the texts: `[batch, length]` to
-    /// `[batch, length, vocab_size]`.
-    pub fn forward(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        let places = self.places(0, ids.dims()[1], &ids.device());
-        self.logits(self.hidden(ids, &places))
-    }
-
     /// What the head reads: `[batch, length]` to `[batch, length, hidden_size]`.
     pub fn hidden(&self, ids: Tensor<B, 2, Int>, places: &Places<B>) -> Tensor<B, 3> {
         let x = self.model.embed_tokens.forward(ids);

@@ -42,7 +42,7 @@ pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<Pretrained<B>,
     let told = |problem: &dyn Display| format!("{}: {problem}", dir.display());
     check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
     let converted = tensors.values().map(|it| it.dtype).find(|&it| it != DType::F32);
-    let mut llama = config.init_zeros(device);
+    let mut llama = config.init(device);
     let found = match_up(&llama, &config, &mut tensors);
     let found = found.map_err(|problems| told(&problems.join("; ")))?;
     let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
@@ -122,10 +122,7 @@ fn match_up<B: Backend>(
 ) -> Result<Vec<TensorSnapshot>, Vec<String>> {
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for wanted in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
-        let path = wanted.full_path();
-        // Burn's name of a norm's factor.
-        let name =
-            path.strip_suffix(".gamma").map_or(path.clone(), |norm| format!("{norm}.weight"));
+        let name = python_name(&wanted.full_path());
         let Some(tensor) = tensors.remove(&name) else {
             problems.push(format!("`{name}` is missing"));
             continue;
@@ -149,6 +146,11 @@ fn match_up<B: Backend>(
     });
     problems.extend(tensors.keys().map(|name| format!("`{name}` belongs to nothing")));
     if problems.is_empty() { Ok(found) } else { Err(problems) }
+}
+
+/// Hugging Face's name of a parameter: what is `gamma` in Burn's norms is `weight` there.
+pub fn python_name(path: &str) -> String {
+    path.strip_suffix(".gamma").map_or(path.to_owned(), |norm| format!("{norm}.weight"))
 }
 
 /// The values of `tensor` in the place of `wanted`, converted when they are read.

@@ -1,0 +1,372 @@
+//! Fine-tunes a language model with LoRA, evaluates it, lets it answer, and merges the adapters into its
+//! weights.
+//!
+//! ```text
+//! alias lm='cargo run --release --example language_model --no-default-features --features flex,text --'
+//! lm train --model MODEL --data DATA --out out/language_model
+//! lm evaluate --model MODEL --data DATA/test.jsonl --adapter out/language_model/adapter
+//! lm generate --model MODEL --adapter out/language_model/adapter --prompt "What is LoRA?"
+//! lm merge --model MODEL --adapter out/language_model/adapter --out merged
+//! ```
+//!
+//! `MODEL` is a directory in Hugging Face's format of a model of the Llama family, and `DATA` holds
+//! `train.jsonl` and `valid.jsonl`. Start reading with [`llama`], which is the model, and [`train`].
+
+mod chat;
+#[path = "../common/mod.rs"]
+mod common;
+mod config;
+mod data;
+mod generate;
+mod llama;
+mod loss;
+mod merged;
+mod pretrained;
+#[cfg(test)]
+mod tests;
+mod train;
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Instant,
+};
+
+use burn::tensor::backend::Backend;
+use burn_lora::{LoraAdapters, LoraConfig, LoraModule};
+use clap::{Parser, Subcommand};
+use mimalloc::MiMalloc;
+use plotters::chart::SeriesLabelPosition;
+use rand::{SeedableRng, rngs::StdRng};
+use serde_json::json;
+
+use chat::Chat;
+use common::{
+    Context, Result,
+    backend::{self, Plain, Train},
+    download::write_atomically,
+    live::during,
+    plot::{Panel, draw},
+};
+use data::Reading;
+use generate::{Sampling, generate};
+use llama::Llama;
+use train::{History, Recipe};
+
+/// Reuses the memory of large tensors: every training step allocates them again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
+/// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
+/// adapters into its weights.
+#[derive(Parser, Debug)]
+struct Args {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// Train adapters
+    Train(TrainArgs),
+    /// Tell the perplexity on texts, with and without adapters
+    Evaluate(EvaluateArgs),
+    /// Answer a prompt, with each of the adapters in turn
+    Generate(GenerateArgs),
+    /// Write the model with adapters in its weights, as a Hugging Face directory
+    Merge(MergeArgs),
+}
+
+/// The linear layers of each block.
+const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
+
+#[derive(Parser, Debug)]
+struct TrainArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
+    /// or `text`
+    #[arg(long, value_name = "DIR")]
+    data: PathBuf,
+    /// Directory for the adapters, curves.svg and summary.json
+    #[arg(long, value_name = "DIR", default_value = "out/language_model")]
+    out: PathBuf,
+    /// Rank of the adapters
+    #[arg(long, default_value = "8", value_parser = common::positive)]
+    rank: usize,
+    /// Scale of the adapters: their update is multiplied by alpha/rank
+    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    alpha: f64,
+    /// Layers that get adapters
+    #[arg(long, value_delimiter = ',', default_value = ALL_LINEAR)]
+    targets: Vec<String>,
+    /// Number of steps
+    #[arg(long, default_value = "200", value_parser = common::positive)]
+    iters: usize,
+    /// Number of texts of a batch
+    #[arg(long, default_value = "4", value_parser = common::positive)]
+    batch: usize,
+    /// Number of batches of a step
+    #[arg(long, default_value = "1", value_parser = common::positive)]
+    accumulate: usize,
+    /// Longer texts are cut off, in tokens
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
+    max_length: usize,
+    /// Learning rate, which falls to zero along a cosine
+    #[arg(long, value_name = "RATE", default_value = "0.0005", value_parser = common::rate)]
+    learning_rate: f64,
+    /// Number of steps in which the learning rate grows to its full value
+    #[arg(long, value_name = "STEPS", default_value = "10")]
+    warmup: usize,
+    /// Greatest norm of the gradient
+    #[arg(long, value_name = "NORM", default_value = "1", value_parser = common::nonzero)]
+    clip: f64,
+    /// Learn only the answers, not the prompts
+    #[arg(long)]
+    mask_prompt: bool,
+    /// Put several short texts into one row, which do not see each other
+    #[arg(long)]
+    pack: bool,
+    /// Number of steps between two evaluations
+    #[arg(long, value_name = "STEPS", default_value = "50", value_parser = common::positive)]
+    eval_every: usize,
+    /// Seed of the adapters and the order of the texts
+    #[arg(long, default_value = "42")]
+    seed: u64,
+}
+
+#[derive(Parser, Debug)]
+struct EvaluateArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// File with a text, or a conversation, per line
+    #[arg(long, value_name = "FILE")]
+    data: PathBuf,
+    /// Directory of adapters
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Number of texts of a batch
+    #[arg(long, default_value = "4", value_parser = common::positive)]
+    batch: usize,
+    /// Longer texts are cut off, in tokens
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
+    max_length: usize,
+    /// Count only the answers, not the prompts
+    #[arg(long)]
+    mask_prompt: bool,
+}
+
+#[derive(Parser, Debug)]
+struct GenerateArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Directory of adapters; several are used one after the other
+    #[arg(long, value_name = "DIR")]
+    adapter: Vec<PathBuf>,
+    /// What to answer
+    #[arg(long)]
+    prompt: String,
+    /// Greatest number of tokens of the answer
+    #[arg(long, value_name = "TOKENS", default_value = "200", value_parser = common::positive)]
+    max_tokens: usize,
+    /// 0 takes the most probable token; higher values give others a greater chance
+    #[arg(long, default_value = "0", value_parser = temperature)]
+    temperature: f64,
+    /// Take only the most probable tokens, as few as have this probability together
+    #[arg(long, value_name = "P", default_value = "1", value_parser = common::rate)]
+    top_p: f64,
+    /// Seed of the choices
+    #[arg(long, default_value = "42")]
+    seed: u64,
+}
+
+#[derive(Parser, Debug)]
+struct MergeArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Directory of adapters
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// Directory for the merged model
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+}
+
+fn main() -> ExitCode {
+    common::main(|args: Args| match args.command {
+        Command::Train(args) => run_train(&args),
+        Command::Evaluate(args) => run_evaluate(&args),
+        Command::Generate(args) => run_generate(&args),
+        Command::Merge(args) => run_merge(&args),
+    })
+}
+
+/// Parses a temperature.
+fn temperature(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value >= 0.0 => Ok(value),
+        _ => Err("a finite number of at least 0 is needed".to_owned()),
+    }
+}
+
+/// The model and its tokens.
+fn read<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Llama<B>, Chat)> {
+    let start = Instant::now();
+    let chat = Chat::read(dir)?;
+    let doing = format!("reading {}", dir.display());
+    let loaded = during(&doing, || pretrained::load::<B>(dir, device))?;
+    if let Some(stored) = loaded.converted {
+        println!("The weights are {stored:?} in the file, and F32 here.");
+    }
+    let size = loaded.llama.parameters().total;
+    let millions = size as f64 / 1e6;
+    println!("{millions:.1} million parameters, read in {:.1} s", start.elapsed().as_secs_f64());
+    Ok((loaded.llama, chat))
+}
+
+fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
+    LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
+}
+
+fn run_train(args: &TrainArgs) -> Result<()> {
+    let device = Default::default();
+    let (llama, chat) = read::<Train>(&args.model, &device)?;
+    let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
+    let texts = data::read(&args.data.join("train.jsonl"), &chat, &reading)?;
+    let valid = data::read(&args.data.join("valid.jsonl"), &chat, &reading)?;
+    let config =
+        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
+    let model = llama.attach(&config).map_err(|error| error.to_string())?;
+    let parameters = model.parameters();
+    println!(
+        "{} texts to learn, {} to evaluate; {} of {} parameters train ({:.2} %); {}",
+        texts.len(),
+        valid.len(),
+        parameters.trainable,
+        parameters.total,
+        100.0 * parameters.trainable as f64 / parameters.total as f64,
+        backend::NAME,
+    );
+    let recipe = Recipe {
+        iters: args.iters,
+        batch: args.batch,
+        accumulate: args.accumulate,
+        learning_rate: args.learning_rate,
+        warmup: args.warmup.min(args.iters - 1),
+        clip: args.clip,
+        pack: args.pack.then_some(args.max_length),
+        eval_every: args.eval_every,
+        seed: args.seed,
+    };
+    let adapter = args.out.join("adapter");
+    std::fs::create_dir_all(&args.out).context(args.out.display())?;
+    let (_, history) = train::train(model, &texts, &valid, &recipe, &adapter)?;
+    report(args, &history, &adapter)
+}
+
+fn report(args: &TrainArgs, history: &History, adapter: &Path) -> Result<()> {
+    let steps = |losses: &[f64]| {
+        losses.iter().enumerate().map(|(step, &loss)| ((step + 1) as f64, loss)).collect()
+    };
+    let valid = history.valid.iter().map(|&(step, loss)| (step as f64, loss)).collect();
+    let panel = Panel {
+        title: "loss per token",
+        x: "step",
+        y: "loss",
+        curves: vec![("training", steps(&history.losses)), ("validation", valid)],
+        marks: false,
+        from_zero: false,
+        legend: SeriesLabelPosition::UpperRight,
+    };
+    let curves = args.out.join("curves.svg");
+    draw(&curves, &[panel])?;
+
+    let (first, last) = (history.valid[0].1, history.valid[history.valid.len() - 1].1);
+    let speed = history.tokens as f64 / history.seconds;
+    let size = common::size_of_files(adapter)?;
+    println!();
+    println!("perplexity before  {:10.2}", first.exp());
+    println!("perplexity after   {:10.2}", last.exp());
+    println!("tokens per second  {speed:10.0}");
+    println!("adapter            {size:10} bytes");
+    println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display());
+    let summary = json!({
+        "backend": backend::NAME,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "targets": args.targets,
+        "perplexity_before": first.exp(),
+        "perplexity_after": last.exp(),
+        "tokens_per_second": speed,
+        "history": history,
+    });
+    let path = args.out.join("summary.json");
+    let summary = serde_json::to_vec_pretty(&summary).context(path.display())?;
+    write_atomically(&path, &summary).context(path.display())
+}
+
+fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
+    let device = Default::default();
+    let (llama, chat) = read::<Plain>(&args.model, &device)?;
+    let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
+    let texts = data::read(&args.data, &chat, &reading)?;
+    let told = |name: &str, llama: &Llama<Plain>| {
+        let doing = format!("evaluating {name} on {} texts", texts.len());
+        let loss = during(&doing, || loss::evaluate(llama, &texts, args.batch, &device));
+        println!("{name:<24} loss {loss:.4}  perplexity {:.3}", loss.exp());
+    };
+    told("base", &llama);
+    if let Some(dir) = &args.adapter {
+        let adapted = llama.switch(&adapters(dir)?).map_err(|error| error.to_string())?;
+        told(&dir.display().to_string(), &adapted);
+    }
+    Ok(())
+}
+
+fn run_generate(args: &GenerateArgs) -> Result<()> {
+    let device = Default::default();
+    let sets = args.adapter.iter().map(|dir| adapters(dir)).collect::<Result<Vec<_>>>()?;
+    let (llama, chat) = read::<Plain>(&args.model, &device)?;
+    let prompt = chat.prompt(&args.prompt)?;
+    let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
+    let answer = |llama: &Llama<Plain>| {
+        let mut rng = StdRng::seed_from_u64(args.seed);
+        let start = Instant::now();
+        let show = |text: &str| {
+            print!("{text}");
+            // Nothing can be done about a closed pipe.
+            let _ = std::io::stdout().flush();
+        };
+        let new = generate(llama, &chat, &prompt, args.max_tokens, sampling, &mut rng, show)?;
+        let speed = new.len() as f64 / start.elapsed().as_secs_f64();
+        println!("\n[{} tokens, {speed:.1} per second]", new.len());
+        Ok::<_, String>(())
+    };
+    if sets.is_empty() {
+        return answer(&llama);
+    }
+    let mut adapted = llama.switch(&sets[0]).map_err(|error| error.to_string())?;
+    for (dir, set) in args.adapter.iter().zip(&sets) {
+        let start = Instant::now();
+        adapted = adapted.switch(set).map_err(|error| error.to_string())?;
+        let millis = 1000.0 * start.elapsed().as_secs_f64();
+        println!("== {} (switched to in {millis:.2} ms)", dir.display());
+        answer(&adapted)?;
+    }
+    Ok(())
+}
+
+fn run_merge(args: &MergeArgs) -> Result<()> {
+    let set = adapters(&args.adapter)?;
+    let (llama, _) = read::<Plain>(&args.model, &Default::default())?;
+    let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
+    let merged = adapted.merge().map_err(|error| error.to_string())?;
+    merged::save(&merged, &args.model, &args.out)?;
+    println!("The merged model is in {}.", args.out.display());
+    Ok(())
+}

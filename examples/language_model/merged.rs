@@ -1,0 +1,70 @@
+//! Writes a decoder as a directory that Hugging Face's `transformers` loads.
+
+use std::{fs, path::Path};
+
+use burn::tensor::backend::Backend;
+use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot};
+use safetensors::{Dtype, tensor::TensorView};
+use serde_json::Value;
+
+use crate::{
+    common::{Context, Result, download::write_atomically},
+    llama::Llama,
+    pretrained::python_name,
+};
+
+/// Files of the base that describe the model and its tokens.
+const COPIED: [&str; 8] = [
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// Writes the model of the family of `base`, a Hugging Face directory, to `out`.
+///
+/// # Errors
+///
+/// If a file cannot be read or written.
+pub fn save<B: Backend>(llama: &Llama<B>, base: &Path, out: &Path) -> Result<()> {
+    let mut values = Vec::new();
+    for tensor in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
+        let name = python_name(&tensor.full_path());
+        let data = tensor.to_data().map_err(|error| format!("{name}: {error}"))?;
+        values.push((name, tensor.shape.to_vec(), data.convert::<f32>()));
+    }
+    let views = values.iter().map(|(name, shape, data)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), data.as_bytes());
+        Ok((name.as_str(), view.context(name)?))
+    });
+    let views = views.collect::<Result<Vec<_>>>()?;
+    // `transformers` asks for this entry.
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let path = out.join("model.safetensors");
+    let bytes = safetensors::serialize(views, Some(metadata)).context(path.display())?;
+    write_atomically(&path, &bytes).context(path.display())?;
+
+    let path = base.join("config.json");
+    let config = fs::read(&path).context(path.display())?;
+    let mut config: Value = serde_json::from_slice(&config).context(path.display())?;
+    let fields = config.as_object_mut().ok_or("config.json is no object")?;
+    for key in ["dtype", "torch_dtype"] {
+        if let Some(kind) = fields.get_mut(key) {
+            *kind = "float32".into();
+        }
+    }
+    let path = out.join("config.json");
+    let config = serde_json::to_vec_pretty(&config).context(path.display())?;
+    write_atomically(&path, &config).context(path.display())?;
+    for file in COPIED {
+        let from = base.join(file);
+        if from.exists() {
+            fs::copy(&from, out.join(file)).context(from.display())?;
+        }
+    }
+    Ok(())
+}

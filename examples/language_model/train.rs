@@ -1,0 +1,214 @@
+//! Trains the adapters of a decoder.
+
+use std::{f64::consts::PI, path::Path, time::Instant};
+
+use burn::{
+    module::{AutodiffModule, Module, ModuleVisitor, Param},
+    optim::{AdamConfig, GradientsAccumulator, GradientsParams, Optimizer},
+    tensor::Tensor,
+};
+use burn_lora::Lora;
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
+use serde::Serialize;
+
+use crate::{
+    common::{
+        Context, Result,
+        backend::{Plain, Train},
+        live::{Live, Position},
+    },
+    data::{Batch, Text, pack},
+    llama::Llama,
+    loss::{evaluate, surprise},
+};
+
+/// How to train.
+#[derive(Clone, Debug)]
+pub struct Recipe {
+    /// The number of steps of the optimizer.
+    pub iters: usize,
+    /// The number of rows of a batch.
+    pub batch: usize,
+    /// The number of batches of a step.
+    pub accumulate: usize,
+    pub learning_rate: f64,
+    /// In the first steps, the learning rate grows to its full value.
+    pub warmup: usize,
+    /// The greatest norm of all gradients together; longer ones are scaled down to it.
+    pub clip: f64,
+    /// Put several texts of a batch into one row of this length.
+    pub pack: Option<usize>,
+    /// The number of steps between two evaluations.
+    pub eval_every: usize,
+    pub seed: u64,
+}
+
+/// What a training came to.
+#[derive(Debug, Default, Serialize)]
+pub struct History {
+    /// The mean loss per target of each step.
+    pub losses: Vec<f64>,
+    /// After how many steps the model was evaluated, and its mean loss per target.
+    pub valid: Vec<(usize, f64)>,
+    pub tokens: usize,
+    /// The time of the steps, without evaluations.
+    pub seconds: f64,
+}
+
+impl Recipe {
+    /// The learning rate of step `step`, the first of which is 0: it grows along a line, and then falls
+    /// to zero along a cosine.
+    pub fn rate(&self, step: usize) -> f64 {
+        if step < self.warmup {
+            return self.learning_rate * (step + 1) as f64 / self.warmup as f64;
+        }
+        let rest = (self.iters - self.warmup).max(1) as f64;
+        let done = (step - self.warmup) as f64 / rest;
+        self.learning_rate * 0.5 * (1.0 + (PI * done).cos())
+    }
+}
+
+type Model = Lora<Train, Llama<Train>>;
+
+/// Trains on `texts`, and saves the adapters to `adapter` after each evaluation.
+///
+/// # Errors
+///
+/// If the loss is not a number, in which case the adapters stay as they were last saved; or if they
+/// cannot be saved.
+pub fn train(
+    mut model: Model,
+    texts: &[Text],
+    valid: &[Text],
+    recipe: &Recipe,
+    adapter: &Path,
+) -> Result<(Model, History)> {
+    let device = Default::default();
+    // As PyTorch's.
+    let adam = AdamConfig::new().with_epsilon(1e-8);
+    let mut optimizer = adam.init::<Train, Model>();
+    let mut order = Order::new(texts.len(), recipe.seed);
+    let mut history = History::default();
+    let mut live = Live::new("LoRA", format!("step 1/{}", recipe.iters));
+    let watch = |live: &mut Live, model: &Model, history: &mut History| {
+        let loss = evaluate::<Plain>(&model.valid(), valid, recipe.batch, &device);
+        let step = history.losses.len();
+        let recent = &history.losses[step.saturating_sub(recipe.eval_every)..];
+        let trained = match recent.len() {
+            0 => String::new(),
+            known => format!("training loss {:.4}  ", recent.iter().sum::<f64>() / known as f64),
+        };
+        let perplexity = loss.exp();
+        live.line(format_args!(
+            "step {step}/{}  {trained}validation loss {loss:.4}  perplexity {perplexity:.2}",
+            recipe.iters,
+        ));
+        history.valid.push((step, loss));
+    };
+    watch(&mut live, &model, &mut history);
+    for step in 0..recipe.iters {
+        let start = Instant::now();
+        // The texts of all batches first: the loss is a mean over the targets of the whole step.
+        let batches: Vec<Vec<&Text>> = (0..recipe.accumulate)
+            .map(|_| (0..recipe.batch).map(|_| &texts[order.next()]).collect())
+            .collect();
+        let targets: usize = batches.iter().flatten().map(|text| text.targets()).sum();
+        let mut gradients = GradientsAccumulator::new();
+        let mut loss = 0.0;
+        for texts in &batches {
+            let rows = match recipe.pack {
+                Some(length) => pack(texts, length),
+                None => texts.iter().map(|&text| vec![text]).collect(),
+            };
+            let batch = Batch::new(&model, &rows, &device);
+            history.tokens += batch.tokens;
+            let part = surprise(&model, batch) / targets as f64;
+            loss += part.clone().into_data().iter::<f64>().sum::<f64>();
+            if !loss.is_finite() {
+                return Err(format!(
+                    "the loss is {loss} in step {}; {} holds the adapters of the last evaluation. Try a \
+                     smaller --learning-rate",
+                    step + 1,
+                    adapter.display(),
+                ));
+            }
+            gradients.accumulate(&model, GradientsParams::from_grads(part.backward(), &model));
+        }
+        let mut gradients = gradients.grads();
+        clip(&model, &mut gradients, recipe.clip);
+        model = optimizer.step(recipe.rate(step), model, gradients);
+        history.seconds += start.elapsed().as_secs_f64();
+        history.losses.push(loss);
+        let done = (step + 1) as f64 / recipe.iters as f64;
+        let part = format!("step {}/{}", step + 1, recipe.iters);
+        live.update(&Position { part, of_part: done, of_all: done }, loss);
+        if (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters {
+            watch(&mut live, &model, &mut history);
+            model.adapters().save(adapter).context("the adapters cannot be saved")?;
+        }
+    }
+    Ok((model, history))
+}
+
+/// The norm of all gradients together.
+pub fn norm(model: &Model, gradients: &GradientsParams) -> f64 {
+    let mut squares = Squares { gradients, sum: 0.0 };
+    model.visit(&mut squares);
+    squares.sum.sqrt()
+}
+
+/// Scales the gradients down if the norm of all of them together is above `most`.
+pub fn clip(model: &Model, gradients: &mut GradientsParams, most: f64) {
+    let norm = norm(model, gradients);
+    if norm > most {
+        model.visit(&mut Scaler { gradients, factor: most / norm });
+    }
+}
+
+/// Sums the squares of all gradients.
+struct Squares<'a> {
+    gradients: &'a GradientsParams,
+    sum: f64,
+}
+
+impl ModuleVisitor<Train> for Squares<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Train, D>>) {
+        if let Some(gradient) = self.gradients.get::<Plain, D>(param.id) {
+            self.sum += gradient.square().sum().into_data().iter::<f64>().sum::<f64>();
+        }
+    }
+}
+
+struct Scaler<'a> {
+    gradients: &'a mut GradientsParams,
+    factor: f64,
+}
+
+impl ModuleVisitor<Train> for Scaler<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<Train, D>>) {
+        if let Some(gradient) = self.gradients.remove::<Plain, D>(param.id) {
+            self.gradients.register(param.id, gradient * self.factor);
+        }
+    }
+}
+
+/// Goes through the texts again and again, each time in another order.
+struct Order {
+    left: Vec<usize>,
+    texts: usize,
+    rng: StdRng,
+}
+
+impl Order {
+    fn new(texts: usize, seed: u64) -> Self {
+        Self { left: Vec::new(), texts, rng: StdRng::seed_from_u64(seed) }
+    }
+
+    fn next(&mut self) -> usize {
+        if self.left.is_empty() {
+            self.left = (0..self.texts).collect();
+            self.left.shuffle(&mut self.rng);
+        }
+        self.left.pop().expect("there are texts")
+    }
+}
