@@ -3,18 +3,22 @@ reads, and what Hugging Face's `transformers` and PEFT compute with them.
 
     python -m venv venv
     venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0
-    venv/bin/python tests/llama/make_fixtures.py
+    venv/bin/python tests/llama/make_fixtures.py SMOLLM2
+
+SMOLLM2 is a directory with SmolLM2-135M-Instruct. The fixture does not contain its weights, only tokens and
+some of their scores. Without this argument only the tiny models are written.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import (
-    LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM,
+    AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM,
     Qwen3Config, Qwen3ForCausalLM,
 )
 
@@ -45,6 +49,27 @@ MODELS = {
     "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SIZES)),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SIZES, head_dim=4, tie_word_embeddings=True)),
 }
+
+TEXTS = [
+    "A thin green line divides the lake from the sky.",
+    "it works",
+    "Nobody expected the second act to be this funny!",
+    "The train to Basel leaves at 7:42 from platform 11.",
+    "def area(width, height):\n    return width * height\n",
+    "She said: \"I'd rather walk\" - and so we did.",
+    "Rust's borrow checker rejects the program, which is what one wants.",
+    "naïve café owners & their straße",
+    "Low-rank matrices have few parameters.",
+    "?",
+    "What remains of a film when neither its actors nor its author nor its music are remembered, and "
+    "nobody can say any longer where it was shown, who paid for it, or why the cat was there? Little, one "
+    "would think; and yet people still speak of the light in it, which fell from the left.",
+    "1, 1, 2, 3, 5, 8, 13, 21,",
+    "3.14159 is not 22/7",
+    "The quick brown fox jumps over the lazy dog, again.",
+    "Le lac est calme ce matin, et la brume se lève.",
+    "He never called back.",
+]
 
 
 def write(path, ids, logits):
@@ -90,13 +115,34 @@ def tiny(name, kind, config):
     print(f"{name}: {size:,} bytes")
 
 
+def smollm2(directory):
+    """For each text the scores of 60 tokens after its last, the largest score, and the sum of minus the
+    logarithms of its tokens' probabilities."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    some = torch.randint(0, model.config.vocab_size, (60,))
+    texts = []
+    for text in TEXTS:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        logits = model(ids).logits[0].double()
+        next_ones = logits[:-1].log_softmax(1).gather(1, ids[0, 1:, None])
+        texts.append({
+            "text": text, "ids": ids[0].tolist(), "largest": logits[-1].abs().max().item(),
+            "scores": [round(it, 6) for it in logits[-1, some].tolist()],
+            "surprise": -next_ones.sum().item(),
+        })
+    content = {"some": some.tolist(), "texts": texts}
+    (FIXTURES / "smollm2.json").write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n")
+
+
 def main():
     torch.manual_seed(16)
-    shutil.rmtree(FIXTURES, ignore_errors=True)
-    FIXTURES.mkdir()
     with torch.no_grad():
         for name, (kind, config) in MODELS.items():
+            shutil.rmtree(FIXTURES / name, ignore_errors=True)
             tiny(name, kind, config)
+        if len(sys.argv) > 1:
+            smollm2(sys.argv[1])
 
 
 if __name__ == "__main__":

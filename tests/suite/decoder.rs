@@ -14,7 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn::tensor::{DType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Int, Tensor, TensorData, activation::log_softmax};
 use burn_lora::{LoraAdapters, LoraConfig, LoraModule};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -80,6 +80,54 @@ fn scores_are_those_of_transformers() {
         assert_eq!(loaded.converted, stored, "{name}");
         assert_computes(&loaded.llama, fixture(name).join("expected.json"));
     }
+}
+
+/// Needs the model: the environment variable `SMOLLM2` is a directory with SmolLM2-135M-Instruct.
+#[test]
+#[ignore = "needs the weights of SmolLM2-135M-Instruct"]
+fn scores_of_smollm2_are_those_of_transformers() {
+    #[derive(Deserialize)]
+    struct Scored {
+        ids: Vec<i32>,
+        /// The largest score after the text, and some of them.
+        largest: f64,
+        scores: Vec<f64>,
+        surprise: f64,
+    }
+    #[derive(Deserialize)]
+    struct Expected {
+        some: Vec<i32>,
+        texts: Vec<Scored>,
+    }
+    let dir = std::env::var("SMOLLM2").expect("SMOLLM2 says where SmolLM2-135M-Instruct is");
+    let device = device::<Plain>();
+    let llama = pretrained::load::<Plain>(Path::new(&dir), &device).unwrap().llama;
+    let expected: Expected =
+        serde_json::from_slice(&fs::read(fixture("smollm2.json")).unwrap()).unwrap();
+    let ints = |ids: &[i32]| Tensor::<Plain, 1, Int>::from_data(TensorData::from(ids), &device);
+    let (mut difference, mut sum, mut expected_sum, mut targets) = (0.0_f64, 0.0, 0.0, 0);
+    for text in &expected.texts {
+        let length = text.ids.len();
+        let hidden = llama.hidden(ids(&[&text.ids]), &llama.places(0, length, &device));
+        let scores = llama.logits(hidden).squeeze_dim::<2>(0);
+        let last = scores.clone().narrow(0, length - 1, 1).squeeze_dim::<1>(0);
+        let some: Vec<f64> = last.select(0, ints(&expected.some)).into_data().iter().collect();
+        for (found, expected) in some.iter().zip(&text.scores) {
+            difference = difference.max((found - expected).abs() / text.largest);
+        }
+        if length == 1 {
+            continue;
+        }
+        let next = ints(&text.ids[1..]).unsqueeze_dim(1);
+        let next = log_softmax(scores.narrow(0, 0, length - 1), 1).gather(1, next).sum().neg();
+        sum += next.into_data().iter::<f64>().sum::<f64>();
+        expected_sum += text.surprise;
+        targets += length - 1;
+    }
+    let perplexities = [sum, expected_sum].map(|sum| (sum / targets as f64).exp());
+    println!("largest difference {difference:.1e}; perplexity {perplexities:?}");
+    assert!(difference < 1e-4);
+    assert!((perplexities[0] / perplexities[1] - 1.0).abs() < 1e-3);
 }
 
 #[test]
