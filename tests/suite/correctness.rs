@@ -149,6 +149,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
     #[test]
+    fn outputs_and_gradients_of_layers_of_any_size(case in cases()) {
+        check::<2>(&case, [case.problem.x.rows, case.problem.x.cols]);
+    }
+
+    #[test]
     fn delta_and_merged_agree_with_the_formula(case in cases()) {
         let problem = &case.problem;
         let layer = layer::<Plain>(problem, case.alpha, case.scaling);

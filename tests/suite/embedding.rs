@@ -2,101 +2,156 @@
 
 use burn::{
     nn::{Embedding, EmbeddingConfig},
-    tensor::{Int, Tensor, backend::Backend},
+    tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use burn_lora::{Init, Lora, LoraAdapter, LoraConfig, LoraEmbedding, Scaling};
+use proptest::{collection::vec, prelude::*};
 
 use crate::{
     model::{Plain, Train, device},
     oracle::{Matrix, assert_close},
 };
 
-const ROWS: [[i64; 4]; 2] = [[3, 1, 4, 1], [5, 0, 3, 6]];
-const SCALE: f64 = 1.7 / 3.0;
+const ALPHA: f64 = 1.7;
 
-fn indices<B: Backend>() -> Tensor<B, 2, Int> {
-    Tensor::from_data(ROWS, &device::<B>())
-}
-
+/// A table with an adapter, and the rows that are looked up in it.
+#[derive(Clone, Debug)]
 struct Parts {
     w: Matrix,
     a: Matrix,
     b: Matrix,
+    rows: Vec<i64>,
 }
 
-/// A table of 9 embeddings of size 5, with an adapter of rank 3.
-fn parts() -> Parts {
-    Parts { w: Matrix::random(9, 5, 1), a: Matrix::random(9, 3, 2), b: Matrix::random(3, 5, 3) }
+/// A table of `count` embeddings of size `width`.
+fn parts([count, width, rank]: [usize; 3], rows: Vec<i64>) -> Parts {
+    Parts {
+        w: Matrix::random(count, width, 1),
+        a: Matrix::random(count, rank, 2),
+        b: Matrix::random(rank, width, 3),
+        rows,
+    }
 }
 
-fn layer<B: Backend>() -> LoraEmbedding<B> {
-    let (device, Parts { w, a, b }) = (device::<B>(), parts());
-    let weight = burn::module::Param::from_tensor(w.tensor([9, 5], &device));
-    let (a, b) = (a.tensor([9, 3], &device), b.tensor([3, 5], &device));
-    let mut layer = LoraEmbedding::from(Embedding { weight });
-    layer.set_adapter(Some(LoraAdapter::new(a, b, 1.7, Scaling::AlphaOverRank)));
-    layer
+fn example() -> Parts {
+    parts([9, 5, 3], vec![3, 1, 4, 1, 5, 0, 3, 6])
 }
 
-fn table() -> Matrix {
-    let Parts { w, a, b } = parts();
-    w.plus(&a.times(&b).scaled(SCALE))
+/// Tables of all sizes. Rows are looked up several times, or not at all.
+fn any_parts() -> impl Strategy<Value = Parts> {
+    let sizes = [1..=12usize, 1..=9, 1..=4];
+    sizes.prop_flat_map(|sizes| {
+        let rows = vec(0..sizes[0] as i64, 2..=10);
+        rows.prop_map(move |rows| parts(sizes, rows))
+    })
 }
 
-fn looked_up(table: &Matrix) -> Matrix {
-    let rows: Vec<_> = ROWS.concat();
-    Matrix::from_fn(rows.len(), table.cols, |row, col| table.at(rows[row] as usize, col))
+impl Parts {
+    fn scale(&self) -> f64 {
+        ALPHA / self.a.cols as f64
+    }
+
+    /// The rows, in two texts if their number is even.
+    fn indices<B: Backend>(&self) -> Tensor<B, 2, Int> {
+        let count = self.rows.len();
+        let texts = if count.is_multiple_of(2) { 2 } else { 1 };
+        let rows = TensorData::new(self.rows.clone(), [texts, count / texts]);
+        Tensor::from_data(rows, &device::<B>())
+    }
+
+    fn layer<B: Backend>(&self) -> LoraEmbedding<B> {
+        let device = device::<B>();
+        let [w, a, b] =
+            [&self.w, &self.a, &self.b].map(|it| it.tensor([it.rows, it.cols], &device));
+        let weight = burn::module::Param::from_tensor(w);
+        let mut layer = LoraEmbedding::from(Embedding { weight });
+        layer.set_adapter(Some(LoraAdapter::new(a, b, ALPHA, Scaling::AlphaOverRank)));
+        layer
+    }
+
+    fn table(&self) -> Matrix {
+        self.w.plus(&self.a.times(&self.b).scaled(self.scale()))
+    }
+
+    fn looked_up(&self) -> Matrix {
+        let table = self.table();
+        let at = |place: usize, col| table.at(self.rows[place] as usize, col);
+        Matrix::from_fn(self.rows.len(), table.cols, at)
+    }
+
+    /// What is projected onto the table: six vectors.
+    fn hidden(&self) -> Matrix {
+        Matrix::random(6, self.w.cols, 7)
+    }
 }
 
-#[test]
-fn looks_up_projects_and_merges() {
-    let layer = layer::<Plain>();
-    assert_close(layer.forward(indices()), &looked_up(&table()), 1e-5);
-    let hidden = Matrix::random(6, 5, 7);
-    let input = || hidden.tensor::<Plain, 3>([2, 3, 5], &device::<Plain>());
-    let logits = hidden.times(&table().transpose());
+fn check_outputs(parts: &Parts) {
+    let layer = parts.layer::<Plain>();
+    assert_close(layer.forward(parts.indices()), &parts.looked_up(), 1e-5);
+    let hidden = parts.hidden();
+    let input = || hidden.tensor::<Plain, 3>([2, 3, hidden.cols], &device::<Plain>());
+    let logits = hidden.times(&parts.table().transpose());
     assert_close(layer.project(input()), &logits, 1e-5);
 
     let merged = Lora::new(layer).merge().unwrap();
-    assert_close(merged.base.weight.val(), &table(), 1e-6);
+    assert_close(merged.base.weight.val(), &parts.table(), 1e-6);
     assert_close(merged.project(input()), &logits, 1e-5);
-    assert_close(merged.forward(indices()), &looked_up(&table()), 1e-5);
+    assert_close(merged.forward(parts.indices()), &parts.looked_up(), 1e-5);
 }
 
-#[test]
-fn gradients_of_both_uses() {
-    let layer = layer::<Train>();
-    let hidden = Matrix::random(6, 5, 7);
-    let x = hidden.tensor::<Train, 3>([2, 3, 5], &device::<Train>()).require_grad();
+fn check_gradients(parts: &Parts) {
+    let layer = parts.layer::<Train>();
+    let hidden = parts.hidden();
+    let width = hidden.cols;
+    let x = hidden.tensor::<Train, 3>([2, 3, width], &device::<Train>()).require_grad();
     // Tied weights: the same table is used for the lookup and for the projection.
-    let loss = layer.forward(indices()).sin().sum() + layer.project(x.clone()).sin().sum();
+    let loss = layer.forward(parts.indices()).sin().sum() + layer.project(x.clone()).sin().sum();
     let grads = loss.backward();
 
-    let Parts { a, b, .. } = parts();
-    let dy = looked_up(&table()).map(f64::cos);
-    let logits = hidden.times(&table().transpose());
-    let d_logits = logits.map(f64::cos);
+    let dy = parts.looked_up().map(f64::cos);
+    let d_logits = hidden.times(&parts.table().transpose()).map(f64::cos);
     let mut d_table = d_logits.transpose().times(&hidden);
-    for (place, row) in ROWS.concat().into_iter().enumerate() {
-        (0..5).for_each(|col| d_table.data[row as usize * 5 + col] += dy.at(place, col));
+    for (place, &row) in parts.rows.iter().enumerate() {
+        (0..width).for_each(|col| d_table.data[row as usize * width + col] += dy.at(place, col));
     }
     let adapter = layer.adapter().unwrap();
-    let d_a = d_table.times(&b.transpose()).scaled(SCALE);
-    let d_b = a.transpose().times(&d_table).scaled(SCALE);
+    let d_a = d_table.times(&parts.b.transpose()).scaled(parts.scale());
+    let d_b = parts.a.transpose().times(&d_table).scaled(parts.scale());
     assert_close(adapter.a.grad(&grads).unwrap(), &d_a, 1e-5);
     assert_close(adapter.b.grad(&grads).unwrap(), &d_b, 1e-5);
-    assert_close(x.grad(&grads).unwrap(), &d_logits.times(&table()), 1e-5);
+    assert_close(x.grad(&grads).unwrap(), &d_logits.times(&parts.table()), 1e-5);
     assert!(layer.base.weight.grad(&grads).is_none());
 }
 
 #[test]
+fn looks_up_projects_and_merges() {
+    check_outputs(&example());
+}
+
+#[test]
+fn gradients_of_both_uses() {
+    check_gradients(&example());
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn tables_of_any_size(parts in any_parts()) {
+        check_outputs(&parts);
+        check_gradients(&parts);
+    }
+}
+
+#[test]
 fn rows_that_were_not_looked_up_get_no_gradient() {
-    let layer = layer::<Train>();
-    let grads = layer.forward(indices()).sin().sum().backward();
+    let parts = example();
+    let layer = parts.layer::<Train>();
+    let grads = layer.forward(parts.indices()).sin().sum().backward();
     let d_a = layer.adapter().unwrap().a.grad(&grads).unwrap();
     let rows = d_a.into_data().convert::<f64>().to_vec::<f64>().unwrap();
     for (row, gradient) in rows.chunks(3).enumerate() {
-        let used = ROWS.concat().contains(&(row as i64));
+        let used = parts.rows.contains(&(row as i64));
         assert_eq!(gradient.iter().any(|it| *it != 0.0), used, "row {row}: {gradient:?}");
     }
 }
@@ -131,5 +186,5 @@ fn a_bias_is_refused() {
 #[test]
 #[should_panic = "LoraEmbedding projects [batch, length, 5], got [1, 2, 4]"]
 fn projecting_another_width_is_refused() {
-    layer::<Plain>().project(Tensor::zeros([1, 2, 4], &device::<Plain>()));
+    example().layer::<Plain>().project(Tensor::zeros([1, 2, 4], &device::<Plain>()));
 }
