@@ -1,13 +1,18 @@
-//! Texts as tokens, and conversations as texts, by the files of a Hugging Face directory.
+//! Texts as tokens, and conversations as texts, as the files of a model say.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
 use minijinja::{Environment, context};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
-use crate::common::{Context, Result};
+use crate::{
+    common::{Context, Result, download::write_atomically},
+    gguf::Gguf,
+    gguf_tokens,
+    pretrained::is_gguf,
+};
 
 /// What somebody said in a conversation.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -20,8 +25,8 @@ pub struct Message {
 /// The tokens and the chat template of a model.
 pub struct Chat {
     tokenizer: Tokenizer,
-    /// Writes a conversation as the model learnt to read it. Base models have none.
-    template: Option<Environment<'static>>,
+    /// Writes a conversation as the model learnt to read it, and its source. Base models have none.
+    template: Option<(Environment<'static>, String)>,
     begin: String,
     end: String,
     /// The tokens after which an answer ends.
@@ -31,13 +36,31 @@ pub struct Chat {
 const TEMPLATE: &str = "chat_template";
 
 impl Chat {
-    /// Reads `tokenizer.json`, and if they exist `tokenizer_config.json`, `generation_config.json` and
-    /// `chat_template.jinja`. `config.json` must exist.
+    /// Reads the tokens of the model at `path`, a directory or a GGUF file.
     ///
     /// # Errors
     ///
     /// If a file cannot be read, or is malformed.
-    pub fn read(dir: &Path) -> Result<Self> {
+    pub fn read(path: &Path) -> Result<Self> {
+        if is_gguf(path) { Self::read_gguf(path) } else { Self::read_directory(path) }
+    }
+
+    fn read_gguf(path: &Path) -> Result<Self> {
+        let fields = Gguf::open(path)?.fields;
+        let tokenizer = gguf_tokens::tokenizer(&fields, path)?;
+        let [begin, end] = ["bos", "eos"].map(|it| gguf_tokens::special(&fields, it));
+        let [begin, end] = [begin, end].map(Option::unwrap_or_default);
+        // Some models end an answer in another way than a text.
+        let stops = ["eos", "eot"].iter().filter_map(|it| gguf_tokens::special(&fields, it));
+        let stops = stops.filter_map(|token| tokenizer.token_to_id(&token)).collect();
+        let source = fields.get("tokenizer.chat_template").and_then(Value::as_str);
+        let template = template(source.map(str::to_owned)).context(path.display())?;
+        Ok(Self { tokenizer, template, begin, end, stops })
+    }
+
+    /// Reads `tokenizer.json`, and if they exist `tokenizer_config.json`, `generation_config.json`,
+    /// `config.json` and `chat_template.jinja`.
+    fn read_directory(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let tokenizer = Tokenizer::from_file(&path).context(path.display())?;
         let settings = read_json(&dir.join("tokenizer_config.json"))?;
@@ -64,9 +87,23 @@ impl Chat {
             }
             Err(error) => return Err(format!("{}: {error}", path.display())),
         };
-        let template =
-            source.map(|source| environment(source).context(dir.display())).transpose()?;
+        let template = template(source).context(dir.display())?;
         Ok(Self { tokenizer, template, begin, end, stops })
+    }
+
+    /// Writes `tokenizer.json` and `tokenizer_config.json`.
+    pub fn save(&self, dir: &Path) -> Result<()> {
+        let path = dir.join("tokenizer.json");
+        self.tokenizer.save(&path, false).context(path.display())?;
+        let settings = json!({
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": self.begin,
+            "eos_token": self.end,
+            TEMPLATE: self.template.as_ref().map(|(_, source)| source),
+        });
+        let path = dir.join("tokenizer_config.json");
+        let settings = serde_json::to_vec_pretty(&settings).context(path.display())?;
+        write_atomically(&path, &settings).context(path.display())
     }
 
     /// Whether an answer ends with the token.
@@ -80,7 +117,7 @@ impl Chat {
     ///
     /// If the model has no chat template, or its template refuses the conversation.
     pub fn render(&self, messages: &[Message], answer: bool) -> Result<String> {
-        let template = self.template.as_ref().ok_or("the model has no chat template")?;
+        let (template, _) = self.template.as_ref().ok_or("the model has no chat template")?;
         let context = context! {
             messages => messages,
             add_generation_prompt => answer,
@@ -134,7 +171,10 @@ fn read_json(path: &Path) -> Result<Value> {
 
 /// Templates are written for Python's Jinja: they call Python's methods, and refuse conversations with
 /// `raise_exception`.
-fn environment(source: String) -> std::result::Result<Environment<'static>, minijinja::Error> {
+fn template(
+    source: Option<String>,
+) -> std::result::Result<Option<(Environment<'static>, String)>, minijinja::Error> {
+    let Some(source) = source else { return Ok(None) };
     let mut environment = Environment::new();
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
@@ -145,6 +185,6 @@ fn environment(source: String) -> std::result::Result<Environment<'static>, mini
             Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
         },
     );
-    environment.add_template_owned(TEMPLATE, source)?;
-    Ok(environment)
+    environment.add_template_owned(TEMPLATE, source.clone())?;
+    Ok(Some((environment, source)))
 }

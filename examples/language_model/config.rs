@@ -1,6 +1,6 @@
 //! The sizes and variants of a decoder, from Hugging Face's `config.json`.
 
-use std::{f64::consts::TAU, fs, path::Path};
+use std::{f64::consts::TAU, fs, iter::repeat, path::Path};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -36,6 +36,9 @@ pub struct LlamaConfig {
     rope_parameters: Option<RopeParameters>,
     sliding_window: Option<usize>,
     use_sliding_window: Option<bool>,
+    /// By how much RoPE's frequencies are divided, one for each pair.
+    #[serde(skip)]
+    divisors: Option<Vec<f64>>,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
@@ -86,7 +89,11 @@ impl LlamaConfig {
     }
 
     fn parse(text: &str) -> Result<Self, String> {
-        let json: Value = serde_json::from_str(text).map_err(|error| error.to_string())?;
+        Self::from_json(serde_json::from_str(text).map_err(|error| error.to_string())?)
+    }
+
+    /// The configuration with the fields of `config.json`.
+    pub fn from_json(json: Value) -> Result<Self, String> {
         // Quantised weights have other tensors.
         if let Some(quantised) = json.get("quantization_config").filter(|it| !it.is_null()) {
             let method = quantised.get("quant_method").unwrap_or(quantised);
@@ -150,6 +157,19 @@ impl LlamaConfig {
         }
     }
 
+    /// With each of RoPE's frequencies divided by a number, as GGUF files have it in place of a rule.
+    pub fn with_divided_frequencies(mut self, divisors: Option<&[f32]>) -> Result<Self, String> {
+        let Some(divisors) = divisors else { return Ok(self) };
+        let (pairs, found) = (self.head_dim() / 2, divisors.len());
+        if found != pairs || !divisors.iter().all(|it| it.is_finite() && *it > 0.0) {
+            return Err(format!(
+                "{pairs} divisors of RoPE above 0 are needed, and there are {found}"
+            ));
+        }
+        self.divisors = Some(divisors.iter().map(|&it| it.into()).collect());
+        Ok(self)
+    }
+
     /// The number of heads of keys, and of values.
     pub fn key_value_heads(&self) -> usize {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)
@@ -194,7 +214,10 @@ impl LlamaConfig {
         let pairs = self.head_dim() / 2;
         let plain = (0..pairs).map(|i| theta.powf(-(i as f64) / pairs as f64));
         match parameters {
-            None => Ok(plain.collect()),
+            None => {
+                let divisors = self.divisors.iter().flatten().copied().chain(repeat(1.0));
+                Ok(plain.zip(divisors).map(|(frequency, divisor)| frequency / divisor).collect())
+            }
             Some(parameters) => plain.map(|frequency| parameters.scale(frequency)).collect(),
         }
     }

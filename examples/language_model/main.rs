@@ -9,8 +9,8 @@
 //! lm merge --model MODEL --adapter out/language_model/adapter --out merged
 //! ```
 //!
-//! `MODEL` is a directory in Hugging Face's format of a model of the Llama family, and `DATA` holds
-//! `train.jsonl` and `valid.jsonl`. Start reading with [`llama`], which is the model, and [`train`].
+//! `MODEL` is a directory in Hugging Face's format of a model of the Llama family, or a GGUF file, and
+//! `DATA` holds `train.jsonl` and `valid.jsonl`. Start reading with [`llama`], which is the model, and [`train`].
 
 mod chat;
 #[path = "../common/mod.rs"]
@@ -18,6 +18,9 @@ mod common;
 mod config;
 mod data;
 mod generate;
+mod gguf;
+mod gguf_model;
+mod gguf_tokens;
 mod llama;
 mod loss;
 mod merged;
@@ -83,8 +86,8 @@ const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_pro
 
 #[derive(Parser, Debug)]
 struct TrainArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
     /// or `text`
@@ -139,8 +142,8 @@ struct TrainArgs {
 
 #[derive(Parser, Debug)]
 struct EvaluateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// File with a text, or a conversation, per line
     #[arg(long, value_name = "FILE")]
@@ -161,8 +164,8 @@ struct EvaluateArgs {
 
 #[derive(Parser, Debug)]
 struct GenerateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// Directory of adapters; several are used one after the other
     #[arg(long, value_name = "DIR")]
@@ -186,8 +189,8 @@ struct GenerateArgs {
 
 #[derive(Parser, Debug)]
 struct MergeArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json
-    #[arg(long, value_name = "DIR")]
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
     model: PathBuf,
     /// Directory of adapters
     #[arg(long, value_name = "DIR")]
@@ -221,7 +224,7 @@ fn read<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Llama<B>, Chat)> 
     let doing = format!("reading {}", dir.display());
     let loaded = during(&doing, || pretrained::load::<B>(dir, device))?;
     if let Some(stored) = loaded.converted {
-        println!("The weights are {stored:?} in the file, and F32 here.");
+        println!("The weights are {stored} in the file, and F32 here.");
     }
     let size = loaded.llama.parameters().total;
     let millions = size as f64 / 1e6;
@@ -363,10 +366,10 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
 
 fn run_merge(args: &MergeArgs) -> Result<()> {
     let set = adapters(&args.adapter)?;
-    let (llama, _) = read::<Plain>(&args.model, &Default::default())?;
+    let (llama, chat) = read::<Plain>(&args.model, &Default::default())?;
     let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
     let merged = adapted.merge().map_err(|error| error.to_string())?;
-    merged::save(&merged, &args.model, &args.out)?;
+    merged::save(&merged, &chat, &args.model, &args.out)?;
     println!("The merged model is in {}.", args.out.display());
     Ok(())
 }

@@ -8,9 +8,11 @@ use safetensors::{Dtype, tensor::TensorView};
 use serde_json::Value;
 
 use crate::{
+    chat::Chat,
     common::{Context, Result, download::write_atomically},
+    gguf_model::hugging_face_config,
     llama::Llama,
-    pretrained::python_name,
+    pretrained::{is_gguf, python_name},
 };
 
 /// Files of the base that describe the model and its tokens.
@@ -25,12 +27,13 @@ const COPIED: [&str; 8] = [
     "chat_template.jinja",
 ];
 
-/// Writes the model of the family of `base`, a Hugging Face directory, to `out`.
+/// Writes the model to `out`, with the configuration and the tokens of `base`, a Hugging Face directory or
+/// a GGUF file.
 ///
 /// # Errors
 ///
 /// If a file cannot be read or written.
-pub fn save<B: Backend>(llama: &Llama<B>, base: &Path, out: &Path) -> Result<()> {
+pub fn save<B: Backend>(llama: &Llama<B>, chat: &Chat, base: &Path, out: &Path) -> Result<()> {
     let mut values = Vec::new();
     for tensor in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
         let name = python_name(&tensor.full_path());
@@ -48,6 +51,24 @@ pub fn save<B: Backend>(llama: &Llama<B>, base: &Path, out: &Path) -> Result<()>
     let bytes = safetensors::serialize(views, Some(metadata)).context(path.display())?;
     write_atomically(&path, &bytes).context(path.display())?;
 
+    let config = if is_gguf(base) { hugging_face_config(base)? } else { copy_config(base)? };
+    let path = out.join("config.json");
+    let config = serde_json::to_vec_pretty(&config).context(path.display())?;
+    write_atomically(&path, &config).context(path.display())?;
+    if is_gguf(base) {
+        return chat.save(out);
+    }
+    for file in COPIED {
+        let from = base.join(file);
+        if from.exists() {
+            fs::copy(&from, out.join(file)).context(from.display())?;
+        }
+    }
+    Ok(())
+}
+
+/// The configuration in the directory, with the type of the weights that are written.
+fn copy_config(base: &Path) -> Result<Value> {
     let path = base.join("config.json");
     let config = fs::read(&path).context(path.display())?;
     let mut config: Value = serde_json::from_slice(&config).context(path.display())?;
@@ -57,14 +78,5 @@ pub fn save<B: Backend>(llama: &Llama<B>, base: &Path, out: &Path) -> Result<()>
             *kind = "float32".into();
         }
     }
-    let path = out.join("config.json");
-    let config = serde_json::to_vec_pretty(&config).context(path.display())?;
-    write_atomically(&path, &config).context(path.display())?;
-    for file in COPIED {
-        let from = base.join(file);
-        if from.exists() {
-            fs::copy(&from, out.join(file)).context(from.display())?;
-        }
-    }
-    Ok(())
+    Ok(config)
 }

@@ -1,5 +1,5 @@
-//! Reads a decoder from a directory in Hugging Face's format: `config.json`, and `model.safetensors` or
-//! several files with `model.safetensors.index.json`.
+//! Reads a decoder from a directory in Hugging Face's format, with `config.json`, and `model.safetensors` or
+//! several files with `model.safetensors.index.json`; or from a GGUF file.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -16,7 +16,11 @@ use burn_store::{
 };
 use serde::Deserialize;
 
-use super::{config::LlamaConfig, llama::Llama};
+use super::{
+    config::LlamaConfig,
+    gguf_model::{self, Model},
+    llama::Llama,
+};
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
@@ -24,32 +28,49 @@ const INDEX: &str = "model.safetensors.index.json";
 /// A decoder that was read.
 pub struct Pretrained<B: Backend> {
     pub llama: Llama<B>,
-    /// The type of the weights in the file, if they had to be converted to `f32`.
-    pub converted: Option<DType>,
+    /// The types of the weights in the file, if they had to be converted to `f32`.
+    pub converted: Option<String>,
 }
 
 type Tensors = BTreeMap<String, TensorSnapshot>;
 
-/// The decoder in `dir`.
+/// The decoder in `path`, a directory or a GGUF file.
 ///
 /// # Errors
 ///
 /// If a file cannot be read or is not of a decoder that [`Llama`] is; if a tensor is missing, unexpected,
 /// or has another shape. The error lists all of them.
-pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<Pretrained<B>, String> {
-    let config = LlamaConfig::read(&dir.join("config.json"))?;
-    let mut tensors = read_tensors(dir)?;
-    let told = |problem: &dyn Display| format!("{}: {problem}", dir.display());
+pub fn load<B: Backend>(path: &Path, device: &B::Device) -> Result<Pretrained<B>, String> {
+    let (config, mut tensors, types) = match is_gguf(path) {
+        true => {
+            let Model { config, tensors, packings } = gguf_model::read(path)?;
+            (config, tensors, packings.iter().map(|it| format!("{it:?}")).collect())
+        }
+        false => {
+            let config = LlamaConfig::read(&path.join("config.json"))?;
+            let tensors = read_tensors(path)?;
+            let types = tensors.values().map(|it| format!("{:?}", it.dtype));
+            let types: BTreeSet<_> = types.collect();
+            (config, tensors, Vec::from_iter(types))
+        }
+    };
+    let told = |problem: &dyn Display| format!("{}: {problem}", path.display());
     check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
-    let converted = tensors.values().map(|it| it.dtype).find(|&it| it != DType::F32);
     let mut llama = config.init(device);
     let found = match_up(&llama, &config, &mut tensors);
     let found = found.map_err(|problems| told(&problems.join("; ")))?;
     let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
+    let types: Vec<_> = types.into_iter().filter(|it| it != "F32").collect();
+    let converted = (!types.is_empty()).then(|| types.join(", "));
     match result.errors.is_empty() && result.missing.is_empty() {
         true => Ok(Pretrained { llama, converted }),
         false => Err(told(&format!("{:?}, {:?}", result.errors, result.missing))),
     }
+}
+
+/// Whether the path is that of a GGUF file.
+pub fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf"))
 }
 
 /// All tensors of the directory, by name. Their values are read when they are needed.
@@ -103,14 +124,14 @@ fn check_sizes(config: &LlamaConfig, tensors: &Tensors) -> Result<(), String> {
         let found = tensors.get(name).map(|tensor| tensor.shape.to_vec());
         if found.as_deref() != Some(&shape) {
             let found = found.map_or("missing".to_owned(), |found| format!("{found:?}"));
-            return Err(format!("by config.json `{name}` is {shape:?}, and it is {found}"));
+            return Err(format!("by the configuration `{name}` is {shape:?}, and it is {found}"));
         }
     }
     let ends = |name: &&String| name.ends_with(".mlp.gate_proj.weight");
     let (layers, found) = (config.num_hidden_layers, tensors.keys().filter(ends).count());
     match layers == found {
         true => Ok(()),
-        false => Err(format!("by config.json it has {layers} layers, and it has {found}")),
+        false => Err(format!("by the configuration it has {layers} layers, and it has {found}")),
     }
 }
 

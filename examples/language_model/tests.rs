@@ -25,6 +25,7 @@ use crate::{
     common::backend::{Plain, Train},
     data::{self, Batch, Reading, Text, pack},
     generate::{Sampling, generate},
+    gguf_tokens,
     llama::Llama,
     loss::{evaluate, surprise},
     pretrained,
@@ -108,6 +109,52 @@ fn a_bad_line_is_an_error_with_its_number() {
         assert!(error.contains(expected), "{error}");
     }
     assert!(read("\n", &ALL).unwrap_err().contains("it holds no text"));
+}
+
+#[test]
+fn a_gguf_file_says_how_texts_become_tokens() {
+    let tokens = ["<s>", "a", "b", "ab", "Ġ", "Ġa", "1", "2", "12", "<do>", "Ċ"];
+    let fields = |division: &str, begins: bool| {
+        let fields = json!({
+            "tokenizer.ggml.model": "gpt2",
+            "tokenizer.ggml.pre": division,
+            "tokenizer.ggml.tokens": tokens,
+            "tokenizer.ggml.merges": ["a b", "Ġ a", "1 2"],
+            "tokenizer.ggml.token_type": [3, 1, 1, 1, 1, 1, 1, 1, 1, 4, 1],
+            "tokenizer.ggml.add_bos_token": begins,
+            "tokenizer.ggml.bos_token_id": 0,
+        });
+        fields.as_object().unwrap().clone()
+    };
+    let read = |fields| gguf_tokens::tokenizer(&fields, Path::new("dir/model.gguf"));
+    let ids = |division: &str, begins: bool| {
+        let tokenizer = read(fields(division, begins)).unwrap();
+        let encoding = tokenizer.encode("ab a12<do>b <s>\n12", true).unwrap();
+        assert_eq!(tokenizer.decode(encoding.get_ids(), true).unwrap(), "ab a12<do>b \n12");
+        encoding.get_ids().to_vec()
+    };
+    // Digits are divided by SmolLM2 and Qwen.
+    let (divided, whole) = ([3, 5, 6, 7, 9, 2, 4, 0, 10, 6, 7], [3, 5, 8, 9, 2, 4, 0, 10, 8]);
+    for (division, expected) in
+        [("smollm", &divided[..]), ("qwen2", &divided), ("llama-bpe", &whole), ("default", &whole)]
+    {
+        assert_eq!(ids(division, false), expected, "{division}");
+        assert_eq!(ids(division, true), [&[0], expected].concat(), "{division}");
+    }
+
+    let error = read(fields("gpt-9", false)).err().unwrap();
+    assert_eq!(error, "dir/model.gguf: `tokenizer.ggml.pre` \"gpt-9\" is not supported");
+    let mut other = fields("default", false);
+    other["tokenizer.ggml.model"] = json!("llama");
+    let error = read(other).err().unwrap();
+    assert!(
+        error.contains("of the kind \"llama\"") && error.contains("dir/tokenizer.json"),
+        "{error}"
+    );
+    let mut other = fields("default", false);
+    other.remove("tokenizer.ggml.merges");
+    let error = read(other).err().unwrap();
+    assert_eq!(error, "dir/model.gguf: `tokenizer.ggml.merges` is missing");
 }
 
 /// Texts of a fixture, and the logarithms of the probabilities that Python gives their next tokens.

@@ -2,7 +2,7 @@
 reads, and what Hugging Face's `transformers` and PEFT compute with them.
 
     python -m venv venv
-    venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0
+    venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0 gguf==0.19.0
     venv/bin/python tests/llama/make_fixtures.py SMOLLM2
 
 SMOLLM2 is a directory with SmolLM2-135M-Instruct. The fixture does not contain its weights, only tokens and
@@ -10,10 +10,12 @@ some of their scores. Without this argument only the tiny models are written.
 """
 
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
 
+import gguf
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -115,6 +117,94 @@ def tiny(name, kind, config):
     print(f"{name}: {size:,} bytes")
 
 
+GGUF_NAMES = {
+    "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
+    "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
+    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
+}
+
+# In the order of a layer's parameters, so that each occurs in queries or keys and elsewhere.
+TYPES = ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"]
+
+
+def write_gguf(path, model, types, frequencies=None):
+    config = model.config
+    kind = {"mistral": "llama"}.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, kind)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim if hasattr(config, "head_dim") else
+                          config.hidden_size // config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    if frequencies is not None:
+        writer.add_tensor("rope_freqs.weight", frequencies)
+    number = 0
+    for name, value in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        parts = name.split(".")
+        module = GGUF_NAMES[parts[-2]]
+        if parts[1] == "layers":
+            module = f"blk.{parts[2]}.{module}"
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(parts[-2])
+        if kind == "llama" and heads:
+            # The pairs that RoPE turns next to each other.
+            rows = value.shape[0]
+            value = value.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
+        value = value.float().contiguous().numpy()
+        if value.ndim == 2:
+            kind_of = getattr(gguf.GGMLQuantizationType, types[number % len(types)])
+            number += 1
+            writer.add_tensor(f"{module}.{parts[-1]}", gguf.quants.quantize(value, kind_of), raw_dtype=kind_of)
+        else:
+            writer.add_tensor(f"{module}.{parts[-1]}", value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def divisors():
+    """What llama.cpp's converter writes for Llama 3: the plain frequencies, divided by the scaled ones."""
+    values = []
+    for pair in range(4):
+        wavelength = 2 * math.pi * LLAMA3["rope_theta"] ** (pair / 4)
+        length, factor = LLAMA3["original_max_position_embeddings"], LLAMA3["factor"]
+        low, high = LLAMA3["low_freq_factor"], LLAMA3["high_freq_factor"]
+        if wavelength < length / high:
+            values.append(1.0)
+        elif wavelength > length / low:
+            values.append(factor)
+        else:
+            smooth = (length / wavelength - low) / (high - low)
+            values.append(1 / ((1 - smooth) / factor + smooth))
+    return torch.tensor(values, dtype=torch.float32).numpy()
+
+
+def as_gguf():
+    """The models that have their outputs above, and one with packed weights."""
+    for name in ["llama3", "qwen2", "qwen3"]:
+        model = AutoModelForCausalLM.from_pretrained(FIXTURES / name)
+        frequencies = divisors() if name == "llama3" else None
+        write_gguf(FIXTURES / f"{name}.gguf", model, ["F32"], frequencies)
+    config = LlamaConfig(**SIZES | {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4})
+    model = LlamaForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.copy_(0.3 * torch.randn_like(parameter))
+    write_gguf(FIXTURES / "packed.gguf", model, TYPES)
+    model = AutoModelForCausalLM.from_pretrained(FIXTURES, gguf_file="packed.gguf", dtype=torch.float32)
+    ids = torch.randint(0, config.vocab_size, (2, 9))
+    write(FIXTURES / "packed.json", ids, model.eval()(ids).logits)
+
+
 def smollm2(directory):
     """For each text the scores of 60 tokens after its last, the largest score, and the sum of minus the
     logarithms of its tokens' probabilities."""
@@ -141,6 +231,7 @@ def main():
         for name, (kind, config) in MODELS.items():
             shutil.rmtree(FIXTURES / name, ignore_errors=True)
             tiny(name, kind, config)
+        as_gguf()
         if len(sys.argv) > 1:
             smollm2(sys.argv[1])
 
