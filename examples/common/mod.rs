@@ -4,6 +4,7 @@
 #![allow(dead_code)]
 
 pub mod adaptation;
+pub mod arguments;
 pub mod backend;
 pub mod classifier;
 pub mod digits;

@@ -13,6 +13,7 @@
 //! `DATA` holds `train.jsonl` and `valid.jsonl`. Start reading with [`llama`], which is the model, and [`train`].
 
 mod chat;
+mod checkpoint;
 #[path = "../common/mod.rs"]
 mod common;
 mod config;
@@ -33,6 +34,10 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Instant,
 };
 
@@ -46,7 +51,7 @@ use serde_json::json;
 
 use chat::Chat;
 use common::{
-    Context, Result,
+    Context, Result, arguments,
     backend::{self, Plain, Train},
     download::write_atomically,
     live::during,
@@ -55,7 +60,7 @@ use common::{
 use data::Reading;
 use generate::{Sampling, generate};
 use llama::Llama;
-use train::{History, Recipe};
+use train::{ADAPTER, CHECKPOINTS, History, Recipe};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -93,7 +98,7 @@ struct TrainArgs {
     /// or `text`
     #[arg(long, value_name = "DIR")]
     data: PathBuf,
-    /// Directory for the adapters, curves.svg and summary.json
+    /// Directory for the adapters, curves.svg, summary.json and the last two checkpoints
     #[arg(long, value_name = "DIR", default_value = "out/language_model")]
     out: PathBuf,
     /// Rank of the adapters
@@ -138,6 +143,9 @@ struct TrainArgs {
     /// Seed of the adapters and the order of the texts
     #[arg(long, default_value = "42")]
     seed: u64,
+    /// Resume a run that was stopped, with the same arguments and the same --out
+    #[arg(long)]
+    resume: bool,
 }
 
 #[derive(Parser, Debug)]
@@ -238,6 +246,18 @@ fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
 
 fn run_train(args: &TrainArgs) -> Result<()> {
     let device = Default::default();
+    let arguments = json!({
+        "model": args.model, "data": args.data, "rank": args.rank, "alpha": args.alpha,
+        "targets": args.targets, "iters": args.iters, "batch": args.batch,
+        "accumulate": args.accumulate, "max_length": args.max_length,
+        "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
+        "mask_prompt": args.mask_prompt, "pack": args.pack, "eval_every": args.eval_every,
+        "seed": args.seed, "backend": backend::NAME,
+    });
+    match args.resume {
+        true => arguments::resume(&args.out, &arguments)?,
+        false => arguments::begin(&args.out, CHECKPOINTS, &arguments)?,
+    }
     let (llama, chat) = read::<Train>(&args.model, &device)?;
     let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
     let texts = data::read(&args.data.join("train.jsonl"), &chat, &reading)?;
@@ -266,13 +286,22 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         eval_every: args.eval_every,
         seed: args.seed,
     };
-    let adapter = args.out.join("adapter");
-    std::fs::create_dir_all(&args.out).context(args.out.display())?;
-    let (_, history) = train::train(model, &texts, &valid, &recipe, &adapter)?;
-    report(args, &history, &adapter)
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopper = stop.clone();
+    let again = "a second Ctrl-C ends without a checkpoint";
+    ctrlc::set_handler(move || {
+        if stopper.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+        eprintln!("The training stops after this step; {again}.");
+    })
+    .context("Ctrl-C")?;
+    let (_, history) = train::train(model, &texts, &valid, &recipe, &args.out, &stop)?;
+    report(args, &history)
 }
 
-fn report(args: &TrainArgs, history: &History, adapter: &Path) -> Result<()> {
+fn report(args: &TrainArgs, history: &History) -> Result<()> {
+    let adapter = args.out.join(ADAPTER);
     let steps = |losses: &[f64]| {
         losses.iter().enumerate().map(|(step, &loss)| ((step + 1) as f64, loss)).collect()
     };
@@ -291,12 +320,18 @@ fn report(args: &TrainArgs, history: &History, adapter: &Path) -> Result<()> {
 
     let (first, last) = (history.valid[0].1, history.valid[history.valid.len() - 1].1);
     let speed = history.tokens as f64 / history.seconds;
-    let size = common::size_of_files(adapter)?;
+    let size = common::size_of_files(&adapter)?;
     println!();
     println!("perplexity before  {:10.2}", first.exp());
     println!("perplexity after   {:10.2}", last.exp());
     println!("tokens per second  {speed:10.0}");
     println!("adapter            {size:10} bytes");
+    if let Some(bytes) = peak_memory() {
+        println!("peak memory        {:10.0} MiB", bytes as f64 / f64::from(1 << 20));
+    }
+    if history.losses.len() < args.iters {
+        println!("Stopped early. The same command with --resume goes on.");
+    }
     println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display());
     let summary = json!({
         "backend": backend::NAME,
@@ -306,11 +341,20 @@ fn report(args: &TrainArgs, history: &History, adapter: &Path) -> Result<()> {
         "perplexity_before": first.exp(),
         "perplexity_after": last.exp(),
         "tokens_per_second": speed,
+        "peak_memory": peak_memory(),
         "history": history,
     });
     let path = args.out.join("summary.json");
     let summary = serde_json::to_vec_pretty(&summary).context(path.display())?;
     write_atomically(&path, &summary).context(path.display())
+}
+
+/// The most memory that the program had at once, in bytes, where the system tells it.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(1024 * kibibytes)
 }
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {

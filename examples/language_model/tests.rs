@@ -4,6 +4,7 @@ use std::{
     collections::HashMap,
     fs,
     path::{Path, PathBuf},
+    sync::atomic::AtomicBool,
 };
 
 use burn::{
@@ -29,7 +30,7 @@ use crate::{
     llama::Llama,
     loss::{evaluate, surprise},
     pretrained,
-    train::{Recipe, clip, norm, train},
+    train::{History, Recipe, clip, norm, train},
 };
 
 fn fixture(name: &str) -> PathBuf {
@@ -240,14 +241,23 @@ fn recipe() -> Recipe {
     }
 }
 
-/// Trains on two texts, and returns the history and the scores of B in the first layer.
-fn trained(recipe: &Recipe) -> crate::common::Result<(crate::train::History, TensorData)> {
+/// Trains on two texts, and returns the history and B of the first layer.
+fn trained(recipe: &Recipe) -> crate::common::Result<(History, TensorData)> {
+    trained_in(tempfile::tempdir().unwrap().path(), recipe, false)
+}
+
+/// The same in a directory that may have checkpoints. With `stops`, it ends after one step.
+fn trained_in(
+    dir: &Path,
+    recipe: &Recipe,
+    stops: bool,
+) -> crate::common::Result<(History, TensorData)> {
     let (mut texts, _) = texts_of("llama3");
     texts[0].ids.truncate(5);
-    let dir = tempfile::tempdir().unwrap();
     let config = LoraConfig::new(2, 5.0).with_seed(3);
     let model = tiny::<Train>("llama3").attach(&config).unwrap();
-    let (model, history) = train(model, &texts, &texts, recipe, &dir.path().join("adapter"))?;
+    let stop = AtomicBool::new(stops);
+    let (model, history) = train(model, &texts, &texts, recipe, dir, &stop)?;
     let adapters = model.valid().adapters();
     let (_, adapter) = adapters.iter().next().unwrap();
     Ok((history, adapter.b.val().into_data()))
@@ -279,6 +289,33 @@ fn a_step_is_the_same_however_its_texts_are_divided() {
         }
         b.assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::rel_abs(1e-2, 1e-4));
     }
+}
+
+#[test]
+fn a_training_that_is_stopped_goes_on_to_the_same_bits() {
+    // One text per step, so that their order counts.
+    let recipe = Recipe { batch: 1, eval_every: 4, ..recipe() };
+    let (straight, expected) = trained(&recipe).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let checkpoints = dir.path().join("checkpoints");
+    for step in 1..6 {
+        let (history, _) = trained_in(dir.path(), &recipe, true).unwrap();
+        assert_eq!(history.losses.len(), step);
+        // What a killed run leaves is not taken for a checkpoint.
+        fs::create_dir_all(checkpoints.join(".unfinished/model.mpk")).unwrap();
+    }
+    let (resumed, b) = trained_in(dir.path(), &recipe, false).unwrap();
+    assert_eq!(b.as_bytes(), expected.as_bytes());
+    assert_eq!((resumed.losses, resumed.valid), (straight.losses, straight.valid));
+    assert_eq!(resumed.tokens, straight.tokens);
+    let mut kept: Vec<_> =
+        fs::read_dir(checkpoints).unwrap().map(|it| it.unwrap().file_name()).collect();
+    kept.sort();
+    assert_eq!(kept, ["5", "6"]);
+
+    // A run that is complete has nothing to do.
+    let (again, b) = trained_in(dir.path(), &recipe, false).unwrap();
+    assert_eq!((b.as_bytes(), again.losses.len()), (expected.as_bytes(), 6));
 }
 
 #[test]

@@ -1,6 +1,11 @@
 //! Trains the adapters of a decoder.
 
-use std::{f64::consts::PI, path::Path, time::Instant};
+use std::{
+    f64::consts::PI,
+    path::Path,
+    sync::atomic::{AtomicBool, Ordering},
+    time::Instant,
+};
 
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param},
@@ -9,9 +14,10 @@ use burn::{
 };
 use burn_lora::Lora;
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{
+    checkpoint,
     common::{
         Context, Result,
         backend::{Plain, Train},
@@ -44,7 +50,7 @@ pub struct Recipe {
 }
 
 /// What a training came to.
-#[derive(Debug, Default, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct History {
     /// The mean loss per target of each step.
     pub losses: Vec<f64>,
@@ -68,28 +74,37 @@ impl Recipe {
     }
 }
 
-type Model = Lora<Train, Llama<Train>>;
+pub type Model = Lora<Train, Llama<Train>>;
 
-/// Trains on `texts`, and saves the adapters to `adapter` after each evaluation.
+/// The directories of the adapters and of the checkpoints, in that of the run.
+pub const ADAPTER: &str = "adapter";
+pub const CHECKPOINTS: &str = "checkpoints";
+
+/// Trains on `texts` from the last checkpoint in `out`, if there is one. After each evaluation it saves the
+/// adapters and a checkpoint there. It does so, too, and ends, when `stop` becomes true.
 ///
 /// # Errors
 ///
-/// If the loss is not a number, in which case the adapters stay as they were last saved; or if they
-/// cannot be saved.
+/// If the loss is not a number, in which case the adapters and checkpoints stay as they were last saved; or
+/// if these cannot be saved or read.
 pub fn train(
-    mut model: Model,
+    model: Model,
     texts: &[Text],
     valid: &[Text],
     recipe: &Recipe,
-    adapter: &Path,
+    out: &Path,
+    stop: &AtomicBool,
 ) -> Result<(Model, History)> {
+    let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
     let device = Default::default();
     // As PyTorch's.
     let adam = AdamConfig::new().with_epsilon(1e-8);
-    let mut optimizer = adam.init::<Train, Model>();
+    let optimizer = adam.init::<Train, Model>();
+    let (mut model, mut optimizer, mut history) = checkpoint::load(&checkpoints, model, optimizer)?;
+    let done = history.losses.len();
     let mut order = Order::new(texts.len(), recipe.seed);
-    let mut history = History::default();
-    let mut live = Live::new("LoRA", format!("step 1/{}", recipe.iters));
+    order.skip(done * recipe.accumulate * recipe.batch);
+    let mut live = Live::new("LoRA", format!("step {}/{}", done + 1, recipe.iters));
     let watch = |live: &mut Live, model: &Model, history: &mut History| {
         let loss = evaluate::<Plain>(&model.valid(), valid, recipe.batch, &device);
         let step = history.losses.len();
@@ -105,8 +120,12 @@ pub fn train(
         ));
         history.valid.push((step, loss));
     };
-    watch(&mut live, &model, &mut history);
-    for step in 0..recipe.iters {
+    if history.valid.is_empty() {
+        watch(&mut live, &model, &mut history);
+    } else {
+        live.line(format_args!("goes on after step {done}/{}", recipe.iters));
+    }
+    for step in done..recipe.iters {
         let start = Instant::now();
         // The texts of all batches first: the loss is a mean over the targets of the whole step.
         let batches: Vec<Vec<&Text>> = (0..recipe.accumulate)
@@ -126,8 +145,8 @@ pub fn train(
             loss += part.clone().into_data().iter::<f64>().sum::<f64>();
             if !loss.is_finite() {
                 return Err(format!(
-                    "the loss is {loss} in step {}; {} holds the adapters of the last evaluation. Try a \
-                     smaller --learning-rate",
+                    "the loss is {loss} in step {}; {} has the adapters of the last evaluation, if there was \
+                     one. Try a smaller --learning-rate",
                     step + 1,
                     adapter.display(),
                 ));
@@ -139,12 +158,22 @@ pub fn train(
         model = optimizer.step(recipe.rate(step), model, gradients);
         history.seconds += start.elapsed().as_secs_f64();
         history.losses.push(loss);
-        let done = (step + 1) as f64 / recipe.iters as f64;
+        let of_all = (step + 1 - done) as f64 / (recipe.iters - done) as f64;
+        let of_part = (step + 1) as f64 / recipe.iters as f64;
         let part = format!("step {}/{}", step + 1, recipe.iters);
-        live.update(&Position { part, of_part: done, of_all: done }, loss);
-        if (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters {
+        live.update(&Position { part, of_part, of_all }, loss);
+        let stopped = stop.load(Ordering::Relaxed);
+        let evaluated = (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters;
+        if evaluated {
             watch(&mut live, &model, &mut history);
-            model.adapters().save(adapter).context("the adapters cannot be saved")?;
+        }
+        if evaluated || stopped {
+            model.adapters().save(&adapter).context("the adapters cannot be saved")?;
+            checkpoint::save(&checkpoints, &model, &optimizer, &history)?;
+        }
+        if stopped {
+            live.line(format_args!("stopped after step {}/{}", step + 1, recipe.iters));
+            break;
         }
     }
     Ok((model, history))
@@ -202,6 +231,12 @@ struct Order {
 impl Order {
     fn new(texts: usize, seed: u64) -> Self {
         Self { left: Vec::new(), texts, rng: StdRng::seed_from_u64(seed) }
+    }
+
+    fn skip(&mut self, count: usize) {
+        for _ in 0..count {
+            self.next();
+        }
     }
 
     fn next(&mut self) -> usize {

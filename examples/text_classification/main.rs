@@ -34,15 +34,15 @@ use burn_lora::{LoraConfig, LoraModule};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use bert::{Bert, BertConfig, Tokens};
 use common::{
     Context, Result,
     adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
+    arguments,
     backend::{self, Plain, Train},
     classifier::{Classifier, Sample, Start, accuracy, logits},
-    download::write_atomically,
     live::during,
     table::grouped,
 };
@@ -261,7 +261,6 @@ fn rates(args: &Args) -> [f64; 2] {
 /// Whether to start from the model or from checkpoints. Those must come from a run with the same
 /// arguments.
 fn start(args: &Args, epochs: usize) -> Result<Start> {
-    let path = args.out.join("arguments.json");
     let [rate, lora_rate] = rates(args);
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
@@ -271,25 +270,10 @@ fn start(args: &Args, epochs: usize) -> Result<Start> {
         "head_learning_rate": args.head_learning_rate,
     });
     if !args.resume {
-        // Removes the checkpoints of earlier runs, which must not be used as those of this run.
-        let logs = args.out.join("logs");
-        if logs.exists() {
-            fs::remove_dir_all(&logs).context(logs.display())?;
-        }
-        let text = serde_json::to_vec_pretty(&arguments).context(path.display())?;
-        write_atomically(&path, &text).context(path.display())?;
+        arguments::begin(&args.out, "logs", &arguments)?;
         return Ok(Start::Fresh);
     }
-    let before =
-        fs::read(&path).context(format!("there is nothing to resume: {}", path.display()))?;
-    let before: Value = serde_json::from_slice(&before).context(path.display())?;
-    let fields = arguments.as_object().into_iter().flatten();
-    for (field, now) in fields {
-        if before[field] != *now {
-            let then = &before[field];
-            return Err(format!("{}: `{field}` was {then}, and is {now} now", path.display()));
-        }
-    }
+    arguments::resume(&args.out, &arguments)?;
     Ok(Start::Checkpoint)
 }
 

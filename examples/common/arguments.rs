@@ -1,0 +1,38 @@
+//! The arguments of a run, which is resumed only with the same.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+
+use super::{Context, Result, download::write_atomically};
+
+/// The file in the directory of a run.
+const ARGUMENTS: &str = "arguments.json";
+
+/// Writes the arguments of a new run with the directory `out`. Removes `checkpoints`, a directory of
+/// earlier runs there, which must not be taken for those of this run.
+pub fn begin(out: &Path, checkpoints: &str, arguments: &Value) -> Result<()> {
+    let old = out.join(checkpoints);
+    if old.exists() {
+        fs::remove_dir_all(&old).context(old.display())?;
+    }
+    let path = out.join(ARGUMENTS);
+    let text = serde_json::to_vec_pretty(arguments).context(path.display())?;
+    write_atomically(&path, &text).context(path.display())
+}
+
+/// Fails unless the run with the directory `out` had the same arguments.
+pub fn resume(out: &Path, arguments: &Value) -> Result<()> {
+    let path = out.join(ARGUMENTS);
+    let before =
+        fs::read(&path).context(format!("there is nothing to resume: {}", path.display()))?;
+    let before: Value = serde_json::from_slice(&before).context(path.display())?;
+    let fields = arguments.as_object().into_iter().flatten();
+    for (field, now) in fields {
+        if before[field] != *now {
+            let then = &before[field];
+            return Err(format!("{}: `{field}` was {then}, and is {now} now", path.display()));
+        }
+    }
+    Ok(())
+}
