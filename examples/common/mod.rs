@@ -14,6 +14,7 @@ pub mod mlp;
 pub mod plot;
 pub mod progress;
 pub mod resume;
+pub mod sst2;
 #[path = "../../src/table.rs"]
 pub mod table;
 

@@ -75,7 +75,17 @@ fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
         }
         _ => return Err("`messages`, or `prompt` and `completion`, or `text` is needed".to_owned()),
     };
-    let mut ids = chat.encode(&chat.render(&messages, false)?, false)?;
+    conversation(&messages, chat, reading)
+}
+
+/// A conversation as a text.
+///
+/// # Errors
+///
+/// If the model has no chat template, or writes questions without answers in another way; or if nothing of
+/// the conversation is to be learnt.
+pub fn conversation(messages: &[Message], chat: &Chat, reading: &Reading) -> Result<Text> {
+    let mut ids = chat.encode(&chat.render(messages, false)?, false)?;
     let mut given = 0;
     if reading.mask_prompt {
         let (last, before) = messages.split_last().ok_or("`messages` is empty")?;

@@ -26,6 +26,7 @@ mod llama;
 mod loss;
 mod merged;
 mod pretrained;
+mod reviews;
 #[cfg(test)]
 mod tests;
 mod train;
@@ -41,7 +42,7 @@ use std::{
     time::Instant,
 };
 
-use burn::tensor::backend::Backend;
+use burn::{module::AutodiffModule, tensor::backend::Backend};
 use burn_lora::{LoraAdapters, LoraConfig, LoraModule};
 use clap::{Parser, Subcommand};
 use mimalloc::MiMalloc;
@@ -57,7 +58,7 @@ use common::{
     live::during,
     plot::{Panel, draw},
 };
-use data::Reading;
+use data::{Reading, Text};
 use generate::{Sampling, generate};
 use llama::Llama;
 use train::{ADAPTER, CHECKPOINTS, History, Recipe};
@@ -86,6 +87,9 @@ enum Command {
     Merge(MergeArgs),
 }
 
+/// The number of reviews to evaluate on during a training.
+const WATCHED: usize = 64;
+
 /// The linear layers of each block.
 const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
 
@@ -96,8 +100,12 @@ struct TrainArgs {
     model: PathBuf,
     /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
     /// or `text`
-    #[arg(long, value_name = "DIR")]
-    data: PathBuf,
+    #[arg(long, value_name = "DIR", required_unless_present = "sst2")]
+    data: Option<PathBuf>,
+    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2, of which the model is asked: is this film
+    /// review positive or negative?
+    #[arg(long, value_name = "DIR", conflicts_with = "data")]
+    sst2: Option<PathBuf>,
     /// Directory for the adapters, curves.svg, summary.json and the last two checkpoints
     #[arg(long, value_name = "DIR", default_value = "out/language_model")]
     out: PathBuf,
@@ -247,7 +255,7 @@ fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
 fn run_train(args: &TrainArgs) -> Result<()> {
     let device = Default::default();
     let arguments = json!({
-        "model": args.model, "data": args.data, "rank": args.rank, "alpha": args.alpha,
+        "model": args.model, "data": args.data, "sst2": args.sst2, "rank": args.rank, "alpha": args.alpha,
         "targets": args.targets, "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
@@ -260,8 +268,11 @@ fn run_train(args: &TrainArgs) -> Result<()> {
     }
     let (llama, chat) = read::<Train>(&args.model, &device)?;
     let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
-    let texts = data::read(&args.data.join("train.jsonl"), &chat, &reading)?;
-    let valid = data::read(&args.data.join("valid.jsonl"), &chat, &reading)?;
+    let (texts, valid) = texts(args, &chat, &reading)?;
+    let questions = match &args.sst2 {
+        Some(dir) => reviews::questions(&dir.join("test.tsv"), &chat)?,
+        None => Vec::new(),
+    };
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
     let model = llama.attach(&config).map_err(|error| error.to_string())?;
@@ -296,11 +307,36 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         eprintln!("The training stops after this step; {again}.");
     })
     .context("Ctrl-C")?;
-    let (_, history) = train::train(model, &texts, &valid, &recipe, &args.out, &stop)?;
-    report(args, &history)
+    let ask = |llama: &Llama<Plain>| {
+        let doing = format!("asking about {} reviews", questions.len());
+        during(&doing, || reviews::accuracy(llama, &chat, &questions, &device))
+    };
+    let mut accuracies = Vec::new();
+    if args.sst2.is_some() {
+        accuracies.push(ask(&model.valid())?);
+        println!("before the training, {:.1} % of the answers are right", accuracies[0]);
+    }
+    let (model, history) = train::train(model, &texts, &valid, &recipe, &args.out, &stop)?;
+    if args.sst2.is_some() {
+        accuracies.push(ask(&model.valid())?);
+    }
+    report(args, &history, &accuracies)
 }
 
-fn report(args: &TrainArgs, history: &History) -> Result<()> {
+/// The texts to learn from, and those to evaluate on.
+fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>, Vec<Text>)> {
+    if let Some(dir) = &args.sst2 {
+        // As many as are learnt from, and some to watch.
+        let count = args.iters * args.batch * args.accumulate;
+        let train = reviews::texts(&dir.join("train.tsv"), count, chat, reading)?;
+        return Ok((train, reviews::texts(&dir.join("dev.tsv"), WATCHED, chat, reading)?));
+    }
+    let dir = args.data.as_ref().expect("clap requires one of the two");
+    let read = |name: &str| data::read(&dir.join(name), chat, reading);
+    Ok((read("train.jsonl")?, read("valid.jsonl")?))
+}
+
+fn report(args: &TrainArgs, history: &History, accuracies: &[f64]) -> Result<()> {
     let adapter = args.out.join(ADAPTER);
     let steps = |losses: &[f64]| {
         losses.iter().enumerate().map(|(step, &loss)| ((step + 1) as f64, loss)).collect()
@@ -324,6 +360,10 @@ fn report(args: &TrainArgs, history: &History) -> Result<()> {
     println!();
     println!("perplexity before  {:10.2}", first.exp());
     println!("perplexity after   {:10.2}", last.exp());
+    if let [before, after] = accuracies {
+        println!("accuracy before    {before:10.2} %");
+        println!("accuracy after     {after:10.2} %");
+    }
     println!("tokens per second  {speed:10.0}");
     println!("adapter            {size:10} bytes");
     if let Some(bytes) = peak_memory() {
@@ -340,6 +380,7 @@ fn report(args: &TrainArgs, history: &History) -> Result<()> {
         "targets": args.targets,
         "perplexity_before": first.exp(),
         "perplexity_after": last.exp(),
+        "accuracies": accuracies,
         "tokens_per_second": speed,
         "peak_memory": peak_memory(),
         "history": history,

@@ -29,7 +29,7 @@ use crate::{
     gguf_tokens,
     llama::Llama,
     loss::{evaluate, surprise},
-    pretrained,
+    pretrained, reviews,
     train::{History, Recipe, clip, norm, train},
 };
 
@@ -41,7 +41,8 @@ fn tiny<B: burn::tensor::backend::Backend>(name: &str) -> Llama<B> {
     pretrained::load(&fixture(name), &Default::default()).unwrap().llama
 }
 
-const WORDS: [&str; 9] = ["<end>", "user:", "assistant:", "a", "b", "c", "d", "e", "f"];
+const WORDS: [&str; 11] =
+    ["<end>", "user:", "assistant:", "a", "b", "c", "d", "e", "f", "negative", "positive"];
 
 /// A tokenizer of words, and a template.
 fn chat() -> (TempDir, Chat) {
@@ -215,6 +216,30 @@ fn the_loss_is_that_of_python_however_texts_are_put_together() {
         assert_near(mean, expected / 11.0);
         assert_near(mean, evaluate(&llama, &texts, 2, &Default::default()));
     }
+}
+
+#[test]
+fn answers_are_right_if_their_scores_are_higher() {
+    let (dir, chat) = chat();
+    let path = dir.path().join("test.tsv");
+    let reviews = ["a b", "c", "d e d c b a", "e e", "b a c", "a", "d d d d"];
+    let lines: String = reviews.iter().map(|review| format!("{review}\t1\n")).collect();
+    fs::write(&path, format!("sentence\tlabel\n{lines}")).unwrap();
+    let questions = reviews::questions(&path, &chat).unwrap();
+    let (llama, device) = (tiny::<Plain>("llama3"), Default::default());
+    let positive = reviews.iter().filter(|review| {
+        let question =
+            format!("user: Is this film review positive or negative? {review} <end> assistant:");
+        let ids = chat.encode(&question, false).unwrap();
+        let ids: Vec<_> = ids.iter().map(|&id| id as i32).collect();
+        let ids = Tensor::from_data(TensorData::new(ids.clone(), [1, ids.len()]), &device);
+        let scores =
+            llama.read(ids, &mut llama.cache()).into_data().iter::<f64>().collect::<Vec<_>>();
+        scores[10] > scores[9]
+    });
+    let share = 100.0 * positive.count() as f64 / 7.0;
+    assert!(share > 0.0 && share < 100.0, "{share}");
+    assert_near(reviews::accuracy(&llama, &chat, &questions, &device).unwrap(), share);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Texts as tokens, and the data sets of texts.
 
-use std::{fs, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use burn::{
     data::{
@@ -16,6 +16,7 @@ use crate::{
     common::{
         Context, Result,
         classifier::{Batch, Sample, shuffled},
+        sst2,
     },
 };
 
@@ -86,35 +87,9 @@ pub struct Texts {
 
 impl Texts {
     /// The Stanford Sentiment Treebank with two classes, from `train.tsv`, `dev.tsv` and `test.tsv`
-    /// in `dir`. Each starts with the line `sentence`, tab, `label`. Lines of a text, a tab and 0 or 1
-    /// follow.
+    /// in `dir`.
     pub fn read(dir: &Path, tokenizer: &Tokenizer) -> Result<Self> {
-        let read = |name: &str| {
-            let path = dir.join(name);
-            let content = fs::read_to_string(&path).context(path.display())?;
-            let mut lines = content.lines().enumerate();
-            if lines.next().is_none_or(|(_, header)| header != "sentence\tlabel") {
-                return Err(format!(
-                    "{}: it must begin with a line of `sentence`, a tab and `label`. GLUE's test.tsv \
-                     has no labels: its dev.tsv serves to test, and a part of train.tsv to watch",
-                    path.display(),
-                ));
-            }
-            let lines = lines.filter(|(_, line)| !line.is_empty());
-            let samples = lines.map(|(index, line)| match line.rsplit_once('\t') {
-                Some((text, "0")) => Ok((text, 0)),
-                Some((text, "1")) => Ok((text, 1)),
-                _ => {
-                    let line = index + 1;
-                    Err(format!("{}:{line}: a text, a tab and 0 or 1 expected", path.display()))
-                }
-            });
-            let samples = samples.collect::<Result<Vec<_>>>()?;
-            match samples.is_empty() {
-                true => Err(format!("{}: there are no texts in it", path.display())),
-                false => encode(tokenizer, &samples),
-            }
-        };
+        let read = |name: &str| encode(tokenizer, &sst2::read(&dir.join(name))?);
         Ok(Self {
             name: "sst2",
             train: read("train.tsv")?,
@@ -155,6 +130,8 @@ pub fn encode(tokenizer: &Tokenizer, samples: &[(impl AsRef<str>, u8)]) -> Resul
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::{common::backend::Plain, grammar};
     use serde_json::Value;
