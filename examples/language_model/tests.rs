@@ -226,7 +226,7 @@ fn answers_are_right_if_their_scores_are_higher() {
     let lines: String = reviews.iter().map(|review| format!("{review}\t1\n")).collect();
     fs::write(&path, format!("sentence\tlabel\n{lines}")).unwrap();
     let questions = reviews::questions(&path, &chat).unwrap();
-    let (llama, device) = (tiny::<Plain>("llama3"), Default::default());
+    let (llama, device) = (tiny::<Plain>("qwen2"), Default::default());
     let positive = reviews.iter().filter(|review| {
         let question =
             format!("user: Is this film review positive or negative? {review} <end> assistant:");
