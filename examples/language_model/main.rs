@@ -12,6 +12,7 @@
 //! `MODEL` is a directory in Hugging Face's format of a model of the Llama family, or a GGUF file, and
 //! `DATA` holds `train.jsonl` and `valid.jsonl`. Start reading with [`llama`], which is the model, and [`train`].
 
+mod args;
 mod chat;
 mod checkpoint;
 #[path = "../common/mod.rs"]
@@ -26,6 +27,7 @@ mod llama;
 mod loss;
 mod merged;
 mod pretrained;
+mod report;
 mod reviews;
 #[cfg(test)]
 mod tests;
@@ -33,7 +35,7 @@ mod train;
 
 use std::{
     io::Write,
-    path::{Path, PathBuf},
+    path::Path,
     process::ExitCode,
     sync::{
         Arc,
@@ -44,177 +46,29 @@ use std::{
 
 use burn::{module::AutodiffModule, tensor::backend::Backend};
 use burn_lora::{LoraAdapters, LoraConfig, LoraModule};
-use clap::{Parser, Subcommand};
 use mimalloc::MiMalloc;
-use plotters::chart::SeriesLabelPosition;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
 
+use args::{Args, Command, EvaluateArgs, GenerateArgs, MergeArgs, TrainArgs};
 use chat::Chat;
 use common::{
     Context, Result, arguments,
     backend::{self, Plain, Train},
-    download::write_atomically,
     live::during,
-    plot::{Panel, draw},
 };
 use data::{Reading, Text};
 use generate::{Sampling, generate};
 use llama::Llama;
-use train::{ADAPTER, CHECKPOINTS, History, Recipe};
+use report::report;
+use train::{CHECKPOINTS, Recipe};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
-/// adapters into its weights.
-#[derive(Parser, Debug)]
-struct Args {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand, Debug)]
-enum Command {
-    /// Train adapters
-    Train(TrainArgs),
-    /// Tell the perplexity on texts, with and without adapters
-    Evaluate(EvaluateArgs),
-    /// Answer a prompt, with each of the adapters in turn
-    Generate(GenerateArgs),
-    /// Write the model with adapters in its weights, as a Hugging Face directory
-    Merge(MergeArgs),
-}
-
 /// The number of reviews to evaluate on during a training.
 const WATCHED: usize = 64;
-
-/// The linear layers of each block.
-const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
-
-#[derive(Parser, Debug)]
-struct TrainArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
-    #[arg(long, value_name = "PATH")]
-    model: PathBuf,
-    /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
-    /// or `text`
-    #[arg(long, value_name = "DIR", required_unless_present = "sst2")]
-    data: Option<PathBuf>,
-    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2, of which the model is asked: is this film
-    /// review positive or negative?
-    #[arg(long, value_name = "DIR", conflicts_with = "data")]
-    sst2: Option<PathBuf>,
-    /// Directory for the adapters, curves.svg, summary.json and the last two checkpoints
-    #[arg(long, value_name = "DIR", default_value = "out/language_model")]
-    out: PathBuf,
-    /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
-    rank: usize,
-    /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
-    alpha: f64,
-    /// Layers that get adapters
-    #[arg(long, value_delimiter = ',', default_value = ALL_LINEAR)]
-    targets: Vec<String>,
-    /// Number of steps
-    #[arg(long, default_value = "200", value_parser = common::positive)]
-    iters: usize,
-    /// Number of texts of a batch
-    #[arg(long, default_value = "4", value_parser = common::positive)]
-    batch: usize,
-    /// Number of batches of a step
-    #[arg(long, default_value = "1", value_parser = common::positive)]
-    accumulate: usize,
-    /// Longer texts are cut off, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
-    max_length: usize,
-    /// Learning rate, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.0005", value_parser = common::rate)]
-    learning_rate: f64,
-    /// Number of steps in which the learning rate grows to its full value
-    #[arg(long, value_name = "STEPS", default_value = "10")]
-    warmup: usize,
-    /// Greatest norm of the gradient
-    #[arg(long, value_name = "NORM", default_value = "1", value_parser = common::nonzero)]
-    clip: f64,
-    /// Learn only the answers, not the prompts
-    #[arg(long)]
-    mask_prompt: bool,
-    /// Put several short texts into one row, which do not see each other
-    #[arg(long)]
-    pack: bool,
-    /// Number of steps between two evaluations
-    #[arg(long, value_name = "STEPS", default_value = "50", value_parser = common::positive)]
-    eval_every: usize,
-    /// Seed of the adapters and the order of the texts
-    #[arg(long, default_value = "42")]
-    seed: u64,
-    /// Resume a run that was stopped, with the same arguments and the same --out
-    #[arg(long)]
-    resume: bool,
-}
-
-#[derive(Parser, Debug)]
-struct EvaluateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
-    #[arg(long, value_name = "PATH")]
-    model: PathBuf,
-    /// File with a text, or a conversation, per line
-    #[arg(long, value_name = "FILE")]
-    data: PathBuf,
-    /// Directory of adapters
-    #[arg(long, value_name = "DIR")]
-    adapter: Option<PathBuf>,
-    /// Number of texts of a batch
-    #[arg(long, default_value = "4", value_parser = common::positive)]
-    batch: usize,
-    /// Longer texts are cut off, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
-    max_length: usize,
-    /// Count only the answers, not the prompts
-    #[arg(long)]
-    mask_prompt: bool,
-}
-
-#[derive(Parser, Debug)]
-struct GenerateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
-    #[arg(long, value_name = "PATH")]
-    model: PathBuf,
-    /// Directory of adapters; several are used one after the other
-    #[arg(long, value_name = "DIR")]
-    adapter: Vec<PathBuf>,
-    /// What to answer
-    #[arg(long)]
-    prompt: String,
-    /// Greatest number of tokens of the answer
-    #[arg(long, value_name = "TOKENS", default_value = "200", value_parser = common::positive)]
-    max_tokens: usize,
-    /// 0 takes the most probable token; higher values give others a greater chance
-    #[arg(long, default_value = "0", value_parser = temperature)]
-    temperature: f64,
-    /// Take only the most probable tokens, as few as have this probability together
-    #[arg(long, value_name = "P", default_value = "1", value_parser = common::rate)]
-    top_p: f64,
-    /// Seed of the choices
-    #[arg(long, default_value = "42")]
-    seed: u64,
-}
-
-#[derive(Parser, Debug)]
-struct MergeArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
-    #[arg(long, value_name = "PATH")]
-    model: PathBuf,
-    /// Directory of adapters
-    #[arg(long, value_name = "DIR")]
-    adapter: PathBuf,
-    /// Directory for the merged model
-    #[arg(long, value_name = "DIR")]
-    out: PathBuf,
-}
 
 fn main() -> ExitCode {
     common::main(|args: Args| match args.command {
@@ -223,14 +77,6 @@ fn main() -> ExitCode {
         Command::Generate(args) => run_generate(&args),
         Command::Merge(args) => run_merge(&args),
     })
-}
-
-/// Parses a temperature.
-fn temperature(text: &str) -> Result<f64> {
-    match text.parse() {
-        Ok(value) if f64::is_finite(value) && value >= 0.0 => Ok(value),
-        _ => Err("a finite number of at least 0 is needed".to_owned()),
-    }
 }
 
 /// The model and its tokens.
@@ -334,68 +180,6 @@ fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>,
     let dir = args.data.as_ref().expect("clap requires one of the two");
     let read = |name: &str| data::read(&dir.join(name), chat, reading);
     Ok((read("train.jsonl")?, read("valid.jsonl")?))
-}
-
-fn report(args: &TrainArgs, history: &History, accuracies: &[f64]) -> Result<()> {
-    let adapter = args.out.join(ADAPTER);
-    let steps = |losses: &[f64]| {
-        losses.iter().enumerate().map(|(step, &loss)| ((step + 1) as f64, loss)).collect()
-    };
-    let valid = history.valid.iter().map(|&(step, loss)| (step as f64, loss)).collect();
-    let panel = Panel {
-        title: "loss per token",
-        x: "step",
-        y: "loss",
-        curves: vec![("training", steps(&history.losses)), ("validation", valid)],
-        marks: false,
-        from_zero: false,
-        legend: SeriesLabelPosition::UpperRight,
-    };
-    let curves = args.out.join("curves.svg");
-    draw(&curves, &[panel])?;
-
-    let (first, last) = (history.valid[0].1, history.valid[history.valid.len() - 1].1);
-    let speed = history.tokens as f64 / history.seconds;
-    let size = common::size_of_files(&adapter)?;
-    println!();
-    println!("perplexity before  {:10.2}", first.exp());
-    println!("perplexity after   {:10.2}", last.exp());
-    if let [before, after] = accuracies {
-        println!("accuracy before    {before:10.2} %");
-        println!("accuracy after     {after:10.2} %");
-    }
-    println!("tokens per second  {speed:10.0}");
-    println!("adapter            {size:10} bytes");
-    if let Some(bytes) = peak_memory() {
-        println!("peak memory        {:10.0} MiB", bytes as f64 / f64::from(1 << 20));
-    }
-    if history.losses.len() < args.iters {
-        println!("Stopped early. The same command with --resume goes on.");
-    }
-    println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display());
-    let summary = json!({
-        "backend": backend::NAME,
-        "rank": args.rank,
-        "alpha": args.alpha,
-        "targets": args.targets,
-        "perplexity_before": first.exp(),
-        "perplexity_after": last.exp(),
-        "accuracies": accuracies,
-        "tokens_per_second": speed,
-        "peak_memory": peak_memory(),
-        "history": history,
-    });
-    let path = args.out.join("summary.json");
-    let summary = serde_json::to_vec_pretty(&summary).context(path.display())?;
-    write_atomically(&path, &summary).context(path.display())
-}
-
-/// The most memory that the program had at once, in bytes, where the system tells it.
-fn peak_memory() -> Option<u64> {
-    let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-    Some(1024 * kibibytes)
 }
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {

@@ -1,0 +1,161 @@
+//! The arguments of the commands.
+
+use std::path::PathBuf;
+
+use clap::{Parser, Subcommand};
+
+use crate::common::{self, Result};
+
+/// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
+/// adapters into its weights.
+#[derive(Parser, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Train adapters
+    Train(TrainArgs),
+    /// Tell the perplexity on texts, with and without adapters
+    Evaluate(EvaluateArgs),
+    /// Answer a prompt, with each of the adapters in turn
+    Generate(GenerateArgs),
+    /// Write the model with adapters in its weights, as a Hugging Face directory
+    Merge(MergeArgs),
+}
+
+/// The linear layers of each block.
+const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
+
+#[derive(Parser, Debug)]
+pub struct TrainArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
+    /// or `text`
+    #[arg(long, value_name = "DIR", required_unless_present = "sst2")]
+    pub data: Option<PathBuf>,
+    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2, of which the model is asked: is this film
+    /// review positive or negative?
+    #[arg(long, value_name = "DIR", conflicts_with = "data")]
+    pub sst2: Option<PathBuf>,
+    /// Directory for the adapters, curves.svg, summary.json and the last two checkpoints
+    #[arg(long, value_name = "DIR", default_value = "out/language_model")]
+    pub out: PathBuf,
+    /// Rank of the adapters
+    #[arg(long, default_value = "8", value_parser = common::positive)]
+    pub rank: usize,
+    /// Scale of the adapters: their update is multiplied by alpha/rank
+    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    pub alpha: f64,
+    /// Layers that get adapters
+    #[arg(long, value_delimiter = ',', default_value = ALL_LINEAR)]
+    pub targets: Vec<String>,
+    /// Number of steps
+    #[arg(long, default_value = "200", value_parser = common::positive)]
+    pub iters: usize,
+    /// Number of texts of a batch
+    #[arg(long, default_value = "4", value_parser = common::positive)]
+    pub batch: usize,
+    /// Number of batches of a step
+    #[arg(long, default_value = "1", value_parser = common::positive)]
+    pub accumulate: usize,
+    /// Longer texts are cut off, in tokens
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
+    pub max_length: usize,
+    /// Learning rate, which falls to zero along a cosine
+    #[arg(long, value_name = "RATE", default_value = "0.0005", value_parser = common::rate)]
+    pub learning_rate: f64,
+    /// Number of steps in which the learning rate grows to its full value
+    #[arg(long, value_name = "STEPS", default_value = "10")]
+    pub warmup: usize,
+    /// Greatest norm of the gradient
+    #[arg(long, value_name = "NORM", default_value = "1", value_parser = common::nonzero)]
+    pub clip: f64,
+    /// Learn only the answers, not the prompts
+    #[arg(long)]
+    pub mask_prompt: bool,
+    /// Put several short texts into one row, which do not see each other
+    #[arg(long)]
+    pub pack: bool,
+    /// Number of steps between two evaluations
+    #[arg(long, value_name = "STEPS", default_value = "50", value_parser = common::positive)]
+    pub eval_every: usize,
+    /// Seed of the adapters and the order of the texts
+    #[arg(long, default_value = "42")]
+    pub seed: u64,
+    /// Resume a run that was stopped, with the same arguments and the same --out
+    #[arg(long)]
+    pub resume: bool,
+}
+
+#[derive(Parser, Debug)]
+pub struct EvaluateArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// File with a text, or a conversation, per line
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Directory of adapters
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Number of texts of a batch
+    #[arg(long, default_value = "4", value_parser = common::positive)]
+    pub batch: usize,
+    /// Longer texts are cut off, in tokens
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
+    pub max_length: usize,
+    /// Count only the answers, not the prompts
+    #[arg(long)]
+    pub mask_prompt: bool,
+}
+
+#[derive(Parser, Debug)]
+pub struct GenerateArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// Directory of adapters; several are used one after the other
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Vec<PathBuf>,
+    /// What to answer
+    #[arg(long)]
+    pub prompt: String,
+    /// Greatest number of tokens of the answer
+    #[arg(long, value_name = "TOKENS", default_value = "200", value_parser = common::positive)]
+    pub max_tokens: usize,
+    /// 0 takes the most probable token; higher values give others a greater chance
+    #[arg(long, default_value = "0", value_parser = temperature)]
+    pub temperature: f64,
+    /// Take only the most probable tokens, as few as have this probability together
+    #[arg(long, value_name = "P", default_value = "1", value_parser = common::rate)]
+    pub top_p: f64,
+    /// Seed of the choices
+    #[arg(long, default_value = "42")]
+    pub seed: u64,
+}
+
+#[derive(Parser, Debug)]
+pub struct MergeArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// Directory of adapters
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Directory for the merged model
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+/// Parses a temperature.
+fn temperature(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value >= 0.0 => Ok(value),
+        _ => Err("a finite number of at least 0 is needed".to_owned()),
+    }
+}
