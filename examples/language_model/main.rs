@@ -108,9 +108,8 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         "mask_prompt": args.mask_prompt, "pack": args.pack, "eval_every": args.eval_every,
         "seed": args.seed, "backend": backend::NAME,
     });
-    match args.resume {
-        true => arguments::resume(&args.out, &arguments)?,
-        false => arguments::begin(&args.out, CHECKPOINTS, &arguments)?,
+    if args.resume {
+        arguments::resume(&args.out, &arguments)?;
     }
     let (llama, chat) = read::<Train>(&args.model, &device)?;
     let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
@@ -132,6 +131,10 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         100.0 * parameters.trainable as f64 / parameters.total as f64,
         backend::NAME,
     );
+    // Not before: a wrong path must not remove the checkpoints of an earlier run.
+    if !args.resume {
+        arguments::begin(&args.out, CHECKPOINTS, &arguments)?;
+    }
     let recipe = Recipe {
         iters: args.iters,
         batch: args.batch,
