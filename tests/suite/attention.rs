@@ -1,14 +1,20 @@
 //! Attention with adapters computes what Burn's own attention computes with the merged weights.
 
 use burn::{
-    module::AutodiffModule,
-    nn::attention::{
-        MhaCache, MhaInput, MultiHeadAttention, MultiHeadAttentionConfig,
-        generate_autoregressive_mask,
+    module::{AutodiffModule, Module, Param},
+    nn::{
+        Linear,
+        attention::{
+            MhaCache, MhaInput, MultiHeadAttention, MultiHeadAttentionConfig,
+            generate_autoregressive_mask,
+        },
     },
     tensor::{Bool, Tensor, backend::Backend},
 };
-use burn_lora::{Init, Lora, LoraConfig, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
+use burn_lora::{
+    Init, Lora, LoraConfig, LoraLinear, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention,
+};
+use proptest::prelude::*;
 
 use crate::{
     model::{Plain, Train, device},
@@ -153,12 +159,110 @@ fn only_the_adapters_get_gradients() {
     assert_eq!(again.dims(), [2, 4, 6]);
 }
 
+/// The sizes of a layer and its inputs, and which of its projections have adapters.
+#[derive(Clone, Debug)]
+struct Case {
+    heads: usize,
+    width: usize,
+    batch: usize,
+    /// The numbers of queries, and of keys and values.
+    lengths: [usize; 2],
+    rank: usize,
+    targets: Vec<&'static str>,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let sizes = (1..=3usize, 1..=4usize, 1..=2usize, [1..=4usize, 1..=4], 1..=4usize);
+    let targets = proptest::sample::subsequence(vec!["query", "key", "value", "output"], 1..=4);
+    (sizes, targets).prop_map(|((heads, size, batch, lengths, rank), targets)| Case {
+        heads,
+        width: heads * size,
+        batch,
+        lengths,
+        rank,
+        targets,
+    })
+}
+
+/// The projection with its adapter in a weight that trains.
+fn dense(projection: &LoraLinear<Train>) -> Linear<Train> {
+    let plain = Lora::new(projection.clone()).merge().unwrap().base.clone();
+    let trains = |value: Tensor<Train, 2>| Param::from_tensor(value.detach().require_grad());
+    let bias = plain.bias.map(|it| Param::from_tensor(it.val().detach().require_grad()));
+    Linear { weight: trains(plain.weight.val()), bias }
+}
+
+fn matrix(tensor: Tensor<Plain, 2>) -> Matrix {
+    let [rows, cols] = tensor.dims();
+    Matrix { rows, cols, ..values(tensor) }
+}
+
+/// Burn's own gradients of dense weights give those of A, B and the bias, by the chain rule.
+fn check(case: &Case) {
+    let device = device::<Train>();
+    let config = MultiHeadAttentionConfig::new(case.width, case.heads).with_dropout(0.0);
+    let base: MultiHeadAttention<Train> = config.init(&device);
+    let lora = LoraConfig::new(case.rank, 3.0).with_init(Init::RandomBoth).with_bias(true);
+    let targets = case.targets.iter().copied();
+    // The first use draws the weights.
+    let _ = base.forward(MhaInput::self_attn(Tensor::zeros([1, 1, case.width], &device)));
+    let layer = lora.with_targets(targets).init_attention(base.clone());
+    let [query, key, value, output] =
+        [&layer.query, &layer.key, &layer.value, &layer.output].map(dense);
+    let plain = MultiHeadAttention { query, key, value, output, ..base };
+
+    let [queries, keys] = case.lengths;
+    let input = |length: usize, seed| {
+        let shape = [case.batch, length, case.width];
+        let values = Matrix::random(case.batch * length, case.width, seed);
+        values.tensor::<Train, 3>(shape, &device).require_grad()
+    };
+    let inputs = || [input(queries, 1), input(keys, 2), input(keys, 3)];
+    let (ours, burns) = (inputs(), inputs());
+    let [q, k, v] = ours.clone();
+    let our_output = layer.forward(LoraMhaInput::new(q, k, v)).context;
+    let [q, k, v] = burns.clone();
+    let burns_output = plain.forward(MhaInput::new(q, k, v)).context;
+    assert_close(our_output.clone(), &values(burns_output.clone().inner()), TOLERANCE);
+
+    let our_grads = our_output.sin().sum().backward();
+    let burns_grads = burns_output.sin().sum().backward();
+    for (ours, burns) in ours.iter().zip(&burns) {
+        let expected = values(burns.grad(&burns_grads).unwrap());
+        assert_close(ours.grad(&our_grads).unwrap(), &expected, 2.0 * TOLERANCE);
+    }
+    let scale = 3.0;
+    for (lora, dense) in [
+        (&layer.query, &plain.query),
+        (&layer.key, &plain.key),
+        (&layer.value, &plain.value),
+        (&layer.output, &plain.output),
+    ] {
+        let Some(adapter) = lora.adapter() else { continue };
+        let d_weight = matrix(dense.weight.grad(&burns_grads).unwrap());
+        let [a, b] = [&adapter.a, &adapter.b].map(|it| matrix(it.val().inner()));
+        let d_a = d_weight.times(&b.transpose()).scaled(scale);
+        let d_b = a.transpose().times(&d_weight).scaled(scale);
+        assert_close(adapter.a.grad(&our_grads).unwrap(), &d_a, 2.0 * TOLERANCE);
+        assert_close(adapter.b.grad(&our_grads).unwrap(), &d_b, 2.0 * TOLERANCE);
+        let d_bias = dense.bias.as_ref().unwrap().grad(&burns_grads).unwrap();
+        let bias = adapter.bias.as_ref().unwrap().grad(&our_grads).unwrap();
+        assert_close(bias, &values(d_bias).scaled(scale), 2.0 * TOLERANCE);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+
+    #[test]
+    fn outputs_and_gradients_of_layers_of_any_size(case in cases()) {
+        check(&case);
+    }
+}
+
 #[test]
 fn a_record_of_burns_attention_loads() {
-    use burn::{
-        module::Module,
-        record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder},
-    };
+    use burn::record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder};
     let plain = base(false);
     let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
     let bytes = recorder.record(plain.clone().into_record(), ()).unwrap();
