@@ -9,6 +9,8 @@ pub mod backend;
 pub mod classifier;
 pub mod digits;
 pub mod download;
+#[cfg(feature = "text")]
+pub mod hub;
 pub mod live;
 pub mod mlp;
 pub mod plot;

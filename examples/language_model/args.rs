@@ -31,18 +31,23 @@ const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_pro
 
 #[derive(Parser, Debug)]
 pub struct TrainArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
+    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
+    /// Train a small model first, which knows some animals, and use that; it needs no files and no network
+    #[arg(long, conflicts_with = "model")]
+    pub generated: bool,
     /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
-    /// or `text`
-    #[arg(long, value_name = "DIR", required_unless_present = "sst2")]
+    /// or `text`; otherwise questions about animals, with polite answers
+    #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
     /// Directory with train.tsv, dev.tsv and test.tsv of SST-2, of which the model is asked: is this film
     /// review positive or negative?
     #[arg(long, value_name = "DIR", conflicts_with = "data")]
     pub sst2: Option<PathBuf>,
-    /// Directory for the adapters, curves.svg, summary.json and the last two checkpoints
+    /// Directory for the adapters, curves.svg, summary.json, the last two checkpoints, and what was
+    /// generated
     #[arg(long, value_name = "DIR", default_value = "out/language_model")]
     pub out: PathBuf,
     /// Rank of the adapters
@@ -94,9 +99,10 @@ pub struct TrainArgs {
 
 #[derive(Parser, Debug)]
 pub struct EvaluateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
+    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// File with a text, or a conversation, per line
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
@@ -116,9 +122,10 @@ pub struct EvaluateArgs {
 
 #[derive(Parser, Debug)]
 pub struct GenerateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
+    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// Directory of adapters; several are used one after the other
     #[arg(long, value_name = "DIR")]
     pub adapter: Vec<PathBuf>,
@@ -141,9 +148,10 @@ pub struct GenerateArgs {
 
 #[derive(Parser, Debug)]
 pub struct MergeArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
+    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
-    pub model: PathBuf,
+    pub model: Option<PathBuf>,
     /// Directory of adapters
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,

@@ -36,6 +36,17 @@ pub struct Chat {
 const TEMPLATE: &str = "chat_template";
 
 impl Chat {
+    /// Tokens and a template of one's own. Answers and texts end with `end`.
+    ///
+    /// # Errors
+    ///
+    /// If the template is malformed.
+    pub fn new(tokenizer: Tokenizer, source: &str, end: &str) -> Result<Self> {
+        let template = template(Some(source.to_owned())).context("the chat template")?;
+        let stops = tokenizer.token_to_id(end).into_iter().collect();
+        Ok(Self { tokenizer, template, begin: String::new(), end: end.to_owned(), stops })
+    }
+
     /// Reads the tokens of the model at `path`, a directory or a GGUF file.
     ///
     /// # Errors

@@ -9,6 +9,9 @@
 //! lm merge --model MODEL --adapter out/language_model/adapter --out merged
 //! ```
 //!
+//! Without files and network, `train --generated` makes a small model for itself, in
+//! `out/language_model/model`.
+//!
 //! `MODEL` is a directory in Hugging Face's format of a model of the Llama family, or a GGUF file, and
 //! `DATA` holds `train.jsonl` and `valid.jsonl`. Start reading with [`llama`], which is the model, and [`train`].
 
@@ -20,6 +23,7 @@ mod common;
 mod config;
 mod data;
 mod generate;
+mod generated;
 mod gguf;
 mod gguf_model;
 mod gguf_tokens;
@@ -35,7 +39,7 @@ mod train;
 
 use std::{
     io::Write,
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitCode,
     sync::{
         Arc,
@@ -55,6 +59,7 @@ use chat::Chat;
 use common::{
     Context, Result, arguments,
     backend::{self, Plain, Train},
+    hub,
     live::during,
 };
 use data::{Reading, Text};
@@ -67,6 +72,22 @@ use train::{CHECKPOINTS, Recipe};
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
+/// The model that is used when none is given.
+const SMOLLM2: hub::Model = hub::Model {
+    name: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    files: &[
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "model.safetensors",
+    ],
+};
+
+/// Directories of what was generated, in that of the run.
+const MODEL: &str = "model";
+const DATA: &str = "data";
+
 /// The number of reviews to evaluate on during a training.
 const WATCHED: usize = 64;
 
@@ -77,6 +98,11 @@ fn main() -> ExitCode {
         Command::Generate(args) => run_generate(&args),
         Command::Merge(args) => run_merge(&args),
     })
+}
+
+/// The model that the user gave, or the usual one.
+fn find(given: &Option<PathBuf>) -> Result<PathBuf> {
+    given.clone().map_or_else(|| SMOLLM2.find(), Ok)
 }
 
 /// The model and its tokens.
@@ -101,7 +127,7 @@ fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
 fn run_train(args: &TrainArgs) -> Result<()> {
     let device = Default::default();
     let arguments = json!({
-        "model": args.model, "data": args.data, "sst2": args.sst2, "rank": args.rank, "alpha": args.alpha,
+        "model": args.model, "generated": args.generated, "data": args.data, "sst2": args.sst2, "rank": args.rank, "alpha": args.alpha,
         "targets": args.targets, "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
@@ -111,7 +137,12 @@ fn run_train(args: &TrainArgs) -> Result<()> {
     if args.resume {
         arguments::resume(&args.out, &arguments)?;
     }
-    let (llama, chat) = read::<Train>(&args.model, &device)?;
+    let stop = stopper()?;
+    let model = match args.generated {
+        true => generated(args, &stop)?,
+        false => find(&args.model)?,
+    };
+    let (llama, chat) = read::<Train>(&model, &device)?;
     let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
     let (texts, valid) = texts(args, &chat, &reading)?;
     let questions = match &args.sst2 {
@@ -136,6 +167,7 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         arguments::begin(&args.out, CHECKPOINTS, &arguments)?;
     }
     let recipe = Recipe {
+        name: "LoRA",
         iters: args.iters,
         batch: args.batch,
         accumulate: args.accumulate,
@@ -146,6 +178,24 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         eval_every: args.eval_every,
         seed: args.seed,
     };
+    let ask = |llama: &Llama<Plain>| {
+        let doing = format!("asking about {} reviews", questions.len());
+        during(&doing, || reviews::accuracy(llama, &chat, &questions, &device))
+    };
+    let mut accuracies = Vec::new();
+    if args.sst2.is_some() {
+        accuracies.push(ask(&model.valid())?);
+        println!("before the training, {:.1} % of the answers are right", accuracies[0]);
+    }
+    let (model, history) = train::train(model, &texts, &valid, &recipe, Some(&args.out), &stop)?;
+    if args.sst2.is_some() {
+        accuracies.push(ask(&model.valid())?);
+    }
+    report(args, &history, &accuracies)
+}
+
+/// What becomes true when the user presses Ctrl-C.
+fn stopper() -> Result<Arc<AtomicBool>> {
     let stop = Arc::new(AtomicBool::new(false));
     let stopper = stop.clone();
     let again = "a second Ctrl-C ends without a checkpoint";
@@ -156,20 +206,16 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         eprintln!("The training stops after this step; {again}.");
     })
     .context("Ctrl-C")?;
-    let ask = |llama: &Llama<Plain>| {
-        let doing = format!("asking about {} reviews", questions.len());
-        during(&doing, || reviews::accuracy(llama, &chat, &questions, &device))
-    };
-    let mut accuracies = Vec::new();
-    if args.sst2.is_some() {
-        accuracies.push(ask(&model.valid())?);
-        println!("before the training, {:.1} % of the answers are right", accuracies[0]);
+    Ok(stop)
+}
+
+/// The small model of this run or, if it is resumed, the one it began with.
+fn generated(args: &TrainArgs, stop: &AtomicBool) -> Result<PathBuf> {
+    let dir = args.out.join(MODEL);
+    if !args.resume {
+        generated::write_model(&dir, args.seed, stop)?;
     }
-    let (model, history) = train::train(model, &texts, &valid, &recipe, &args.out, &stop)?;
-    if args.sst2.is_some() {
-        accuracies.push(ask(&model.valid())?);
-    }
-    report(args, &history, &accuracies)
+    Ok(dir)
 }
 
 /// The texts to learn from, and those to evaluate on.
@@ -180,14 +226,21 @@ fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>,
         let train = reviews::texts(&dir.join("train.tsv"), count, chat, reading)?;
         return Ok((train, reviews::texts(&dir.join("dev.tsv"), WATCHED, chat, reading)?));
     }
-    let dir = args.data.as_ref().expect("clap requires one of the two");
+    let dir = match &args.data {
+        Some(dir) => dir.clone(),
+        None => {
+            let dir = args.out.join(DATA);
+            generated::write_texts(&dir)?;
+            dir
+        }
+    };
     let read = |name: &str| data::read(&dir.join(name), chat, reading);
     Ok((read("train.jsonl")?, read("valid.jsonl")?))
 }
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
-    let (llama, chat) = read::<Plain>(&args.model, &device)?;
+    let (llama, chat) = read::<Plain>(&find(&args.model)?, &device)?;
     let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
     let texts = data::read(&args.data, &chat, &reading)?;
     let told = |name: &str, llama: &Llama<Plain>| {
@@ -206,7 +259,7 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
 fn run_generate(args: &GenerateArgs) -> Result<()> {
     let device = Default::default();
     let sets = args.adapter.iter().map(|dir| adapters(dir)).collect::<Result<Vec<_>>>()?;
-    let (llama, chat) = read::<Plain>(&args.model, &device)?;
+    let (llama, chat) = read::<Plain>(&find(&args.model)?, &device)?;
     let prompt = chat.prompt(&args.prompt)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     let answer = |llama: &Llama<Plain>| {
@@ -238,10 +291,11 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
 
 fn run_merge(args: &MergeArgs) -> Result<()> {
     let set = adapters(&args.adapter)?;
-    let (llama, chat) = read::<Plain>(&args.model, &Default::default())?;
+    let model = find(&args.model)?;
+    let (llama, chat) = read::<Plain>(&model, &Default::default())?;
     let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
     let merged = adapted.merge().map_err(|error| error.to_string())?;
-    merged::save(&merged, &chat, &args.model, &args.out)?;
+    merged::save(&merged, &chat, &model, &args.out)?;
     println!("The merged model is in {}.", args.out.display());
     Ok(())
 }

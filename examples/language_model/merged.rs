@@ -32,25 +32,14 @@ const COPIED: [&str; 8] = [
 ///
 /// # Errors
 ///
-/// If a file cannot be read or written.
+/// If `out` is the directory of the base, or a file cannot be read or written.
 pub fn save<B: Backend>(llama: &Llama<B>, chat: &Chat, base: &Path, out: &Path) -> Result<()> {
-    let mut values = Vec::new();
-    for tensor in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
-        let name = python_name(&tensor.full_path());
-        let data = tensor.to_data().map_err(|error| format!("{name}: {error}"))?;
-        values.push((name, tensor.shape.to_vec(), data.convert::<f32>()));
+    let same =
+        out.canonicalize().is_ok_and(|out| base.canonicalize().is_ok_and(|base| base == out));
+    if same {
+        return Err(format!("{}: the base is there, which stays as it is", out.display()));
     }
-    let views = values.iter().map(|(name, shape, data)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), data.as_bytes());
-        Ok((name.as_str(), view.context(name)?))
-    });
-    let views = views.collect::<Result<Vec<_>>>()?;
-    // `transformers` asks for this entry.
-    let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let path = out.join("model.safetensors");
-    let bytes = safetensors::serialize(views, Some(metadata)).context(path.display())?;
-    write_atomically(&path, &bytes).context(path.display())?;
-
+    save_weights(llama, out)?;
     let config = if is_gguf(base) { hugging_face_config(base)? } else { copy_config(base)? };
     let path = out.join("config.json");
     let config = serde_json::to_vec_pretty(&config).context(path.display())?;
@@ -65,6 +54,30 @@ pub fn save<B: Backend>(llama: &Llama<B>, chat: &Chat, base: &Path, out: &Path) 
         }
     }
     Ok(())
+}
+
+/// Writes `model.safetensors` to `dir`.
+///
+/// # Errors
+///
+/// If it cannot be written.
+pub fn save_weights<B: Backend>(llama: &Llama<B>, dir: &Path) -> Result<()> {
+    let mut values = Vec::new();
+    for tensor in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
+        let name = python_name(&tensor.full_path());
+        let data = tensor.to_data().map_err(|error| format!("{name}: {error}"))?;
+        values.push((name, tensor.shape.to_vec(), data.convert::<f32>()));
+    }
+    let views = values.iter().map(|(name, shape, data)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), data.as_bytes());
+        Ok((name.as_str(), view.context(name)?))
+    });
+    let views = views.collect::<Result<Vec<_>>>()?;
+    // `transformers` asks for this entry.
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    let path = dir.join("model.safetensors");
+    let bytes = safetensors::serialize(views, Some(metadata)).context(path.display())?;
+    write_atomically(&path, &bytes).context(path.display())
 }
 
 /// The configuration in the directory, with the type of the weights that are written.

@@ -1,7 +1,7 @@
 //! Tests of what is learnt, of the loss, and of how texts are continued.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     path::{Path, PathBuf},
     sync::atomic::AtomicBool,
@@ -26,10 +26,10 @@ use crate::{
     common::backend::{Plain, Train},
     data::{self, Batch, Reading, Text, pack},
     generate::{Sampling, generate},
-    gguf_tokens,
+    generated, gguf_tokens,
     llama::Llama,
     loss::{evaluate, surprise},
-    pretrained, reviews,
+    merged, pretrained, reviews,
     train::{History, Recipe, clip, norm, train},
 };
 
@@ -69,6 +69,37 @@ fn read(lines: &str, reading: &Reading) -> crate::common::Result<Vec<Text>> {
     let path = dir.path().join("train.jsonl");
     fs::write(&path, lines).unwrap();
     data::read(&path, &chat, reading)
+}
+
+#[test]
+fn generated_questions_are_in_one_file_only_and_of_known_words() {
+    let dir = tempfile::tempdir().unwrap();
+    generated::write_texts(dir.path()).unwrap();
+    let tokenizer = generated::tokenizer().unwrap();
+    let mut questions = BTreeSet::new();
+    for (file, count) in [("train.jsonl", 32), ("valid.jsonl", 8), ("test.jsonl", 8)] {
+        let lines = fs::read_to_string(dir.path().join(file)).unwrap();
+        assert_eq!(lines.lines().count(), count);
+        for line in lines.lines() {
+            let pair: HashMap<String, String> = serde_json::from_str(line).unwrap();
+            assert!(pair["completion"].ends_with(", my friend."));
+            for text in pair.values() {
+                let ids = tokenizer.encode(text.as_str(), false).unwrap().get_ids().to_vec();
+                assert!(!ids.contains(&0), "{text}");
+                assert_eq!(tokenizer.decode(&ids, true).unwrap(), *text);
+            }
+            assert!(questions.insert(pair["prompt"].clone()), "{line}");
+        }
+    }
+}
+
+#[test]
+fn a_merged_model_does_not_replace_its_base() {
+    let (dir, chat) = chat();
+    let llama: Llama<Plain> = tiny("qwen3");
+    let error = merged::save(&llama, &chat, dir.path(), dir.path()).unwrap_err();
+    assert!(error.contains("the base is there"), "{error}");
+    assert!(!fs::read(dir.path().join("tokenizer.json")).unwrap().is_empty());
 }
 
 #[test]
@@ -254,6 +285,7 @@ fn rows_are_filled_with_texts_in_their_order() {
 
 fn recipe() -> Recipe {
     Recipe {
+        name: "LoRA",
         iters: 6,
         batch: 2,
         accumulate: 1,
@@ -282,7 +314,7 @@ fn trained_in(
     let config = LoraConfig::new(2, 5.0).with_seed(3);
     let model = tiny::<Train>("llama3").attach(&config).unwrap();
     let stop = AtomicBool::new(stops);
-    let (model, history) = train(model, &texts, &texts, recipe, dir, &stop)?;
+    let (model, history) = train(model, &texts, &texts, recipe, Some(dir), &stop)?;
     let adapters = model.valid().adapters();
     let (_, adapter) = adapters.iter().next().unwrap();
     Ok((history, adapter.b.val().into_data()))

@@ -1,4 +1,4 @@
-//! Trains the adapters of a decoder.
+//! Trains a decoder: its adapters, or all of it.
 
 use std::{
     f64::consts::PI,
@@ -31,6 +31,8 @@ use crate::{
 /// How to train.
 #[derive(Clone, Debug)]
 pub struct Recipe {
+    /// What is trained, in reports.
+    pub name: &'static str,
     /// The number of steps of the optimizer.
     pub iters: usize,
     /// The number of rows of a batch.
@@ -74,6 +76,7 @@ impl Recipe {
     }
 }
 
+/// A decoder, of which some parameters train.
 pub type Model = Lora<Train, Llama<Train>>;
 
 /// The directories of the adapters and of the checkpoints, in that of the run.
@@ -81,7 +84,8 @@ pub const ADAPTER: &str = "adapter";
 pub const CHECKPOINTS: &str = "checkpoints";
 
 /// Trains on `texts` from the last checkpoint in `out`, if there is one. After each evaluation it saves the
-/// adapters and a checkpoint there. It does so, too, and ends, when `stop` becomes true.
+/// adapters and a checkpoint there. It does so, too, and ends, when `stop` becomes true. Without `out`,
+/// nothing is saved.
 ///
 /// # Errors
 ///
@@ -92,19 +96,21 @@ pub fn train(
     texts: &[Text],
     valid: &[Text],
     recipe: &Recipe,
-    out: &Path,
+    out: Option<&Path>,
     stop: &AtomicBool,
 ) -> Result<(Model, History)> {
-    let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
     let device = Default::default();
     // As PyTorch's.
     let adam = AdamConfig::new().with_epsilon(1e-8);
     let optimizer = adam.init::<Train, Model>();
-    let (mut model, mut optimizer, mut history) = checkpoint::load(&checkpoints, model, optimizer)?;
+    let (mut model, mut optimizer, mut history) = match out {
+        Some(out) => checkpoint::load(&out.join(CHECKPOINTS), model, optimizer)?,
+        None => (model, optimizer, History::default()),
+    };
     let done = history.losses.len();
     let mut order = Order::new(texts.len(), recipe.seed);
     order.skip(done * recipe.accumulate * recipe.batch);
-    let mut live = Live::new("LoRA", format!("step {}/{}", done + 1, recipe.iters));
+    let mut live = Live::new(recipe.name, format!("step {}/{}", done + 1, recipe.iters));
     let watch = |live: &mut Live, model: &Model, history: &mut History| {
         let loss = evaluate::<Plain>(&model.valid(), valid, recipe.batch, &device);
         let step = history.losses.len();
@@ -145,10 +151,9 @@ pub fn train(
             loss += part.clone().into_data().iter::<f64>().sum::<f64>();
             if !loss.is_finite() {
                 return Err(format!(
-                    "the loss is {loss} in step {}; {} has the adapters of the last evaluation, if there was \
-                     one. Try a smaller --learning-rate",
+                    "the loss is {loss} in step {}. The adapters of the last evaluation are kept, if there \
+                     was one. Try a smaller --learning-rate",
                     step + 1,
-                    adapter.display(),
                 ));
             }
             gradients.accumulate(&model, GradientsParams::from_grads(part.backward(), &model));
@@ -167,7 +172,8 @@ pub fn train(
         if evaluated {
             watch(&mut live, &model, &mut history);
         }
-        if evaluated || stopped {
+        if let (Some(out), true) = (out, evaluated || stopped) {
+            let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
             model.adapters().save(&adapter).context("the adapters cannot be saved")?;
             checkpoint::save(&checkpoints, &model, &optimizer, &history)?;
         }

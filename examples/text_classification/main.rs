@@ -17,7 +17,6 @@ mod common;
 mod grammar;
 mod model;
 mod pretrained;
-mod sources;
 mod text;
 
 use std::{
@@ -43,6 +42,7 @@ use common::{
     arguments,
     backend::{self, Plain, Train},
     classifier::{Classifier, Sample, Start, accuracy, logits},
+    hub,
     live::during,
     table::grouped,
 };
@@ -105,6 +105,11 @@ struct Args {
     #[arg(long, value_name = "DIR", default_value = "out/text_classification")]
     out: PathBuf,
 }
+
+const MINILM: hub::Model = hub::Model {
+    name: "sentence-transformers/all-MiniLM-L6-v2",
+    files: &["config.json", "tokenizer.json", "model.safetensors"],
+};
 
 /// The learning rates of full fine-tuning and of LoRA.
 const PRETRAINED: [f64; 2] = [1e-4, 1e-3];
@@ -288,7 +293,13 @@ struct Given {
 
 /// Reads a pretrained encoder from files. Reads texts from files too, if `--data` is given.
 fn read(args: &Args) -> Result<Given> {
-    let dir = sources::find(args.model.as_deref())?;
+    let dir = match &args.model {
+        Some(dir) => dir.clone(),
+        None => MINILM.find()?,
+    };
+    if let Some(file) = MINILM.files.iter().find(|file| !dir.join(file).is_file()) {
+        return Err(format!("{}: there is no {file} in it", dir.display()));
+    }
     let (bert, sizes) = pretrained::load::<Plain>(&dir, &Default::default())?;
     println!("Model: {}", dir.display());
     let tokenizer = text::read_tokenizer(&dir.join("tokenizer.json"), &sizes)?;
