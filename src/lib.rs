@@ -77,7 +77,8 @@
 //! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
 //!   [`LoraMultiHeadAttention`]: the layers.
 //! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
-//! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training.
+//! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
+//!   time, and in less memory.
 //! - [`LoraAdapter`]: the formula itself.
 //! - [First steps](first_steps): checkpoints from elsewhere, nested models, threads, exporting, and what
 //!   PEFT's functions are called here.
@@ -117,7 +118,7 @@ pub use model::{LayerReport, Lora, LoraModule, ParameterReport};
 pub use adapters::{Approximation, Combination, LoraAdapters, Renaming};
 
 // Training.
-pub use train::{AtomicRecorder, LoraPlus, last_checkpoint};
+pub use train::{AtomicRecorder, Backward, Blocks, LoraPlus, Workers, last_checkpoint, segments};
 
 #[cfg(any(doc, doctest))]
 #[doc = include_str!("../docs/first-steps.md")]

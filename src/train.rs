@@ -1,7 +1,13 @@
 //! What training needs beyond Burn's optimizers and recorders.
 
+mod backward;
 mod checkpoint;
 mod lora_plus;
+mod segments;
+mod workers;
 
+pub use backward::Backward;
 pub use checkpoint::{AtomicRecorder, last_checkpoint};
 pub use lora_plus::LoraPlus;
+pub use segments::{Blocks, segments};
+pub use workers::Workers;

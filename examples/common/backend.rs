@@ -35,6 +35,14 @@ pub const NAME: &str = if cfg!(feature = "cuda") {
     "ndarray"
 };
 
+/// The number of threads that can share a training step: GPUs are busy with one.
+pub fn cores() -> usize {
+    if cfg!(any(feature = "cuda", feature = "rocm", feature = "wgpu")) {
+        return 1;
+    }
+    std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
+}
+
 mod chosen {
     #[cfg(feature = "cuda")]
     pub use burn::backend::Cuda as Plain;

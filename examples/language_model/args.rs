@@ -86,6 +86,13 @@ pub struct TrainArgs {
     /// Put several short texts into one row, which do not see each other
     #[arg(long)]
     pub pack: bool,
+    /// Compute each layer again in the backward pass: a tenth of the memory, for a third more time
+    #[arg(long)]
+    pub segments: bool,
+    /// Number of threads that share a step; by default as many as there are cores, and 1 on GPUs. The same
+    /// number gives the same bits
+    #[arg(long, value_name = "N", value_parser = common::positive)]
+    pub workers: Option<usize>,
     /// Number of steps between two evaluations
     #[arg(long, value_name = "STEPS", default_value = "50", value_parser = common::positive)]
     pub eval_every: usize,

@@ -36,8 +36,6 @@ pub struct Batch<B: Backend> {
     pub at: Tensor<B, 1, Int>,
     /// These next tokens: `[targets, 1]`.
     pub targets: Tensor<B, 2, Int>,
-    /// The number of tokens without those that fill up rows.
-    pub tokens: usize,
 }
 
 /// Reads the texts of a file.
@@ -138,11 +136,39 @@ pub fn pack<'a>(texts: &[&'a Text], length: usize) -> Vec<Vec<&'a Text>> {
     rows
 }
 
+/// Shares rows among workers, so that each has about as many tokens. The longest rows are together, so that
+/// little is filled up.
+pub fn deal<'a>(mut rows: Vec<Vec<&'a Text>>, workers: usize) -> Vec<Vec<Vec<&'a Text>>> {
+    rows.sort_by_key(|row| std::cmp::Reverse(tokens(row)));
+    let mut left: usize = rows.iter().map(|row| tokens(row)).sum();
+    let mut rows = rows.into_iter().peekable();
+    let mut parts = Vec::new();
+    for worker in 0..workers {
+        let fair = left.div_ceil(workers - worker);
+        let (mut part, mut size) = (Vec::new(), 0);
+        // Half of a row decides who gets it.
+        while let Some(row) =
+            rows.next_if(|row| 2 * size + tokens(row) <= 2 * fair || part.is_empty())
+        {
+            size += tokens(&row);
+            part.push(row);
+        }
+        left -= size;
+        parts.push(part);
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+/// The number of tokens in a row.
+pub fn tokens(row: &[&Text]) -> usize {
+    row.iter().map(|text| text.ids.len()).sum()
+}
+
 impl<B: Backend> Batch<B> {
     /// Rows of one or more texts, filled up to the length of the longest.
     pub fn new(llama: &Llama<B>, rows: &[Vec<&Text>], device: &B::Device) -> Self {
-        let size = |row: &[&Text]| row.iter().map(|text| text.ids.len()).sum::<usize>();
-        let length = rows.iter().map(|row| size(row)).max().unwrap_or(0);
+        let length = rows.iter().map(|row| tokens(row)).max().unwrap_or(0);
         let mut ids = Vec::with_capacity(rows.len() * length);
         let (mut at, mut targets, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         for row in rows {
@@ -152,7 +178,7 @@ impl<B: Backend> Batch<B> {
                 targets.extend(text.ids[learnt].iter().map(|&id| id as i32));
                 ids.extend(text.ids.iter().map(|&id| id as i32));
             }
-            let filling = length - size(row);
+            let filling = length - tokens(row);
             ids.resize(ids.len() + filling, 0);
             let mut texts: Vec<_> = row.iter().map(|text| text.ids.len()).collect();
             texts.push(filling);
@@ -160,10 +186,9 @@ impl<B: Backend> Batch<B> {
         }
         let int =
             |values: Vec<i32>| Tensor::<B, 1, Int>::from_data(TensorData::from(&*values), device);
-        let tokens = rows.iter().map(|row| size(row)).sum();
         let places = llama.packed(&lengths, device);
         let ids = int(ids).reshape([rows.len(), length]);
         let count = targets.len();
-        Self { ids, places, at: int(at), targets: int(targets).reshape([count, 1]), tokens }
+        Self { ids, places, at: int(at), targets: int(targets).reshape([count, 1]) }
     }
 }

@@ -179,6 +179,8 @@ pub fn write_model(dir: &Path, seed: u64, stop: &AtomicBool) -> Result<()> {
         pack: None,
         eval_every: 100,
         seed,
+        workers: 1,
+        segments: false,
     };
     let (llama, history) = train::train(all, &texts, &answers, &recipe, None, stop)?;
     if history.losses.len() < recipe.iters {

@@ -137,25 +137,39 @@ impl LlamaConfig {
 }
 
 impl<B: Backend> Llama<B> {
-    /// What the head reads: `[batch, length]` to `[batch, length, hidden_size]`.
+    /// The vectors of the tokens: `[batch, length]` to `[batch, length, hidden_size]`.
+    pub fn embed(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        self.model.embed_tokens.forward(ids)
+    }
+
+    /// The number of layers.
+    pub fn depth(&self) -> usize {
+        self.model.layers.len()
+    }
+
+    /// One layer: `[batch, length, hidden_size]` to the same.
+    pub fn layer(&self, index: usize, x: Tensor<B, 3>, places: &Places<B>) -> Tensor<B, 3> {
+        self.model.layers[index].forward(x, places, &mut None)
+    }
+
+    /// The output of the last layer: `[batch, length]` to `[batch, length, hidden_size]`.
     pub fn hidden(&self, ids: Tensor<B, 2, Int>, places: &Places<B>) -> Tensor<B, 3> {
-        let x = self.model.embed_tokens.forward(ids);
-        let x = self.model.layers.iter().fold(x, |x, layer| layer.forward(x, places, &mut None));
-        self.model.norm.forward(x)
+        (0..self.depth()).fold(self.embed(ids), |x, index| self.layer(index, x, places))
     }
 
     /// The scores of all possible next tokens: `[batch, length, hidden_size]` to
     /// `[batch, length, vocab_size]`.
     pub fn logits(&self, hidden: Tensor<B, 3>) -> Tensor<B, 3> {
+        let normed = self.model.norm.forward(hidden);
         match &self.lm_head {
-            Some(head) => head.forward(hidden),
-            None => self.model.embed_tokens.project(hidden),
+            Some(head) => head.forward(normed),
+            None => self.model.embed_tokens.project(normed),
         }
     }
 
     /// An empty cache.
     pub fn cache(&self) -> Cache<B> {
-        Cache { layers: vec![None; self.model.layers.len()], length: 0 }
+        Cache { layers: vec![None; self.depth()], length: 0 }
     }
 
     /// Reads on after the tokens in the cache: `[batch, length]` to the scores of the token after the
@@ -163,13 +177,13 @@ impl<B: Backend> Llama<B> {
     pub fn read(&self, ids: Tensor<B, 2, Int>, cache: &mut Cache<B>) -> Tensor<B, 2> {
         let [_, length] = ids.dims();
         let places = self.places(cache.length, length, &ids.device());
-        let mut x = self.model.embed_tokens.forward(ids);
+        let mut x = self.embed(ids);
         for (layer, cached) in self.model.layers.iter().zip(&mut cache.layers) {
             x = layer.forward(x, &places, &mut Some(cached));
         }
         cache.length += length;
         let last = x.narrow(1, length - 1, 1);
-        self.logits(self.model.norm.forward(last)).squeeze_dim(1)
+        self.logits(last).squeeze_dim(1)
     }
 
     /// Texts of `length` tokens that follow `past` others. Each token sees itself and those before it. What

@@ -1,6 +1,7 @@
 //! What training makes small: how much the next tokens surprise the model.
 
-use burn::tensor::{Tensor, activation::log_softmax, backend::Backend};
+use burn::tensor::{Int, Tensor, activation::log_softmax, backend::Backend};
+use burn_lora::Blocks;
 
 use crate::{
     data::{Batch, Text},
@@ -10,11 +11,55 @@ use crate::{
 /// The sum over all targets of minus the logarithm of the probability that the model gives them: `[1]`.
 pub fn surprise<B: Backend>(llama: &Llama<B>, batch: Batch<B>) -> Tensor<B, 1> {
     let hidden = llama.hidden(batch.ids, &batch.places);
+    surprise_at(llama, hidden, batch.at, batch.targets)
+}
+
+/// The same from the output of the last layer.
+fn surprise_at<B: Backend>(
+    llama: &Llama<B>,
+    hidden: Tensor<B, 3>,
+    at: Tensor<B, 1, Int>,
+    targets: Tensor<B, 2, Int>,
+) -> Tensor<B, 1> {
     let [rows, length, width] = hidden.dims();
     // The head is as wide as there are tokens, so it reads only what is needed.
-    let hidden = hidden.reshape([rows * length, width]).select(0, batch.at);
+    let hidden = hidden.reshape([rows * length, width]).select(0, at);
     let scores = llama.logits(hidden.unsqueeze()).squeeze_dim::<2>(0);
-    log_softmax(scores, 1).gather(1, batch.targets).sum().neg()
+    log_softmax(scores, 1).gather(1, targets).sum().neg()
+}
+
+/// How many targets the head scores at once.
+const CHUNK: usize = 64;
+
+impl<B: Backend> Blocks<B, 3, [Vec<&Text>]> for Llama<B> {
+    type Context = Batch<B>;
+
+    fn blocks(&self) -> usize {
+        self.depth()
+    }
+
+    fn context(&self, rows: &[Vec<&Text>], device: &B::Device) -> Batch<B> {
+        Batch::new(self, rows, device)
+    }
+
+    fn begin(&self, batch: &Batch<B>) -> Tensor<B, 3> {
+        self.embed(batch.ids.clone())
+    }
+
+    fn block(&self, index: usize, x: Tensor<B, 3>, batch: &Batch<B>) -> Tensor<B, 3> {
+        self.layer(index, x, &batch.places)
+    }
+
+    fn parts(&self, batch: &Batch<B>) -> usize {
+        batch.at.dims()[0].div_ceil(CHUNK)
+    }
+
+    fn loss(&self, part: usize, x: Tensor<B, 3>, batch: &Batch<B>) -> Tensor<B, 1> {
+        let start = part * CHUNK;
+        let count = CHUNK.min(batch.at.dims()[0] - start);
+        let (at, targets) = (batch.at.clone(), batch.targets.clone());
+        surprise_at(self, x, at.narrow(0, start, count), targets.narrow(0, start, count))
+    }
 }
 
 /// The mean surprise per target. Its exponential is the perplexity.

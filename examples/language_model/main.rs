@@ -177,6 +177,8 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         pack: args.pack.then_some(args.max_length),
         eval_every: args.eval_every,
         seed: args.seed,
+        workers: args.workers.unwrap_or_else(backend::cores),
+        segments: args.segments,
     };
     let ask = |llama: &Llama<Plain>| {
         let doing = format!("asking about {} reviews", questions.len());

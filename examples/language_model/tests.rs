@@ -295,6 +295,8 @@ fn recipe() -> Recipe {
         pack: None,
         eval_every: 3,
         seed: 1,
+        workers: 1,
+        segments: false,
     }
 }
 

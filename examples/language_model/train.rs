@@ -9,10 +9,10 @@ use std::{
 
 use burn::{
     module::{AutodiffModule, Module, ModuleVisitor, Param},
-    optim::{AdamConfig, GradientsAccumulator, GradientsParams, Optimizer},
+    optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::Tensor,
 };
-use burn_lora::Lora;
+use burn_lora::{Backward, Lora, Workers, segments};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +23,7 @@ use crate::{
         backend::{Plain, Train},
         live::{Live, Position},
     },
-    data::{Batch, Text, pack},
+    data::{Batch, Text, deal, pack, tokens},
     llama::Llama,
     loss::{evaluate, surprise},
 };
@@ -49,6 +49,10 @@ pub struct Recipe {
     /// The number of steps between two evaluations.
     pub eval_every: usize,
     pub seed: u64,
+    /// The number of threads that share a step.
+    pub workers: usize,
+    /// Compute each layer again in the backward pass, to need less memory.
+    pub segments: bool,
 }
 
 /// What a training came to.
@@ -110,6 +114,7 @@ pub fn train(
     let done = history.losses.len();
     let mut order = Order::new(texts.len(), recipe.seed);
     order.skip(done * recipe.accumulate * recipe.batch);
+    let workers = Workers::new(recipe.workers);
     let mut live = Live::new(recipe.name, format!("step {}/{}", done + 1, recipe.iters));
     let watch = |live: &mut Live, model: &Model, history: &mut History| {
         let loss = evaluate::<Plain>(&model.valid(), valid, recipe.batch, &device);
@@ -138,27 +143,31 @@ pub fn train(
             .map(|_| (0..recipe.batch).map(|_| &texts[order.next()]).collect())
             .collect();
         let targets: usize = batches.iter().flatten().map(|text| text.targets()).sum();
-        let mut gradients = GradientsAccumulator::new();
-        let mut loss = 0.0;
+        let mut parts = Vec::new();
         for texts in &batches {
             let rows = match recipe.pack {
                 Some(length) => pack(texts, length),
                 None => texts.iter().map(|&text| vec![text]).collect(),
             };
-            let batch = Batch::new(&model, &rows, &device);
-            history.tokens += batch.tokens;
-            let part = surprise(&model, batch) / targets as f64;
-            loss += part.clone().into_data().iter::<f64>().sum::<f64>();
-            if !loss.is_finite() {
-                return Err(format!(
-                    "the loss is {loss} in step {}. The adapters of the last evaluation are kept, if there \
-                     was one. Try a smaller --learning-rate",
-                    step + 1,
-                ));
-            }
-            gradients.accumulate(&model, GradientsParams::from_grads(part.backward(), &model));
+            history.tokens += rows.iter().map(|row| tokens(row)).sum::<usize>();
+            parts.push(workers.backward(&model, deal(rows, workers.count()), |model, rows| {
+                if recipe.segments {
+                    return segments(model, &*rows);
+                }
+                let batch = Batch::new(model, &rows, &device);
+                Backward::new(model, surprise(model, batch))
+            }));
         }
-        let mut gradients = gradients.grads();
+        let Backward { loss, mut gradients } = Backward::sum(&model, parts);
+        let loss = loss / targets as f64;
+        if !loss.is_finite() {
+            return Err(format!(
+                "the loss is {loss} in step {}. The adapters of the last evaluation are kept, if there was \
+                 one. Try a smaller --learning-rate",
+                step + 1,
+            ));
+        }
+        scale(&model, &mut gradients, 1.0 / targets as f64);
         clip(&model, &mut gradients, recipe.clip);
         model = optimizer.step(recipe.rate(step), model, gradients);
         history.seconds += start.elapsed().as_secs_f64();
@@ -196,8 +205,12 @@ pub fn norm(model: &Model, gradients: &GradientsParams) -> f64 {
 pub fn clip(model: &Model, gradients: &mut GradientsParams, most: f64) {
     let norm = norm(model, gradients);
     if norm > most {
-        model.visit(&mut Scaler { gradients, factor: most / norm });
+        scale(model, gradients, most / norm);
     }
+}
+
+fn scale(model: &Model, gradients: &mut GradientsParams, factor: f64) {
+    model.visit(&mut Scaler { gradients, factor });
 }
 
 /// Sums the squares of all gradients.

@@ -1,0 +1,150 @@
+//! Training steps that are shared among threads.
+
+use std::{num::NonZero, panic::resume_unwind, thread};
+
+use burn::{module::AutodiffModule, tensor::backend::AutodiffBackend};
+
+use super::Backward;
+
+/// Threads that share the forward and the backward pass of a training step. For CPU backends.
+///
+/// A backend uses all cores in some of its operations, above all in products of matrices, and one core in the
+/// others. Workers use all cores in all of them: each has its part of the batch, and one core. They share the
+/// weights, and hold their own activations. Their gradients are added, which is little work as long as only
+/// adapters train.
+///
+/// ```
+/// use burn::{backend::{Autodiff, Flex}, nn::{Linear, LinearConfig}, tensor::Tensor};
+/// use burn_lora::{Backward, LoraConfig, LoraModule, Workers};
+///
+/// # let device = Default::default();
+/// let base: Linear<Autodiff<Flex>> = LinearConfig::new(8, 3).init(&device);
+/// let model = burn_lora::Lora::overlay(base, &LoraConfig::new(2, 4.0)).expect("it has linear layers");
+/// let batch = Tensor::<Autodiff<Flex>, 2>::ones([10, 8], &device);
+///
+/// let workers = Workers::new(2);
+/// // Two parts of the batch, whose losses add up to the loss of the whole batch.
+/// let step = workers.backward(&model, batch.chunk(2, 0), |model, part| {
+///     let loss = model.run(part, |base, part| base.forward(part)).square().sum() / 10.0;
+///     Backward::new(model, loss)
+/// });
+/// // optimizer.step(rate, model, step.gradients)
+/// # assert!(step.loss > 0.0);
+/// ```
+#[derive(Debug)]
+pub struct Workers {
+    pools: Vec<Pool>,
+}
+
+impl Workers {
+    /// `count` workers with one core each. A single one is the calling thread, and has all cores.
+    ///
+    /// # Panics
+    ///
+    /// If `count` is 0, or the threads cannot be started.
+    pub fn new(count: usize) -> Self {
+        assert!(count > 0, "at least one worker expected");
+        let pools = if count == 1 { 0 } else { count };
+        Self { pools: (0..pools).map(|_| Pool::new()).collect() }
+    }
+
+    /// As many workers as there are cores.
+    ///
+    /// # Panics
+    ///
+    /// If the threads cannot be started.
+    pub fn per_core() -> Self {
+        Self::new(thread::available_parallelism().map_or(1, NonZero::get))
+    }
+
+    /// The number of workers.
+    pub fn count(&self) -> usize {
+        self.pools.len().max(1)
+    }
+
+    /// Calls `pass` for each part of a batch, and adds up what it gives. Each call has a fork of `model`, so
+    /// that the graphs of two threads have nothing in common.
+    ///
+    /// The results are added in the order of the parts, so that the same parts give the same bits in every
+    /// run, unless the model draws random numbers: dropout takes them from one source for all threads. The
+    /// loss of a part should be its share of the batch's loss, and not the mean of the part. Parts of about
+    /// the same size keep all workers busy. If there are more parts than workers, worker `i` of `n` computes
+    /// the parts `i`, `i + n` and so on. A single part is computed by the calling thread, with all cores.
+    ///
+    /// # Panics
+    ///
+    /// If `pass` panics, or the model has no parameters.
+    pub fn backward<B, M, P>(
+        &self,
+        model: &M,
+        parts: Vec<P>,
+        pass: impl Fn(&M, P) -> Backward + Sync,
+    ) -> Backward
+    where
+        B: AutodiffBackend,
+        M: AutodiffModule<B>,
+        P: Send,
+    {
+        if self.pools.is_empty() || parts.len() < 2 {
+            return Backward::sum(model, parts.into_iter().map(|part| pass(model, part)));
+        }
+        let device = model.devices().first().expect("a model with parameters expected").clone();
+        let count = parts.len();
+        let mut shares: Vec<Vec<P>> = self.pools.iter().map(|_| Vec::new()).collect();
+        for (i, part) in parts.into_iter().enumerate() {
+            shares[i % self.pools.len()].push(part);
+        }
+        let results: Vec<Vec<Backward>> = thread::scope(|scope| {
+            let pass = &pass;
+            let threads: Vec<_> = self
+                .pools
+                .iter()
+                .zip(shares)
+                .map(|(pool, parts)| {
+                    let fork = model.clone().fork(&device);
+                    let work = move || parts.into_iter().map(|part| pass(&fork, part)).collect();
+                    scope.spawn(|| pool.run(work))
+                })
+                .collect();
+            threads
+                .into_iter()
+                .map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic)))
+                .collect()
+        });
+        let mut results: Vec<_> = results.into_iter().map(Vec::into_iter).collect();
+        let workers = results.len();
+        let in_order = (0..count).filter_map(|part| results[part % workers].next());
+        Backward::sum(model, in_order)
+    }
+}
+
+/// The cores that a worker's operations use: one.
+#[derive(Debug)]
+struct Pool {
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    pool: rayon::ThreadPool,
+}
+
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+impl Pool {
+    fn new() -> Self {
+        // Deep models need more than a thread has by default.
+        let one = rayon::ThreadPoolBuilder::new().num_threads(1).stack_size(16 << 20);
+        Self { pool: one.build().expect("threads can be started") }
+    }
+
+    fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        self.pool.install(work)
+    }
+}
+
+#[cfg(not(any(feature = "flex", feature = "ndarray")))]
+impl Pool {
+    fn new() -> Self {
+        Self {}
+    }
+
+    fn run<R>(&self, work: impl FnOnce() -> R) -> R {
+        work()
+    }
+}
