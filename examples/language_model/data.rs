@@ -138,7 +138,7 @@ pub fn pack<'a>(texts: &[&'a Text], length: usize) -> Vec<Vec<&'a Text>> {
 
 /// Shares rows among workers, so that each has about as many tokens. The longest rows are together, so that
 /// little is filled up.
-pub fn deal<'a>(mut rows: Vec<Vec<&'a Text>>, workers: usize) -> Vec<Vec<Vec<&'a Text>>> {
+pub fn deal(mut rows: Vec<Vec<&Text>>, workers: usize) -> Vec<Vec<Vec<&Text>>> {
     rows.sort_by_key(|row| std::cmp::Reverse(tokens(row)));
     let mut left: usize = rows.iter().map(|row| tokens(row)).sum();
     let mut rows = rows.into_iter().peekable();

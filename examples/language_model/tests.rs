@@ -24,7 +24,7 @@ use tokenizers::{
 use crate::{
     chat::Chat,
     common::backend::{Plain, Train},
-    data::{self, Batch, Reading, Text, pack},
+    data::{self, Batch, Reading, Text, deal, pack, tokens},
     generate::{Sampling, generate},
     generated, gguf_tokens,
     llama::Llama,
@@ -339,6 +339,9 @@ fn a_step_is_the_same_however_its_texts_are_divided() {
     let (one, expected) = trained(&recipe()).unwrap();
     for other in [
         Recipe { batch: 1, accumulate: 2, ..recipe() },
+        Recipe { workers: 2, ..recipe() },
+        Recipe { segments: true, ..recipe() },
+        Recipe { workers: 3, segments: true, pack: Some(9), ..recipe() },
         Recipe { pack: Some(14), ..recipe() },
         Recipe { pack: Some(9), ..recipe() },
     ] {
@@ -375,6 +378,23 @@ fn a_training_that_is_stopped_goes_on_to_the_same_bits() {
     // A run that is complete has nothing to do.
     let (again, b) = trained_in(dir.path(), &recipe, false).unwrap();
     assert_eq!((b.as_bytes(), again.losses.len()), (expected.as_bytes(), 6));
+}
+
+#[test]
+fn rows_are_dealt_fairly() {
+    let texts: Vec<_> =
+        [3, 9, 5, 2, 8, 1].map(|length| Text { ids: vec![0; length], given: 0 }).into();
+    let rows = || texts.iter().map(|text| vec![text]).collect::<Vec<_>>();
+    let sizes = |workers| {
+        let parts = deal(rows(), workers).into_iter();
+        let size = |part: Vec<Vec<&Text>>| part.iter().map(|row| tokens(row)).collect::<Vec<_>>();
+        parts.map(size).collect::<Vec<_>>()
+    };
+    assert_eq!(sizes(1), [[9, 8, 5, 3, 2, 1]]);
+    assert_eq!(sizes(2), [vec![9, 8], vec![5, 3, 2, 1]]);
+    assert_eq!(sizes(3), [vec![9], vec![8], vec![5, 3, 2, 1]]);
+    // More workers than rows: no part is empty, and no row is lost.
+    assert_eq!(sizes(9), [[9], [8], [5], [3], [2], [1]]);
 }
 
 #[test]

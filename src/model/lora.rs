@@ -224,6 +224,11 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         self.map_parts(&mut walk::changer(change))
     }
 
+    /// The module itself, on which dense adapters have no effect.
+    pub(crate) fn module(&self) -> &M {
+        &self.model
+    }
+
     /// Runs `pass` on the model with the adapters in effect, and returns its result.
     ///
     /// This is how a model with dense adapters is used in training; others can be used without it. The

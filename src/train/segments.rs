@@ -57,11 +57,11 @@ where
     type Context = M::Context;
 
     fn blocks(&self) -> usize {
-        M::blocks(self)
+        self.module().blocks()
     }
 
     fn context(&self, input: &I, device: &B::Device) -> Self::Context {
-        M::context(self, input, device)
+        self.module().context(input, device)
     }
 
     fn begin(&self, context: &Self::Context) -> Tensor<B, D> {
@@ -73,7 +73,7 @@ where
     }
 
     fn parts(&self, context: &Self::Context) -> usize {
-        M::parts(self, context)
+        self.module().parts(context)
     }
 
     fn loss(&self, part: usize, x: Tensor<B, D>, context: &Self::Context) -> Tensor<B, 1> {

@@ -26,5 +26,6 @@ mod peft;
 mod program;
 mod resuming;
 mod sizes;
+mod steps;
 mod text;
 mod whole_model;
