@@ -186,7 +186,11 @@ impl<B: Backend> Batch<B> {
         }
         let int =
             |values: Vec<i32>| Tensor::<B, 1, Int>::from_data(TensorData::from(&*values), device);
-        let places = llama.packed(&lengths, device);
+        // Texts in rows of their own are all placed in the same way.
+        let places = match rows.iter().all(|row| row.len() == 1) {
+            true => llama.places(0, length, device),
+            false => llama.packed(&lengths, device),
+        };
         let ids = int(ids).reshape([rows.len(), length]);
         let count = targets.len();
         Self { ids, places, at: int(at), targets: int(targets).reshape([count, 1]) }

@@ -76,18 +76,30 @@ struct Mlp<B: Backend> {
 /// Where the tokens of a batch are, and which others each of them sees.
 #[derive(Clone, Debug)]
 pub struct Places<B: Backend> {
-    /// The rotation of each token: `[batch or 1, 1, length, head_dim / 2]`.
-    cos: Tensor<B, 4>,
-    sin: Tensor<B, 4>,
-    /// What is added to the scores, 0 or nearly minus infinity: `[batch or 1, 1, 1, length, past + length]`.
+    queries: Rotation<B>,
+    keys: Rotation<B>,
+    /// What is added to the scores, 0 or nearly minus infinity: `[1, 1, 1, length, past + length]` or
+    /// `[batch, key_value_heads, group, length, past + length]`.
     mask: Tensor<B, 5>,
+}
+
+/// Rotates pairs of elements of each head by an angle that grows with the position of the token
+/// ([Su et al. 2021](https://arxiv.org/abs/2104.09864)), so that the product of a query and a key depends on
+/// the distance of their tokens. Element i of a head is paired with i + head_dim / 2.
+#[derive(Clone, Debug)]
+struct Rotation<B: Backend> {
+    /// Of the angle of each element: `[batch or 1, length, heads · head_dim]`.
+    cos: Tensor<B, 3>,
+    sin: Tensor<B, 3>,
+    /// Turns pairs by a right angle, (a, b) to (-b, a): `[head_dim, head_dim]`.
+    turn: Tensor<B, 2>,
 }
 
 /// The keys and values of the tokens that were read, so that they are not computed again for the next.
 #[derive(Clone, Debug)]
 pub struct Cache<B: Backend> {
-    /// For each layer, the keys and the values: `[batch, key_value_heads, length, head_dim]`.
-    layers: Vec<Option<[Tensor<B, 4>; 2]>>,
+    /// For each layer, the keys and the values: `[batch, length, key_value_heads · head_dim]`.
+    layers: Vec<Option<[Tensor<B, 3>; 2]>>,
     length: usize,
 }
 
@@ -219,31 +231,65 @@ impl<B: Backend> Llama<B> {
         device: &B::Device,
     ) -> Places<B> {
         let (batch, length) = (positions.len(), positions[0].len());
-        let angles = || {
-            let positions = positions.iter().flatten();
-            positions.flat_map(|&at| self.rope.frequencies.iter().map(move |it| at as f64 * it))
-        };
-        let table = |of: fn(f64) -> f64| {
-            let values: Vec<_> = angles().map(|angle| of(angle) as f32).collect();
-            let shape = [batch, 1, length, self.rope.frequencies.len()];
-            Tensor::from_data(TensorData::new(values, shape), device)
-        };
-        let mut mask = Vec::with_capacity(batch * length * total);
+        let attention = &self.model.layers[0].self_attn;
+        let heads = |layer: &LoraLinear<B>| layer.base.weight.dims()[1] / attention.head_dim;
+        let [all, shared] = [&attention.q_proj, &attention.k_proj].map(heads);
+        let mut mask = Vec::new();
         for text in 0..batch {
+            let start = mask.len();
             for row in 0..length {
                 // Finite, because the difference of two infinities is not a number.
                 mask.extend(
                     (0..total).map(|col| if sees(text, row, col) { 0.0 } else { -1e9_f32 }),
                 );
             }
+            // The same for each head. If it is the same for all texts, too, broadcasting does that.
+            for _ in 1..if batch > 1 { all } else { 1 } {
+                mask.extend_from_within(start..start + length * total);
+            }
         }
-        let mask = TensorData::new(mask, [batch, 1, 1, length, total]);
-        Places { cos: table(f64::cos), sin: table(f64::sin), mask: Tensor::from_data(mask, device) }
+        let [shared_or_1, group_or_1] = if batch > 1 { [shared, all / shared] } else { [1, 1] };
+        let mask = TensorData::new(mask, [batch, shared_or_1, group_or_1, length, total]);
+        let rotation = |heads| self.rope.rotation(positions, heads, device);
+        Places {
+            queries: rotation(all),
+            keys: rotation(shared),
+            mask: Tensor::from_data(mask, device),
+        }
+    }
+}
+
+impl Rope {
+    /// The rotation of `heads` heads of each token.
+    fn rotation<B: Backend>(
+        &self,
+        positions: &[Vec<usize>],
+        heads: usize,
+        device: &B::Device,
+    ) -> Rotation<B> {
+        let half = self.frequencies.len();
+        let shape = [positions.len(), positions[0].len(), heads * 2 * half];
+        let table = |of: fn(f64) -> f64| {
+            let mut values = Vec::with_capacity(shape.iter().product());
+            for &position in positions.iter().flatten() {
+                let angles = self.frequencies.iter().map(|it| of(position as f64 * it) as f32);
+                let angles: Vec<_> = angles.collect();
+                values.extend(angles.repeat(2 * heads));
+            }
+            Tensor::from_data(TensorData::new(values, shape), device)
+        };
+        let mut turn = vec![0.0_f32; 4 * half * half];
+        for i in 0..half {
+            turn[i * 2 * half + i + half] = 1.0;
+            turn[(i + half) * 2 * half + i] = -1.0;
+        }
+        let turn = Tensor::from_data(TensorData::new(turn, [2 * half, 2 * half]), device);
+        Rotation { cos: table(f64::cos), sin: table(f64::sin), turn }
     }
 }
 
 /// A layer's part of a cache, if there is one.
-type Cached<'a, B> = Option<&'a mut Option<[Tensor<B, 4>; 2]>>;
+type Cached<'a, B> = Option<&'a mut Option<[Tensor<B, 3>; 2]>>;
 
 impl<B: Backend> Layer<B> {
     fn forward(&self, x: Tensor<B, 3>, places: &Places<B>, cached: &mut Cached<B>) -> Tensor<B, 3> {
@@ -256,26 +302,25 @@ impl<B: Backend> Layer<B> {
 
 impl<B: Backend> Attention<B> {
     fn forward(&self, x: Tensor<B, 3>, places: &Places<B>, cached: &mut Cached<B>) -> Tensor<B, 3> {
-        let [batch, length, _] = x.dims();
-        // The heads of each token: `[batch, heads, length, head_dim]`.
-        let heads = |x: Tensor<B, 3>| {
-            let heads = x.dims()[2] / self.head_dim;
-            x.reshape([batch, length, heads, self.head_dim]).swap_dims(1, 2)
-        };
-        let normed = |x: Tensor<B, 4>, norm: &Option<RmsNorm<B>>| match norm {
-            Some(norm) => norm.forward(x),
+        let size = self.head_dim;
+        let normed = |x: Tensor<B, 3>, norm: &Option<RmsNorm<B>>| match norm {
+            Some(norm) => {
+                let [batch, length, width] = x.dims();
+                let heads = x.reshape([batch, length, width / size, size]);
+                norm.forward(heads).reshape([batch, length, width])
+            }
             None => x,
         };
-        let q = places.rotate(normed(heads(self.q_proj.forward(x.clone())), &self.q_norm));
-        let k = places.rotate(normed(heads(self.k_proj.forward(x.clone())), &self.k_norm));
-        let v = heads(self.v_proj.forward(x));
+        let q = places.queries.rotate(normed(self.q_proj.forward(x.clone()), &self.q_norm));
+        let k = places.keys.rotate(normed(self.k_proj.forward(x.clone()), &self.k_norm));
+        let v = self.v_proj.forward(x);
         let [k, v] = match cached {
             None => [k, v],
             Some(cached) => {
                 let all = match cached.take() {
                     None => [k, v],
                     Some([past_k, past_v]) => {
-                        [Tensor::cat(vec![past_k, k], 2), Tensor::cat(vec![past_v, v], 2)]
+                        [Tensor::cat(vec![past_k, k], 1), Tensor::cat(vec![past_v, v], 1)]
                     }
                 };
                 **cached = Some(all.clone());
@@ -283,16 +328,20 @@ impl<B: Backend> Attention<B> {
             }
         };
 
-        // The queries of a group go through one product with the keys they share.
-        let ([_, all, ..], [_, shared, total, _]) = (q.dims(), k.dims());
-        let group = all / shared;
-        let q = q.reshape([batch, shared, group * length, self.head_dim]);
-        let scores = q.matmul(k.swap_dims(2, 3)) / (self.head_dim as f64).sqrt();
-        let scores = scores.reshape([batch, shared, group, length, total]);
+        // The heads of the queries that share a head of keys are a group.
+        let ([batch, length, width], [_, total, shared]) = (q.dims(), k.dims());
+        let (shared, group) = (shared / size, width / shared);
+        let heads = |x: Tensor<B, 3>, group: usize| {
+            let [_, length, _] = x.dims();
+            x.reshape([batch, length, shared, group, size]).permute([0, 2, 3, 1, 4])
+        };
+        let q = heads(q / (size as f64).sqrt(), group);
+        let [k, v] = [k, v].map(|x| heads(x, 1));
+        let scores = q.matmul(k.swap_dims(3, 4));
+        debug_assert_eq!(scores.dims(), [batch, shared, group, length, total]);
         let weights = softmax(scores + places.mask.clone(), 4);
-        let y = weights.reshape([batch, shared, group * length, total]).matmul(v);
-        let y = y.reshape([batch, all, length, self.head_dim]).swap_dims(1, 2);
-        self.o_proj.forward(y.reshape([batch, length, all * self.head_dim]))
+        let y = weights.matmul(v).permute([0, 3, 1, 2, 4]);
+        self.o_proj.forward(y.reshape([batch, length, width]))
     }
 }
 
@@ -303,19 +352,13 @@ impl<B: Backend> Mlp<B> {
     }
 }
 
-impl<B: Backend> Places<B> {
-    /// Rotates the pairs of elements i and i + head_dim / 2 of each head by an angle that grows with the
-    /// position ([Su et al. 2021](https://arxiv.org/abs/2104.09864)), so that a product of a query and a
-    /// key depends on the distance of their tokens.
-    fn rotate(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        let half = x.dims()[3] / 2;
-        let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
-        let (cos, sin) = (self.cos.clone(), self.sin.clone());
-        let turned = [
-            first.clone() * cos.clone() - second.clone() * sin.clone(),
-            second * cos + first * sin,
-        ];
-        // Burn may lose gradients through `cat`, if what it is given is held by nobody.
-        Tensor::cat(turned.to_vec(), 3)
+impl<B: Backend> Rotation<B> {
+    /// `[batch, length, heads · head_dim]` to the same.
+    fn rotate(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
+        let [batch, length, width] = x.dims();
+        let size = self.turn.dims()[0];
+        let pairs = x.clone().reshape([batch * length * width / size, size]);
+        let turned = pairs.matmul(self.turn.clone()).reshape([batch, length, width]);
+        x * self.cos.clone() + turned * self.sin.clone()
     }
 }
