@@ -16,6 +16,7 @@ mod suite {
     pub mod layers;
     pub mod measure;
     pub mod models;
+    pub mod smollm2;
     pub mod text;
     pub mod train_step;
 }
@@ -35,7 +36,7 @@ use suite::{
     layers,
     measure::{self, print_header, print_row},
     models::{self, Mlp, Single},
-    text,
+    smollm2, text,
     train_step::{self, step},
 };
 
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
     held();
     peak();
     text();
+    language_model();
     other_layers();
     ExitCode::SUCCESS
 }
@@ -144,6 +146,31 @@ fn text() {
         let peak = (peak_of(&mut *step(text::base())) - before) as f64;
         let ratio = peak / *full.get_or_insert(peak);
         print_row(&[method.to_owned(), format!("{:.1}", peak / 1e6), format!("{ratio:.2}")]);
+    }
+    println!();
+}
+
+/// What a step of a language model takes beyond what is there before it.
+fn language_model() {
+    let base = smollm2::base::<Train>(&Default::default());
+    let config = LoraConfig::peft(8, 16.0).with_targets(smollm2::LAYERS);
+    let model = base.attach(&config).expect("it has these layers");
+    let texts = smollm2::texts(4);
+    let peak = |segmented| {
+        let step = || drop(smollm2::pass(&model, &texts, segmented));
+        step();
+        let before = MEMORY.current_usage();
+        (peak_of(&mut { step }) - before) as f64
+    };
+    let plain = peak(false);
+    print_header(
+        "Peak of a forward and backward pass of a language model of SmolLM2-135M's size, LoRA of rank 8, 4 x \
+         128 tokens, beyond the weights",
+        &["method", "MB", "of the plain pass"],
+    );
+    for (method, peak) in [("plain", plain), ("segments", peak(true))] {
+        let ratio = format!("{:.3}", peak / plain);
+        print_row(&[method.to_owned(), format!("{:.1}", peak / 1e6), ratio]);
     }
     println!();
 }

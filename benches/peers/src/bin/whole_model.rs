@@ -1,0 +1,116 @@
+//! A training step of a whole model with burn-lora: `whole_model MODEL METHOD WORKERS SEGMENTS`, where MODEL is
+//! `minilm` (32 texts of 32 tokens) or `smollm2` (4 of 128), METHOD is `lora` or `full`, and SEGMENTS is
+//! `plain` or `segments`.
+
+// The examples load, save and continue texts; none of that is measured here.
+#[allow(dead_code)]
+#[path = "../../../../examples/text_classification/bert.rs"]
+mod bert;
+#[allow(dead_code)]
+#[path = "../../../../examples/text_classification/model.rs"]
+mod model;
+#[path = "../../../suite/smollm2.rs"]
+mod smollm2;
+
+use burn::{
+    backend::Autodiff,
+    module::{AutodiffModule, Module},
+    optim::{AdamConfig, Optimizer},
+    tensor::{Distribution, Int, Tensor},
+};
+use burn_lora::{Backward, Lora, LoraConfig, LoraModule, Workers};
+use burn_lora_peers::serve;
+
+use bert::{BertConfig, Tokens};
+use model::{ALL_LINEAR, HEAD, TextClassifier};
+
+#[cfg(feature = "ndarray")]
+type Plain = burn::backend::NdArray;
+#[cfg(not(feature = "ndarray"))]
+type Plain = burn::backend::Flex;
+
+type Train = Autodiff<Plain>;
+
+type Ids<B> = Tensor<B, 2, Int>;
+
+fn main() {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let [model, method, workers, segmented] = &args[..] else {
+        panic!("expected MODEL METHOD WORKERS SEGMENTS, got {args:?}")
+    };
+    let workers = Workers::new(workers.parse().expect("a number of workers"));
+    let (lora, segmented) = (method == "lora", segmented == "segments");
+    match model.as_str() {
+        "minilm" => minilm(lora, &workers),
+        _ => smollm2(lora, &workers, segmented),
+    }
+}
+
+/// Adapters on `targets` of which `also` trains in full, or all of the model.
+fn trained<M: LoraModule<Train> + Module<Train>>(
+    base: M,
+    lora: bool,
+    targets: &[&str],
+    also: &[&str],
+) -> Lora<Train, M> {
+    let config = LoraConfig::peft(8, 16.0).with_targets(targets.iter().copied());
+    let config = config.with_modules_to_save(also.iter().copied());
+    match lora {
+        true => base.attach(&config).expect("it can be attached"),
+        false => base.train_only(&[".*"]).expect("it has parameters"),
+    }
+}
+
+/// Answers with times of steps, in which `pass` computes the gradients of a part of the batch.
+fn run<M: AutodiffModule<Train> + Module<Train>>(
+    model: Lora<Train, M>,
+    workers: &Workers,
+    ids: Ids<Train>,
+    pass: impl Fn(&Lora<Train, M>, Ids<Train>) -> Backward + Sync,
+) where
+    Lora<Train, M>: AutodiffModule<Train>,
+{
+    let mut optimizer = AdamConfig::new().init();
+    serve(model, |model| {
+        let parts = ids.clone().chunk(workers.count(), 0);
+        let Backward { gradients, .. } = workers.backward(&model, parts, &pass);
+        optimizer.step(1e-4, model, gradients)
+    });
+}
+
+fn ids(texts: usize, length: usize, words: f64) -> Ids<Train> {
+    let shape = [texts, length];
+    (Tensor::<Train, 2>::random(shape, Distribution::Default, &Default::default()) * words).int()
+}
+
+fn minilm(lora: bool, workers: &Workers) {
+    let config = BertConfig {
+        vocab_size: 30_522,
+        hidden_size: 384,
+        num_hidden_layers: 6,
+        num_attention_heads: 12,
+        intermediate_size: 1536,
+        max_position_embeddings: 512,
+        type_vocab_size: 2,
+        layer_norm_eps: 1e-12,
+    };
+    let device = Default::default();
+    let base = TextClassifier::new(config.init::<Train>(&device), &config, 2, &device);
+    let model = trained(base, lora, &ALL_LINEAR, &[HEAD]);
+    run(model, workers, ids(32, 32, 30_522.0), |model, ids| {
+        let padding = ids.zeros_like().bool();
+        let logits = model.forward(&Tokens { ids, padding });
+        Backward::new(model, logits.square().sum() / 32.0)
+    });
+}
+
+fn smollm2(lora: bool, workers: &Workers, segmented: bool) {
+    let base = smollm2::base::<Train>(&Default::default());
+    let model = trained(base, lora, &smollm2::LAYERS, &[]);
+    let smollm2::Texts(ids) = smollm2::texts(4);
+    let ids = Tensor::<Train, 1, Int>::from_ints(&*ids, &Default::default());
+    run(model, workers, ids.reshape([4, smollm2::LENGTH]), move |model, ids| {
+        let texts = smollm2::Texts(ids.into_data().iter::<i32>().collect());
+        smollm2::pass(model, &texts, segmented)
+    });
+}
