@@ -1,8 +1,6 @@
-//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `fused` computes
+//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `crate::fused` computes
 //! the same formula for linear layers on CPU backends, in fewer passes over memory.
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod fused;
 mod layout;
 mod module;
 
@@ -19,6 +17,8 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Normal, StandardNormal, Uniform};
 
 use crate::config::{Init, LoraConfig, Scaling};
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use crate::fused;
 
 pub(crate) use layout::WeightLayout;
 pub use module::LoraAdapterRecord;

@@ -3,6 +3,7 @@
 mod attention;
 mod conv;
 mod embedding;
+mod heads;
 pub(crate) mod letter;
 mod linear;
 mod module;
@@ -20,6 +21,7 @@ use crate::{
 pub use attention::{LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
 pub use conv::{LoraConv1d, LoraConv2d, LoraConvTranspose2d};
 pub use embedding::LoraEmbedding;
+pub use heads::swap_heads;
 pub use linear::LoraLinear;
 
 /// A base layer with at most one adapter, as a walk through a model sees it.

@@ -75,7 +75,7 @@
 //! - [`LoraModule`] and [`Lora`]: what can be done with a model, and with an adapted one. [`Lora::overlay`]
 //!   adapts stock modules as they are.
 //! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
-//!   [`LoraMultiHeadAttention`]: the layers.
+//!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`]: for attention of your own.
 //! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
 //! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
 //!   time, and in less memory.
@@ -93,6 +93,8 @@ mod adapters;
 mod config;
 mod error;
 mod files;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod fused;
 mod layer;
 mod model;
 mod pattern;
@@ -108,7 +110,7 @@ pub use error::{LoraError, Mismatch};
 pub use adapter::LoraAdapter;
 pub use layer::{
     LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLinear, LoraMhaCache,
-    LoraMhaInput, LoraMultiHeadAttention,
+    LoraMhaInput, LoraMultiHeadAttention, swap_heads,
 };
 
 // Whole models.

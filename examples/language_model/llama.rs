@@ -21,7 +21,7 @@ use burn::{
         backend::Backend,
     },
 };
-use burn_lora::{LoraEmbedding, LoraLinear};
+use burn_lora::{LoraEmbedding, LoraLinear, swap_heads};
 
 use super::config::{LlamaConfig, Rope};
 
@@ -78,9 +78,9 @@ struct Mlp<B: Backend> {
 pub struct Places<B: Backend> {
     queries: Rotation<B>,
     keys: Rotation<B>,
-    /// What is added to the scores, 0 or nearly minus infinity: `[1, 1, 1, length, past + length]` or
-    /// `[batch, key_value_heads, group, length, past + length]`.
-    mask: Tensor<B, 5>,
+    /// What is added to the scores, 0 or nearly minus infinity: `[1, length · (past + length)]`, or
+    /// `[batch · heads, length · (past + length)]`.
+    mask: Tensor<B, 2>,
 }
 
 /// Rotates pairs of elements of each head by an angle that grows with the position of the token
@@ -88,9 +88,9 @@ pub struct Places<B: Backend> {
 /// the distance of their tokens. Element i of a head is paired with i + head_dim / 2.
 #[derive(Clone, Debug)]
 struct Rotation<B: Backend> {
-    /// Of the angle of each element: `[batch or 1, length, heads · head_dim]`.
-    cos: Tensor<B, 3>,
-    sin: Tensor<B, 3>,
+    /// Of the angle of each element: `[batch or 1, length · heads · head_dim]`.
+    cos: Tensor<B, 2>,
+    sin: Tensor<B, 2>,
     /// Turns pairs by a right angle, (a, b) to (-b, a): `[head_dim, head_dim]`.
     turn: Tensor<B, 2>,
 }
@@ -234,6 +234,8 @@ impl<B: Backend> Llama<B> {
         let attention = &self.model.layers[0].self_attn;
         let heads = |layer: &LoraLinear<B>| layer.base.weight.dims()[1] / attention.head_dim;
         let [all, shared] = [&attention.q_proj, &attention.k_proj].map(heads);
+        // The same for each head and, in texts of their own, for each text: broadcasting does that.
+        let repeats = if batch > 1 { all } else { 1 };
         let mut mask = Vec::new();
         for text in 0..batch {
             let start = mask.len();
@@ -243,13 +245,11 @@ impl<B: Backend> Llama<B> {
                     (0..total).map(|col| if sees(text, row, col) { 0.0 } else { -1e9_f32 }),
                 );
             }
-            // The same for each head. If it is the same for all texts, too, broadcasting does that.
-            for _ in 1..if batch > 1 { all } else { 1 } {
+            for _ in 1..repeats {
                 mask.extend_from_within(start..start + length * total);
             }
         }
-        let [shared_or_1, group_or_1] = if batch > 1 { [shared, all / shared] } else { [1, 1] };
-        let mask = TensorData::new(mask, [batch, shared_or_1, group_or_1, length, total]);
+        let mask = TensorData::new(mask, [batch * repeats, length * total]);
         let rotation = |heads| self.rope.rotation(positions, heads, device);
         Places {
             queries: rotation(all),
@@ -268,7 +268,7 @@ impl Rope {
         device: &B::Device,
     ) -> Rotation<B> {
         let half = self.frequencies.len();
-        let shape = [positions.len(), positions[0].len(), heads * 2 * half];
+        let shape = [positions.len(), positions[0].len() * heads * 2 * half];
         let table = |of: fn(f64) -> f64| {
             let mut values = Vec::with_capacity(shape.iter().product());
             for &position in positions.iter().flatten() {
@@ -328,20 +328,19 @@ impl<B: Backend> Attention<B> {
             }
         };
 
-        // The heads of the queries that share a head of keys are a group.
+        // The heads of the queries that share a head of keys go through one product with it.
         let ([batch, length, width], [_, total, shared]) = (q.dims(), k.dims());
         let (shared, group) = (shared / size, width / shared);
-        let heads = |x: Tensor<B, 3>, group: usize| {
-            let [_, length, _] = x.dims();
-            x.reshape([batch, length, shared, group, size]).permute([0, 2, 3, 1, 4])
+        let heads = |x: Tensor<B, 3>| {
+            let [_, length, width] = x.dims();
+            swap_heads(x.reshape([batch, length, width / size, size]))
         };
-        let q = heads(q / (size as f64).sqrt(), group);
-        let [k, v] = [k, v].map(|x| heads(x, 1));
-        let scores = q.matmul(k.swap_dims(3, 4));
-        debug_assert_eq!(scores.dims(), [batch, shared, group, length, total]);
-        let weights = softmax(scores + places.mask.clone(), 4);
-        let y = weights.matmul(v).permute([0, 3, 1, 2, 4]);
-        self.o_proj.forward(y.reshape([batch, length, width]))
+        let [q, k, v] = [q / (size as f64).sqrt(), k, v].map(heads);
+        let scores = q.reshape([batch, shared, group * length, size]).matmul(k.swap_dims(2, 3));
+        let scores = scores.reshape([batch * shared * group, length * total]) + places.mask.clone();
+        let weights = softmax(scores.reshape([batch, shared, group * length, total]), 3);
+        let y = weights.matmul(v).reshape([batch, shared * group, length, size]);
+        self.o_proj.forward(swap_heads(y).reshape([batch, length, width]))
     }
 }
 
@@ -357,8 +356,11 @@ impl<B: Backend> Rotation<B> {
     fn rotate(&self, x: Tensor<B, 3>) -> Tensor<B, 3> {
         let [batch, length, width] = x.dims();
         let size = self.turn.dims()[0];
+        // In rows as long as possible: CPU backends are fast at what is the same for all rows.
+        let texts = [batch, length * width];
         let pairs = x.clone().reshape([batch * length * width / size, size]);
-        let turned = pairs.matmul(self.turn.clone()).reshape([batch, length, width]);
-        x * self.cos.clone() + turned * self.sin.clone()
+        let turned = pairs.matmul(self.turn.clone()).reshape(texts);
+        let rotated = x.reshape(texts) * self.cos.clone() + turned * self.sin.clone();
+        rotated.reshape([batch, length, width])
     }
 }

@@ -11,7 +11,7 @@ use burn::{
     },
 };
 
-use super::{LoraLinear, cat, fresh};
+use super::{LoraLinear, cat, fresh, swap_heads};
 use crate::{config::LoraConfig, error::LoraError};
 
 /// A drop-in for Burn's [`MultiHeadAttention`] whose four projections can carry adapters.
@@ -272,7 +272,7 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
 
     /// Splits `[batch · length, d_model]` into `[batch, n_heads, length, d_k]`.
     fn heads(&self, rows: Tensor<B, 2>, [batch, length]: [usize; 2]) -> Tensor<B, 4> {
-        rows.reshape([batch, length, self.n_heads, self.d_k]).swap_dims(1, 2)
+        swap_heads(rows.reshape([batch, length, self.n_heads, self.d_k]))
     }
 
     fn weights(
@@ -297,7 +297,7 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
 
     fn context(&self, weights: &Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 3> {
         let [batch, _, length, _] = weights.dims();
-        let context = weights.clone().matmul(value).swap_dims(1, 2);
+        let context = swap_heads(weights.clone().matmul(value));
         context.reshape([batch, length, self.d_model])
     }
 }

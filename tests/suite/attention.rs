@@ -13,6 +13,7 @@ use burn::{
 };
 use burn_lora::{
     Init, Lora, LoraConfig, LoraLinear, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention,
+    swap_heads,
 };
 use proptest::prelude::*;
 
@@ -257,6 +258,30 @@ proptest! {
     #[test]
     fn outputs_and_gradients_of_layers_of_any_size(case in cases()) {
         check(&case);
+    }
+}
+
+#[test]
+fn swapped_heads_and_their_gradients_are_those_of_burn() {
+    fn random<B: Backend>(shape: [usize; 4], seed: u64) -> Tensor<B, 4> {
+        Matrix::random(shape[..3].iter().product(), shape[3], seed).tensor(shape, &device::<B>())
+    }
+    for shape in
+        [[2, 3, 4, 5], [1, 1, 3, 2], [3, 4, 1, 1], [2, 1, 1, 7], [1, 6, 2, 16], [2, 0, 3, 4]]
+    {
+        let plain = random::<Plain>(shape, 1);
+        assert_identical(swap_heads(plain.clone()), plain.clone().swap_dims(1, 2));
+        assert_identical(swap_heads(swap_heads(plain.clone())), plain);
+
+        // Also of a view, and for a gradient that is a view.
+        let swap = |way: fn(Tensor<Train, 4>) -> Tensor<Train, 4>| {
+            let x = random::<Train>(shape, 1).require_grad();
+            let y = way(x.clone().swap_dims(2, 3)).swap_dims(1, 3);
+            let [a, b, c, d] = y.dims();
+            let grads = (y * random::<Train>([a, b, c, d], 2)).sum().backward();
+            values(x.grad(&grads).unwrap())
+        };
+        assert_eq!(swap(swap_heads).data, swap(|x| x.swap_dims(1, 2)).data);
     }
 }
 

@@ -1,4 +1,4 @@
-//! The CPU backends, and what the fused layer needs from each of them.
+//! The CPU backends, and what is needed from each of them.
 
 use std::any::Any;
 
@@ -7,10 +7,13 @@ use burn::{
     tensor::{Tensor, backend::Backend, ops::FloatTensor},
 };
 
-use super::run_on;
+use super::{
+    heads::{self, Heads},
+    linear::{self, Fused},
+};
 
 /// A backend that computes on the CPU and gives access to its tensors as slices.
-pub(in crate::adapter) trait Cpu: Backend {
+pub(crate) trait Cpu: Backend {
     /// The elements of an `f32` tensor row by row; `None` if they are stored in another order.
     fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]>;
 
@@ -31,22 +34,33 @@ pub(in crate::adapter) trait Cpu: Backend {
 /// From this number of multiplications on, a product uses several threads.
 pub(super) const SHARED: usize = 192 * 192 * 192;
 
-type Forward = fn(&dyn Any, &dyn Any) -> Option<Box<dyn Any>>;
+/// A tensor of any backend, if it could be computed.
+type Computed = Option<Box<dyn Any>>;
 
-/// The layer on each of the backends, with and without autodiff.
-pub(super) const FORWARDS: &[Forward] = &[
+/// The operations on one of the backends. They return `None` for tensors of another one.
+pub(super) struct Way {
+    pub linear: fn(&dyn Any, &dyn Any) -> Computed,
+    pub heads: fn(&dyn Any) -> Computed,
+}
+
+const fn way<K: Fused + Heads>() -> Way {
+    Way { linear: linear::run_on::<K>, heads: heads::run_on::<K> }
+}
+
+/// Each of the backends, with and without autodiff.
+pub(super) const WAYS: &[Way] = &[
     #[cfg(feature = "flex")]
-    run_on::<Autodiff<burn_flex::Flex>>,
+    way::<Autodiff<burn_flex::Flex>>(),
     #[cfg(feature = "flex")]
-    run_on::<Autodiff<burn_flex::Flex, BalancedCheckpointing>>,
+    way::<Autodiff<burn_flex::Flex, BalancedCheckpointing>>(),
     #[cfg(feature = "flex")]
-    run_on::<burn_flex::Flex>,
+    way::<burn_flex::Flex>(),
     #[cfg(feature = "ndarray")]
-    run_on::<Autodiff<burn_ndarray::NdArray>>,
+    way::<Autodiff<burn_ndarray::NdArray>>(),
     #[cfg(feature = "ndarray")]
-    run_on::<Autodiff<burn_ndarray::NdArray, BalancedCheckpointing>>,
+    way::<Autodiff<burn_ndarray::NdArray, BalancedCheckpointing>>(),
     #[cfg(feature = "ndarray")]
-    run_on::<burn_ndarray::NdArray>,
+    way::<burn_ndarray::NdArray>(),
 ];
 
 #[cfg(feature = "flex")]

@@ -7,23 +7,21 @@
 //! the autodiff graph, so that the backward pass can use, for each gradient, the order of factors for
 //! which CPU kernels are fast.
 //!
-//! The formula is the same. [`LoraAdapter::forward_on`](super::LoraAdapter::forward_on) uses this module
+//! The formula is the same. `LoraAdapter::forward_on` uses this module
 //! on the backends of the features `flex` and `ndarray`, with their default element types, for adapters
 //! without a bias and without active dropout. In all other cases it uses Burn's operations.
-
-mod cpu;
-mod node;
-mod rows;
 
 use std::any::Any;
 
 use burn::tensor::{DType, Tensor, backend::Backend};
 
-use cpu::Cpu;
-use rows::add_product;
+use super::{
+    cpu::{Cpu, SHARED, WAYS},
+    rows::add_product,
+};
 
 /// The values that the layer computes with.
-pub(super) struct Layer<B: Backend> {
+pub(crate) struct Layer<B: Backend> {
     /// The base's weight, a constant: `[d_input, d_output]`.
     pub weight: Tensor<B, 2>,
     /// The base's bias, a constant: `[d_output]`.
@@ -37,25 +35,25 @@ pub(super) struct Layer<B: Backend> {
 }
 
 /// A backend that computes the layer as one operation.
-trait Fused: Backend {
+pub(super) trait Fused: Backend {
     /// `x·W + b + s·(x·A)·B`. On an autodiff backend, gradients reach x, A and B.
     fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2>;
 }
 
 /// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; `None` if this module cannot
 /// compute the layer on the backend, or with these types and shapes.
-pub(super) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
+pub(crate) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
     if !layer.fits() || x.dtype() != DType::F32 {
         return None;
     }
-    cpu::FORWARDS.iter().find_map(|forward| {
-        let output = forward(x, layer)?;
+    WAYS.iter().find_map(|way| {
+        let output = (way.linear)(x, layer)?;
         output.downcast().ok().map(|output| *output)
     })
 }
 
 /// The output of the layer on the backend K; `None` if `x` and `layer` are on another backend.
-fn run_on<K: Fused>(x: &dyn Any, layer: &dyn Any) -> Option<Box<dyn Any>> {
+pub(super) fn run_on<K: Fused>(x: &dyn Any, layer: &dyn Any) -> Option<Box<dyn Any>> {
     let x: &Tensor<K, 2> = x.downcast_ref()?;
     Some(Box::new(K::forward(x.clone(), layer.downcast_ref()?)))
 }
@@ -68,7 +66,7 @@ impl<K: Cpu> Fused for K {
 
 impl<K: Cpu> Layer<K> {
     /// The hidden tensor `s·(x·A)`, `[batch, rank]`, and the output.
-    fn hidden_and_output(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
+    pub(super) fn hidden_and_output(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
         in_pool(x.dims()[0], self.weight.dims(), || {
             let hidden = K::times_thin(x.clone(), self.a.clone()).mul_scalar(self.scale);
             let y = K::product(x, self.weight.clone());
@@ -81,12 +79,12 @@ impl<K: Cpu> Layer<K> {
 /// Runs `work` on a thread of rayon's pool if its products are large enough for `flex` to use that pool.
 /// If `work` ran on another thread, each product would enter the pool by itself, and the pool's threads
 /// would wake and stop for each product.
-fn in_pool<R: Send>(
+pub(super) fn in_pool<R: Send>(
     batch: usize,
     [d_input, d_output]: [usize; 2],
     work: impl FnOnce() -> R + Send,
 ) -> R {
-    let shared = batch * d_input * d_output >= cpu::SHARED && rayon::current_num_threads() > 1;
+    let shared = batch * d_input * d_output >= SHARED && rayon::current_num_threads() > 1;
     match shared {
         true => rayon::scope(|_| work()),
         false => work(),

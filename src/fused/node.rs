@@ -1,4 +1,4 @@
-//! The layer as one node of the autodiff graph.
+//! The linear layer as one node of the autodiff graph.
 
 use burn::{
     backend::{
@@ -14,9 +14,8 @@ use burn::{
 };
 
 use super::{
-    Fused, Layer,
     cpu::Cpu,
-    in_pool,
+    linear::{Fused, Layer, in_pool},
     rows::{add_product, transposed},
 };
 

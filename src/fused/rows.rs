@@ -97,7 +97,7 @@ fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f3
 }
 
 /// The tensor with its elements stored by row. It is copied if they are stored in another order.
-fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
+pub(super) fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     let shape: Shape = tensor.shape();
     let primitive = tensor.into_primitive().tensor();
     match K::rows(&primitive) {
@@ -109,6 +109,6 @@ fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     }
 }
 
-fn rows<K: Cpu>(tensor: &FloatTensor<K>) -> &[f32] {
+pub(super) fn rows<K: Cpu>(tensor: &FloatTensor<K>) -> &[f32] {
     K::rows(tensor).expect("it was laid out row by row")
 }
