@@ -143,22 +143,21 @@ pub fn train(
             .map(|_| (0..recipe.batch).map(|_| &texts[order.next()]).collect())
             .collect();
         let targets: usize = batches.iter().flatten().map(|text| text.targets()).sum();
-        let mut parts = Vec::new();
-        for texts in &batches {
+        let passes = batches.iter().map(|texts| {
             let rows = match recipe.pack {
                 Some(length) => pack(texts, length),
                 None => texts.iter().map(|&text| vec![text]).collect(),
             };
             history.tokens += rows.iter().map(|row| tokens(row)).sum::<usize>();
-            parts.push(workers.backward(&model, deal(rows, workers.count()), |model, rows| {
+            workers.backward(&model, deal(rows, workers.count()), |model, rows| {
                 if recipe.segments {
                     return segments(model, &*rows);
                 }
                 let batch = Batch::new(model, &rows, &device);
                 Backward::new(model, surprise(model, batch))
-            }));
-        }
-        let Backward { loss, mut gradients } = Backward::sum(&model, parts);
+            })
+        });
+        let Backward { loss, mut gradients } = Backward::sum(&model, passes);
         let loss = loss / targets as f64;
         if !loss.is_finite() {
             return Err(format!(
