@@ -68,7 +68,7 @@ pub struct TrainArgs {
     /// Number of batches of a step
     #[arg(long, default_value = "1", value_parser = common::positive)]
     pub accumulate: usize,
-    /// Longer texts are cut off, in tokens
+    /// Longer texts are cut off, in tokens; at most as many as the model can read
     #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
     pub max_length: usize,
     /// Learning rate, which falls to zero along a cosine
@@ -119,7 +119,7 @@ pub struct EvaluateArgs {
     /// Number of texts of a batch
     #[arg(long, default_value = "4", value_parser = common::positive)]
     pub batch: usize,
-    /// Longer texts are cut off, in tokens
+    /// Longer texts are cut off, in tokens; at most as many as the model can read
     #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = common::positive)]
     pub max_length: usize,
     /// Count only the answers, not the prompts

@@ -33,6 +33,8 @@ pub struct Llama<B: Backend> {
     lm_head: Option<LoraLinear<B>>,
     #[module(skip)]
     rope: Rope,
+    /// The length of the longest text that it learnt to read, in tokens.
+    pub longest: usize,
 }
 
 #[derive(Module, Debug)]
@@ -144,6 +146,7 @@ impl LlamaConfig {
             },
             lm_head: (!self.tie_word_embeddings).then(|| linear(width, self.vocab_size, false)),
             rope: self.rope(),
+            longest: self.max_position_embeddings,
         }
     }
 }

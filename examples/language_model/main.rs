@@ -120,6 +120,11 @@ fn read<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Llama<B>, Chat)> 
     Ok((loaded.llama, chat))
 }
 
+/// How texts are read. None is longer than those that the model learnt to read.
+fn reading<B: Backend>(max_length: usize, mask_prompt: bool, llama: &Llama<B>) -> Reading {
+    Reading { max_length: max_length.min(llama.longest), mask_prompt }
+}
+
 fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
     LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
 }
@@ -143,7 +148,7 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         false => find(&args.model)?,
     };
     let (llama, chat) = read::<Train>(&model, &device)?;
-    let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
+    let reading = reading(args.max_length, args.mask_prompt, &llama);
     let (texts, valid) = texts(args, &chat, &reading)?;
     let questions = match &args.sst2 {
         Some(dir) => reviews::questions(&dir.join("test.tsv"), &chat)?,
@@ -174,7 +179,7 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         learning_rate: args.learning_rate,
         warmup: args.warmup.min(args.iters - 1),
         clip: args.clip,
-        pack: args.pack.then_some(args.max_length),
+        pack: args.pack.then_some(reading.max_length),
         eval_every: args.eval_every,
         seed: args.seed,
         workers: args.workers.unwrap_or_else(backend::cores),
@@ -243,7 +248,7 @@ fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>,
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
     let (llama, chat) = read::<Plain>(&find(&args.model)?, &device)?;
-    let reading = Reading { max_length: args.max_length, mask_prompt: args.mask_prompt };
+    let reading = reading(args.max_length, args.mask_prompt, &llama);
     let texts = data::read(&args.data, &chat, &reading)?;
     let told = |name: &str, llama: &Llama<Plain>| {
         let doing = format!("evaluating {name} on {} texts", texts.len());

@@ -381,6 +381,14 @@ fn a_training_that_is_stopped_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn no_text_is_longer_than_the_model_reads() {
+    let llama = tiny::<Plain>("llama3");
+    let cut = |given| crate::reading(given, true, &llama).max_length;
+    assert_eq!([cut(3), cut(usize::MAX)], [3, llama.longest]);
+    assert!(llama.longest > 3);
+}
+
+#[test]
 fn rows_are_dealt_fairly() {
     let texts: Vec<_> =
         [3, 9, 5, 2, 8, 1].map(|length| Text { ids: vec![0; length], given: 0 }).into();
