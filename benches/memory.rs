@@ -15,6 +15,7 @@ mod backend;
 mod suite {
     pub mod layers;
     pub mod measure;
+    pub mod minilm;
     pub mod models;
     pub mod smollm2;
     pub mod text;

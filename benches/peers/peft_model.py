@@ -5,11 +5,12 @@ Started by compare_models.py, as `peft_model.py MODEL METHOD`; MODEL is `minilm`
 """
 
 import sys
-import time
 
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+
+from serve import serve
 
 model_name, method = sys.argv[1:]
 torch.manual_seed(0)
@@ -56,13 +57,4 @@ def step():
     optimizer.step()
 
 
-for _ in range(3):
-    step()
-print("ready", flush=True)
-for line in sys.stdin:
-    times = []
-    for _ in range(int(line)):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(*times, flush=True)
+serve(step)

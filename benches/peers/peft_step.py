@@ -5,10 +5,11 @@ Started by compare.py, as `peft_step.py METHOD TOKENS WIDTH RANK`; METHOD is `lo
 """
 
 import sys
-import time
 
 import torch
 from peft import LoraConfig, get_peft_model
+
+from serve import serve
 
 method = sys.argv[1]
 tokens, width, rank = map(int, sys.argv[2:])
@@ -39,13 +40,4 @@ def step():
     optimizer.step()
 
 
-for _ in range(3):
-    step()
-print("ready", flush=True)
-for line in sys.stdin:
-    times = []
-    for _ in range(int(line)):
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    print(*times, flush=True)
+serve(step)

@@ -19,6 +19,7 @@ mod forward;
 mod growth;
 mod layers;
 mod measure;
+mod minilm;
 mod models;
 mod text;
 mod train_step;

@@ -1,28 +1,18 @@
 //! A classifier of texts on an encoder of the size of MiniLM (6 layers, width 384), 32 texts of 32
 //! tokens.
 
-// The example loads weights and saves adapters; none of that is measured here.
-#[allow(dead_code)]
-#[path = "../../examples/text_classification/bert.rs"]
-mod bert;
-// Its names in Python are not needed here.
-#[allow(dead_code)]
-#[path = "../../examples/text_classification/model.rs"]
-mod model;
-
 use burn::{
     module::AutodiffModule,
     tensor::{Distribution, Tensor},
 };
 use burn_lora::{LoraConfig, LoraModule};
 
+use super::minilm::{self, ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier, Tokens};
 use crate::{
     backend::Train,
     measure::{Work, medians, print_header, print_row},
     train_step::step,
 };
-use bert::{BertConfig, Tokens};
-use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
 
 pub fn run() {
     print_header(
@@ -57,18 +47,7 @@ fn with_adapters(base: Model, targets: &[&str]) -> Work<'static> {
 }
 
 pub fn base() -> Model {
-    let config = BertConfig {
-        vocab_size: 30_522,
-        hidden_size: 384,
-        num_hidden_layers: 6,
-        num_attention_heads: 12,
-        intermediate_size: 1536,
-        max_position_embeddings: 512,
-        type_vocab_size: 2,
-        layer_norm_eps: 1e-12,
-    };
-    let device = Default::default();
-    TextClassifier::new(config.init(&device), &config, 2, &device)
+    minilm::base(&Default::default())
 }
 
 /// A training step of a model, or of one with adapters.

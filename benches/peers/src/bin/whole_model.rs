@@ -2,13 +2,8 @@
 //! `minilm` (32 texts of 32 tokens) or `smollm2` (4 of 128), METHOD is `lora` or `full`, and SEGMENTS is
 //! `plain` or `segments`.
 
-// The examples load, save and continue texts; none of that is measured here.
-#[allow(dead_code)]
-#[path = "../../../../examples/text_classification/bert.rs"]
-mod bert;
-#[allow(dead_code)]
-#[path = "../../../../examples/text_classification/model.rs"]
-mod model;
+#[path = "../../../suite/minilm.rs"]
+mod minilm;
 #[path = "../../../suite/smollm2.rs"]
 mod smollm2;
 
@@ -21,8 +16,7 @@ use burn::{
 use burn_lora::{Backward, Lora, LoraConfig, LoraModule, Workers};
 use burn_lora_peers::serve;
 
-use bert::{BertConfig, Tokens};
-use model::{ALL_LINEAR, HEAD, TextClassifier};
+use minilm::{ALL_LINEAR, HEAD, Tokens, WORDS};
 
 #[cfg(feature = "ndarray")]
 type Plain = burn::backend::NdArray;
@@ -41,8 +35,8 @@ fn main() {
     let workers = Workers::new(workers.parse().expect("a number of workers"));
     let (lora, segmented) = (method == "lora", segmented == "segments");
     match model.as_str() {
-        "minilm" => minilm(lora, &workers),
-        _ => smollm2(lora, &workers, segmented),
+        "minilm" => train_minilm(lora, &workers),
+        _ => train_smollm2(lora, &workers, segmented),
     }
 }
 
@@ -78,33 +72,23 @@ fn run<M: AutodiffModule<Train> + Module<Train>>(
     });
 }
 
-fn ids(texts: usize, length: usize, words: f64) -> Ids<Train> {
+fn ids(texts: usize, length: usize) -> Ids<Train> {
     let shape = [texts, length];
-    (Tensor::<Train, 2>::random(shape, Distribution::Default, &Default::default()) * words).int()
+    (Tensor::<Train, 2>::random(shape, Distribution::Default, &Default::default()) * WORDS as f64)
+        .int()
 }
 
-fn minilm(lora: bool, workers: &Workers) {
-    let config = BertConfig {
-        vocab_size: 30_522,
-        hidden_size: 384,
-        num_hidden_layers: 6,
-        num_attention_heads: 12,
-        intermediate_size: 1536,
-        max_position_embeddings: 512,
-        type_vocab_size: 2,
-        layer_norm_eps: 1e-12,
-    };
-    let device = Default::default();
-    let base = TextClassifier::new(config.init::<Train>(&device), &config, 2, &device);
+fn train_minilm(lora: bool, workers: &Workers) {
+    let base = minilm::base::<Train>(&Default::default());
     let model = trained(base, lora, &ALL_LINEAR, &[HEAD]);
-    run(model, workers, ids(32, 32, 30_522.0), |model, ids| {
+    run(model, workers, ids(32, 32), |model, ids| {
         let padding = ids.zeros_like().bool();
         let logits = model.forward(&Tokens { ids, padding });
         Backward::new(model, logits.square().sum() / 32.0)
     });
 }
 
-fn smollm2(lora: bool, workers: &Workers, segmented: bool) {
+fn train_smollm2(lora: bool, workers: &Workers, segmented: bool) {
     let base = smollm2::base::<Train>(&Default::default());
     let model = trained(base, lora, &smollm2::LAYERS, &[]);
     let smollm2::Texts(ids) = smollm2::texts(4);
