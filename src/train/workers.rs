@@ -14,22 +14,35 @@ use super::Backward;
 /// adapters train.
 ///
 /// ```
-/// use burn::{backend::{Autodiff, Flex}, nn::{Linear, LinearConfig}, tensor::Tensor};
-/// use burn_lora::{Backward, LoraConfig, LoraModule, Workers};
+/// use burn::{
+///     backend::{Autodiff, Flex},
+///     module::Module,
+///     nn::LinearConfig,
+///     tensor::{Tensor, backend::Backend},
+/// };
+/// use burn_lora::{Backward, LoraConfig, LoraLinear, LoraModule, Workers};
 ///
-/// # let device = Default::default();
-/// let base: Linear<Autodiff<Flex>> = LinearConfig::new(8, 3).init(&device);
-/// let model = burn_lora::Lora::overlay(base, &LoraConfig::new(2, 4.0)).expect("it has linear layers");
-/// let batch = Tensor::<Autodiff<Flex>, 2>::ones([10, 8], &device);
+/// #[derive(Module, Debug)]
+/// struct Net<B: Backend> {
+///     fc: LoraLinear<B>,
+/// }
+///
+/// # fn main() -> Result<(), burn_lora::LoraError> {
+/// type B = Autodiff<Flex>;
+/// let device = Default::default();
+/// let base = Net::<B> { fc: LinearConfig::new(8, 3).init(&device).into() };
+/// let model = base.attach(&LoraConfig::new(2, 4.0))?;
+/// let batch = Tensor::<B, 2>::ones([10, 8], &device);
 ///
 /// let workers = Workers::new(2);
 /// // Two parts of the batch, whose losses add up to the loss of the whole batch.
 /// let step = workers.backward(&model, batch.chunk(2, 0), |model, part| {
-///     let loss = model.run(part, |base, part| base.forward(part)).square().sum() / 10.0;
-///     Backward::new(model, loss)
+///     Backward::new(model, model.fc.forward(part).square().sum() / 10.0)
 /// });
 /// // optimizer.step(rate, model, step.gradients)
-/// # assert!(step.loss > 0.0);
+/// # assert!(step.loss > 0.0 && step.gradients.len() == 2);
+/// # Ok(())
+/// # }
 /// ```
 #[derive(Debug)]
 pub struct Workers {
