@@ -273,6 +273,10 @@ fn swapped_heads_and_their_gradients_are_those_of_burn() {
         assert_identical(swap_heads(plain.clone()), plain.clone().swap_dims(1, 2));
         assert_identical(swap_heads(swap_heads(plain.clone())), plain);
 
+        if shape.contains(&0) {
+            // Burn's wgpu backend has no products of empty tensors.
+            continue;
+        }
         // Also of a view, and for a gradient that is a view.
         let swap = |way: fn(Tensor<Train, 4>) -> Tensor<Train, 4>| {
             let x = random::<Train>(shape, 1).require_grad();
