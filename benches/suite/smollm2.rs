@@ -1,9 +1,10 @@
 //! A decoder of the size of SmolLM2-135M with random weights, and its loss on texts of 128 tokens.
 
-// The example loads and continues texts; none of that is measured here.
+// The example reads it from files, which is not measured here.
 #[allow(dead_code)]
 #[path = "../../examples/language_model/config.rs"]
 mod config;
+// The example continues texts, which is not measured here.
 #[allow(dead_code)]
 #[path = "../../examples/language_model/llama.rs"]
 mod llama;
@@ -11,9 +12,9 @@ mod llama;
 use std::ops::Range;
 
 use burn::{
-    module::{Module, ModuleMapper, Param},
+    module::{Initializer, Module},
     tensor::{
-        Distribution, Int, Tensor,
+        Int, Tensor,
         activation::log_softmax,
         backend::{AutodiffBackend, Backend},
     },
@@ -49,7 +50,7 @@ pub fn base<B: Backend>(device: &B::Device) -> Model<B> {
         "tie_word_embeddings": true, "hidden_act": "silu",
     });
     let config: LlamaConfig = serde_json::from_value(config).expect("it is complete");
-    config.init(device).map(&mut Drawing)
+    config.init(&Initializer::Normal { mean: 0.0, std: 0.02 }, device)
 }
 
 /// Texts of tokens from a fixed sequence.
@@ -115,16 +116,4 @@ fn surprise<B: Backend>(
     let scores = llama.logits(hidden.narrow(1, places.start, count));
     let targets = ids.clone().narrow(1, places.start + 1, count).unsqueeze_dim(2);
     log_softmax(scores, 2).gather(2, targets).sum().neg()
-}
-
-/// Draws all weights at random. Norms stay as they are.
-struct Drawing;
-
-impl<B: Backend> ModuleMapper<B> for Drawing {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        match D {
-            1 => param,
-            _ => param.map(|weight| weight.random_like(Distribution::Normal(0.0, 0.02))),
-        }
-    }
 }

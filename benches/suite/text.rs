@@ -7,7 +7,11 @@ use burn::{
 };
 use burn_lora::{LoraConfig, LoraModule};
 
-use super::minilm::{self, ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier, Tokens};
+use super::minilm::{
+    self,
+    bert::Tokens,
+    model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier},
+};
 use crate::{
     backend::Train,
     measure::{Work, medians, print_header, print_row},

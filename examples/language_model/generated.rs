@@ -3,10 +3,7 @@
 
 use std::{collections::BTreeSet, path::Path, sync::atomic::AtomicBool};
 
-use burn::{
-    module::{Module, ModuleMapper, Param},
-    tensor::{Distribution, Tensor, backend::Backend},
-};
+use burn::{module::Initializer, tensor::backend::Backend};
 use burn_lora::LoraModule;
 use rand::{SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::json;
@@ -166,7 +163,8 @@ pub fn write_model(dir: &Path, seed: u64, stop: &AtomicBool) -> Result<()> {
 
     let device = Default::default();
     Plain::seed(&device, seed);
-    let llama = config.init::<Train>(&device).map(&mut Drawing);
+    let draw = Initializer::Normal { mean: 0.0, std: 0.125 };
+    let llama = config.init::<Train>(&draw, &device);
     let all = llama.train_only(&[".*"]).map_err(|error| error.to_string())?;
     let recipe = Recipe {
         name: "base",
@@ -187,22 +185,6 @@ pub fn write_model(dir: &Path, seed: u64, stop: &AtomicBool) -> Result<()> {
         return Err("the small model was not finished".to_owned());
     }
     merged::save_weights(&llama, dir)
-}
-
-/// Draws all weights at random. Norms stay as they are.
-struct Drawing;
-
-impl<B: Backend> ModuleMapper<B> for Drawing {
-    fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-        if D == 1 {
-            return param;
-        }
-        param.map(|weight| {
-            let width = weight.dims()[0].min(weight.dims()[D - 1]);
-            let spread = Distribution::Normal(0.0, (width as f64).sqrt().recip());
-            weight.random_like(spread)
-        })
-    }
 }
 
 /// A tokenizer of words and punctuation marks.

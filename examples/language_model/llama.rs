@@ -106,9 +106,8 @@ pub struct Cache<B: Backend> {
 }
 
 impl LlamaConfig {
-    /// The decoder with zeros in place of the weights, which are then read from files.
-    pub fn init<B: Backend>(&self, device: &B::Device) -> Llama<B> {
-        let draw = Initializer::Zeros;
+    /// The decoder with weights of its own: zeros, if they are then read from files.
+    pub fn init<B: Backend>(&self, draw: &Initializer, device: &B::Device) -> Llama<B> {
         let width = self.hidden_size;
         let norm = |size| RmsNormConfig::new(size).with_epsilon(self.rms_norm_eps).init(device);
         let linear = |from, to, bias| -> LoraLinear<B> {

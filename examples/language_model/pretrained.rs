@@ -9,7 +9,10 @@ use std::{
     rc::Rc,
 };
 
-use burn::tensor::{DType, backend::Backend};
+use burn::{
+    module::Initializer,
+    tensor::{DType, backend::Backend},
+};
 use burn_store::{
     BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
     TensorSnapshot,
@@ -56,7 +59,7 @@ pub fn load<B: Backend>(path: &Path, device: &B::Device) -> Result<Pretrained<B>
     };
     let told = |problem: &dyn Display| format!("{}: {problem}", path.display());
     check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
-    let mut llama = config.init(device);
+    let mut llama = config.init(&Initializer::Zeros, device);
     let found = match_up(&llama, &config, &mut tensors);
     let found = found.map_err(|problems| told(&problems.join("; ")))?;
     let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);

@@ -89,3 +89,35 @@ fn swap<K: Cpu>(x: FloatTensor<K>) -> FloatTensor<K> {
     let x = Tensor::<K, 4>::from_primitive(TensorPrimitive::Float(x));
     K::swapped(x).into_primitive().tensor()
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
+
+    use super::*;
+
+    fn is_one_operation<B: Backend>() -> bool {
+        swapped(&Tensor::<B, 4>::ones([2, 3, 4, 5], &Default::default())).is_some()
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn heads_are_swapped_in_one_operation_on_flex() {
+        use burn::backend::Flex;
+
+        assert!(is_one_operation::<Flex>());
+        assert!(is_one_operation::<Autodiff<Flex>>());
+        assert!(is_one_operation::<Autodiff<Flex, BalancedCheckpointing>>());
+    }
+
+    #[cfg(feature = "ndarray")]
+    #[test]
+    fn heads_are_swapped_in_one_operation_on_ndarray_in_single_precision() {
+        use burn::backend::NdArray;
+
+        assert!(is_one_operation::<NdArray>());
+        assert!(is_one_operation::<Autodiff<NdArray>>());
+        assert!(is_one_operation::<Autodiff<NdArray, BalancedCheckpointing>>());
+        assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
+    }
+}

@@ -7,9 +7,9 @@
 //! the autodiff graph, so that the backward pass can use, for each gradient, the order of factors for
 //! which CPU kernels are fast.
 //!
-//! The formula is the same. `LoraAdapter::forward_on` uses this module
-//! on the backends of the features `flex` and `ndarray`, with their default element types, for adapters
-//! without a bias and without active dropout. In all other cases it uses Burn's operations.
+//! The formula is the same. `LoraAdapter::forward_on` uses this module on the backends of the features
+//! `flex` and `ndarray`, with their default element types, for adapters without a bias and without active
+//! dropout. In all other cases it uses Burn's operations.
 
 use std::any::Any;
 

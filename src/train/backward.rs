@@ -23,7 +23,8 @@ impl Backward {
         Self { loss: value, gradients }
     }
 
-    /// The sum of several losses of `model`, added in their order. Without any it is zero.
+    /// The sum of several losses of `model`, added in their order. Without any it is zero. Each is added
+    /// before the next is asked for, so that an iterator that computes them holds the gradients of one.
     pub fn sum<B: AutodiffBackend, M: AutodiffModule<B>>(
         model: &M,
         parts: impl IntoIterator<Item = Self>,

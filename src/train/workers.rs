@@ -101,6 +101,7 @@ impl Workers {
         if self.pools.is_empty() || parts.len() < 2 {
             return Backward::sum(model, parts.into_iter().map(|part| pass(model, part)));
         }
+        // This also draws weights that were not drawn yet. Otherwise each fork would draw its own.
         let device = model.devices().first().expect("a model with parameters expected").clone();
         let count = parts.len();
         let mut shares: Vec<Vec<P>> = self.pools.iter().map(|_| Vec::new()).collect();
@@ -159,5 +160,18 @@ impl Pool {
 
     fn run<R>(&self, work: impl FnOnce() -> R) -> R {
         work()
+    }
+}
+
+#[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_worker_has_one_core() {
+        let pool = Pool::new();
+        assert_eq!(pool.run(rayon::current_num_threads), 1);
+        let caller = thread::current().id();
+        assert!(pool.run(|| thread::current().id()) != caller);
     }
 }

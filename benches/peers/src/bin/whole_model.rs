@@ -16,7 +16,11 @@ use burn::{
 use burn_lora::{Backward, Lora, LoraConfig, LoraModule, Workers};
 use burn_lora_peers::serve;
 
-use minilm::{ALL_LINEAR, HEAD, Tokens, WORDS};
+use minilm::{
+    WORDS,
+    bert::Tokens,
+    model::{ALL_LINEAR, HEAD},
+};
 
 #[cfg(feature = "ndarray")]
 type Plain = burn::backend::NdArray;

@@ -1,0 +1,84 @@
+//! Tests of how texts are continued and judged, and of models that are written.
+
+use super::*;
+
+#[test]
+fn an_answer_with_the_cache_is_that_without_it() {
+    let (_dir, chat) = chat();
+    let llama: Llama<Plain> = tiny("qwen3");
+    let device = Default::default();
+    let greedy = Sampling { temperature: 0.0, top_p: 1.0 };
+    let mut rng = StdRng::seed_from_u64(0);
+    let prompt = [7, 11, 3];
+    let new = generate(&llama, &chat, &prompt, 12, greedy, &mut rng, |_| ()).unwrap();
+    assert!(new.len() > 3, "{new:?}");
+    let mut all = prompt.to_vec();
+    for &id in &new {
+        let ids: Vec<_> = all.iter().map(|&id| id as i32).collect();
+        let ids = Tensor::from_data(TensorData::new(ids, [1, all.len()]), &device);
+        let scores =
+            llama.read(ids, &mut llama.cache()).into_data().iter::<f64>().collect::<Vec<_>>();
+        assert_eq!(greedy.choose(&scores, &mut rng), id);
+        all.push(id);
+    }
+}
+
+#[test]
+fn tokens_are_chosen_as_often_as_they_are_probable() {
+    let scores = [0.5_f64.ln(), 0.125_f64.ln(), 0.25_f64.ln(), 0.125_f64.ln()];
+    let mut rng = StdRng::seed_from_u64(5);
+    let mut counts = |temperature, top_p| {
+        let sampling = Sampling { temperature, top_p };
+        let mut counts = [0; 4];
+        for _ in 0..8000 {
+            counts[sampling.choose(&scores, &mut rng) as usize] += 1;
+        }
+        counts
+    };
+    let near =
+        |count: i32, probability: f64| (f64::from(count) / 8000.0 - probability).abs() < 0.03;
+    let all = counts(1.0, 1.0);
+    assert!(
+        [0.5, 0.125, 0.25, 0.125].iter().zip(all).all(|(&it, count)| near(count, it)),
+        "{all:?}"
+    );
+    // The two most probable are kept.
+    let nucleus = counts(1.0, 0.7);
+    assert!(nucleus[1] == 0 && nucleus[3] == 0 && near(nucleus[0], 2.0 / 3.0), "{nucleus:?}");
+    assert_eq!(counts(0.0, 1.0), [8000, 0, 0, 0]);
+    // With half the temperature, the probabilities are squared.
+    assert!(near(counts(0.5, 1.0)[0], 0.25 / (0.25 + 0.0625 + 2.0 / 64.0)));
+}
+
+#[test]
+fn answers_are_right_if_their_scores_are_higher() {
+    let (dir, chat) = chat();
+    let path = dir.path().join("test.tsv");
+    let reviews = ["a b", "c", "d e d c b a", "e e", "b a c", "a", "d d d d"];
+    let lines: String = reviews.iter().map(|review| format!("{review}\t1\n")).collect();
+    fs::write(&path, format!("sentence\tlabel\n{lines}")).unwrap();
+    let questions = reviews::questions(&path, &chat).unwrap();
+    let (llama, device) = (tiny::<Plain>("qwen2"), Default::default());
+    let positive = reviews.iter().filter(|review| {
+        let question =
+            format!("user: Is this film review positive or negative? {review} <end> assistant:");
+        let ids = chat.encode(&question, false).unwrap();
+        let ids: Vec<_> = ids.iter().map(|&id| id as i32).collect();
+        let ids = Tensor::from_data(TensorData::new(ids.clone(), [1, ids.len()]), &device);
+        let scores =
+            llama.read(ids, &mut llama.cache()).into_data().iter::<f64>().collect::<Vec<_>>();
+        scores[10] > scores[9]
+    });
+    let share = 100.0 * positive.count() as f64 / 7.0;
+    assert!(share > 0.0 && share < 100.0, "{share}");
+    assert_near(reviews::accuracy(&llama, &chat, &questions, &device).unwrap(), share);
+}
+
+#[test]
+fn a_merged_model_does_not_replace_its_base() {
+    let (dir, chat) = chat();
+    let llama: Llama<Plain> = tiny("qwen3");
+    let error = merged::save(&llama, &chat, dir.path(), dir.path()).unwrap_err();
+    assert!(error.contains("the base is there"), "{error}");
+    assert!(!fs::read(dir.path().join("tokenizer.json")).unwrap().is_empty());
+}
