@@ -32,6 +32,7 @@ use common::{
     mlp::Mlp,
     plot::{Panel, SeriesLabelPosition, draw},
     table::{grouped, table},
+    workers::WorkersArg,
 };
 
 /// Counts every allocation, to show what adapters add to a base in memory.
@@ -65,6 +66,8 @@ struct Args {
     /// Number of training images
     #[arg(long, value_name = "N", default_value = "12000", value_parser = common::positive)]
     train_size: usize,
+    #[command(flatten)]
+    workers: WorkersArg,
     /// Seed of weights, adapters, shuffling and generated digits
     #[arg(long, default_value = "42")]
     seed: u64,
@@ -325,8 +328,8 @@ fn train(
 ) -> Result<Lora<Plain, Mlp<Plain>>> {
     let logs = &args.out.join("logs");
     let &Args { epochs, seed, .. } = args;
-    let (lora_plus, start) = (1.0, None);
-    let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, start, logs };
+    let (lora_plus, workers, start) = (1.0, args.workers.count(), None);
+    let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, workers, start, logs };
     Ok(fit(&recipe, model, &digits.train, &digits.test)?.0)
 }
 

@@ -28,6 +28,7 @@ use common::{
     classifier::{accuracy, logits},
     live::during,
     table::grouped,
+    workers::WorkersArg,
 };
 use data::{Photos, negative};
 use model::Cnn;
@@ -73,6 +74,8 @@ struct Args {
     /// Number of test images; all by default
     #[arg(long, value_name = "N", value_parser = common::positive)]
     test_size: Option<usize>,
+    #[command(flatten)]
+    workers: WorkersArg,
     /// Seed of weights, adapters, shuffling and generated images
     #[arg(long, default_value = "42")]
     seed: u64,
@@ -127,6 +130,7 @@ fn run(args: Args) -> Result<()> {
         epochs: args.epochs,
         seed: args.seed,
         lora_plus: 1.0,
+        workers: args.workers.count(),
         start: None,
         names: Renaming::default(),
         old_test: &photos.test,

@@ -45,6 +45,8 @@ pub struct Job<'a, S> {
     pub seed: u64,
     /// The learning rate of B as a multiple of A's (LoRA+).
     pub lora_plus: f64,
+    /// The number of threads that share a step.
+    pub workers: usize,
     /// Where to start. `None` means from the model, without checkpoints.
     pub start: Option<Start>,
     /// The names of the model's modules in Python.
@@ -63,8 +65,8 @@ impl<S: Sample> Job<'_, S> {
         test: &[S],
     ) -> Result<(Trained<M>, History)> {
         let logs = &self.out.join("logs");
-        let &Self { epochs, seed, lora_plus, start, .. } = self;
-        let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, start, logs };
+        let &Self { epochs, seed, lora_plus, workers, start, .. } = self;
+        let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, workers, start, logs };
         fit(&recipe, model, train, test)
     }
 

@@ -23,7 +23,7 @@ use burn::{
         metric::{AccuracyMetric, LossMetric},
     },
 };
-use burn_lora::{AtomicRecorder, Lora, LoraPlus, last_checkpoint};
+use burn_lora::{AtomicRecorder, Backward, Lora, LoraPlus, Workers, last_checkpoint};
 
 use super::{
     Context, Result,
@@ -50,34 +50,19 @@ pub trait Sample: Clone + Send + Sync + Debug + 'static {
     fn batches<B: Backend>(
         samples: &[Self],
         seed: Option<u64>,
-    ) -> Arc<dyn DataLoader<B, Batch<B, Self>>> {
-        shuffled(DataLoaderBuilder::new(Stack).batch_size(Self::BATCH), seed)
+    ) -> Arc<dyn DataLoader<B, Vec<Self>>> {
+        shuffled(DataLoaderBuilder::new(AsTheyAre).batch_size(Self::BATCH), seed)
             .build(InMemDataset::new(samples.to_vec()))
     }
 }
 
-/// Samples for training or for evaluation.
-#[derive(Clone, Debug)]
-pub struct Batch<B: Backend, S: Sample> {
-    pub input: S::Input<B>,
-    /// The classes: `[batch]`.
-    pub labels: Tensor<B, 1, Int>,
-}
-
-impl<B: Backend, S: Sample> Batch<B, S> {
-    pub fn new(samples: &[S], device: &B::Device) -> Self {
-        let labels: Vec<i32> = samples.iter().map(|sample| i32::from(sample.label())).collect();
-        let labels = Tensor::from_data(TensorData::new(labels, [samples.len()]), device);
-        Self { input: S::stack(samples, device), labels }
-    }
-}
-
+/// Leaves the samples to the workers, each of which stacks its own.
 #[derive(Clone)]
-struct Stack;
+struct AsTheyAre;
 
-impl<B: Backend, S: Sample> Batcher<B, S, Batch<B, S>> for Stack {
-    fn batch(&self, samples: Vec<S>, device: &B::Device) -> Batch<B, S> {
-        Batch::new(&samples, device)
+impl<B: Backend, S: Sample> Batcher<B, S, Vec<S>> for AsTheyAre {
+    fn batch(&self, samples: Vec<S>, _: &B::Device) -> Vec<S> {
+        samples
     }
 }
 
@@ -114,11 +99,14 @@ pub trait Classifier<B: Backend> {
     /// The logits: `[batch, classes]`.
     fn logits(&self, input: <Self::Sample as Sample>::Input<B>) -> Tensor<B, 2>;
 
-    fn classify(&self, batch: Batch<B, Self::Sample>) -> ClassificationOutput<B> {
-        let logits = self.logits(batch.input);
-        let loss = CrossEntropyLossConfig::new().init(&logits.device());
-        let loss = loss.forward(logits.clone(), batch.labels.clone());
-        ClassificationOutput::new(loss, logits, batch.labels)
+    fn classify(&self, samples: &[Self::Sample]) -> ClassificationOutput<B> {
+        let device = Default::default();
+        let labels: Vec<i32> = samples.iter().map(|sample| i32::from(sample.label())).collect();
+        let labels = Tensor::<B, 1, Int>::from_ints(&*labels, &device);
+        let logits = self.logits(Self::Sample::stack(samples, &device));
+        let loss = CrossEntropyLossConfig::new().init(&device);
+        let loss = loss.forward(logits.clone(), labels.clone());
+        ClassificationOutput::new(loss, logits, labels)
     }
 }
 
@@ -126,24 +114,43 @@ pub trait Classifier<B: Backend> {
 #[derive(Module, Debug)]
 struct Task<B: Backend, M> {
     model: Lora<B, M>,
+    #[module(skip)]
+    workers: Arc<Workers>,
 }
 
 impl<M: Learns> TrainStep for Task<Train, M> {
-    type Input = Batch<Train, M::Sample>;
+    type Input = Vec<SampleOf<M>>;
     type Output = ClassificationOutput<Train>;
 
-    fn step(&self, batch: Self::Input) -> TrainOutput<Self::Output> {
-        let output = self.model.classify(batch);
-        TrainOutput::new(self, output.loss.backward(), output)
+    /// The workers share the samples.
+    fn step(&self, samples: Self::Input) -> TrainOutput<Self::Output> {
+        let share = samples.len().div_ceil(self.workers.count());
+        let parts: Vec<_> = samples.chunks(share).enumerate().collect();
+        let outputs = Mutex::new(vec![None; parts.len()]);
+        let Backward { loss, gradients } =
+            self.workers.backward(&self.model, parts, |model, (index, part)| {
+                let output = model.classify(part);
+                let share = part.len() as f64 / samples.len() as f64;
+                outputs.lock().expect(UNPOISONED)[index] =
+                    Some((output.output.detach(), output.targets));
+                Backward::new(model, output.loss * share)
+            });
+        let outputs = outputs.into_inner().expect(UNPOISONED).into_iter().flatten();
+        let (logits, labels) = outputs.unzip();
+        let loss = Tensor::from_floats([loss], &Default::default());
+        let item = ClassificationOutput::new(loss, Tensor::cat(logits, 0), Tensor::cat(labels, 0));
+        TrainOutput { grads: gradients, item }
     }
 }
 
+const UNPOISONED: &str = "nobody panics with the lock";
+
 impl<M: Classifier<Plain> + Module<Plain> + ModuleDisplay> InferenceStep for Task<Plain, M> {
-    type Input = Batch<Plain, M::Sample>;
+    type Input = Vec<M::Sample>;
     type Output = ClassificationOutput<Plain>;
 
-    fn step(&self, batch: Self::Input) -> Self::Output {
-        self.model.classify(batch)
+    fn step(&self, samples: Self::Input) -> Self::Output {
+        self.model.classify(&samples)
     }
 }
 
@@ -178,6 +185,8 @@ pub struct Recipe<'a> {
     pub seed: u64,
     /// The learning rate of B as a multiple of A's (LoRA+).
     pub lora_plus: f64,
+    /// The number of threads that share a step.
+    pub workers: usize,
     /// Where to start. `None` means from the model, without checkpoints.
     pub start: Option<Start>,
     /// The directory for the logs. Each training gets a directory in it.
@@ -243,7 +252,8 @@ pub fn fit<M: Learns>(
     let schedule = schedule.init().expect("the learning rate and the number of steps are positive");
     // With a ratio of 1 this is plain Adam.
     let adam = LoraPlus::new(AdamConfig::new().init::<Train, Task<Train, M>>(), recipe.lora_plus);
-    let learner = Learner::new(Task { model }, adam, schedule);
+    let workers = Arc::new(Workers::new(recipe.workers));
+    let learner = Learner::new(Task { model, workers }, adam, schedule);
     let result = training.renderer(reporter).launch(learner);
     // Clears the progress from the terminal.
     drop(result.renderer);
@@ -252,7 +262,7 @@ pub fn fit<M: Learns>(
         let reason = interrupter.get_message().unwrap_or_default();
         return Err(format!("{}: stopped: {reason}", dir.display()));
     }
-    let history = history.lock().expect("nobody panics with the lock").clone();
+    let history = history.lock().expect(UNPOISONED).clone();
     Ok((result.model.model, history))
 }
 

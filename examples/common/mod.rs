@@ -19,6 +19,7 @@ pub mod resume;
 pub mod sst2;
 #[path = "../../src/table.rs"]
 pub mod table;
+pub mod workers;
 
 use std::{fs, path::Path, process::ExitCode};
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, Subcommand};
 
-use crate::common::{self, Result};
+use crate::common::{self, Result, workers::WorkersArg};
 
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
 /// adapters into its weights.
@@ -89,10 +89,8 @@ pub struct TrainArgs {
     /// Compute each layer again in the backward pass: a tenth of the memory, for a third more time
     #[arg(long)]
     pub segments: bool,
-    /// Number of threads that share a step; by default as many as there are cores, and 1 on GPUs. The same
-    /// number gives the same bits
-    #[arg(long, value_name = "N", value_parser = common::positive)]
-    pub workers: Option<usize>,
+    #[command(flatten)]
+    pub workers: WorkersArg,
     /// Number of steps between two evaluations
     #[arg(long, value_name = "STEPS", default_value = "50", value_parser = common::positive)]
     pub eval_every: usize,

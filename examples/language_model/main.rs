@@ -137,7 +137,8 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
         "mask_prompt": args.mask_prompt, "pack": args.pack, "eval_every": args.eval_every,
-        "seed": args.seed, "backend": backend::NAME,
+        "segments": args.segments, "workers": args.workers.count(), "seed": args.seed,
+        "backend": backend::NAME,
     });
     if args.resume {
         arguments::resume(&args.out, &arguments)?;
@@ -182,7 +183,7 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         pack: args.pack.then_some(reading.max_length),
         eval_every: args.eval_every,
         seed: args.seed,
-        workers: args.workers.unwrap_or_else(backend::cores),
+        workers: args.workers.count(),
         segments: args.segments,
     };
     let ask = |llama: &Llama<Plain>| {

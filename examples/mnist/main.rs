@@ -27,6 +27,7 @@ use common::{
     live::during,
     mlp::Mlp,
     table::grouped,
+    workers::WorkersArg,
 };
 
 /// Reuses the memory of large tensors: every training step allocates them again.
@@ -64,6 +65,8 @@ struct Args {
     /// Number of training images; all by default
     #[arg(long, value_name = "N", value_parser = common::positive)]
     train_size: Option<usize>,
+    #[command(flatten)]
+    workers: WorkersArg,
     /// Seed of weights, adapters, shuffling and generated digits
     #[arg(long, default_value = "42")]
     seed: u64,
@@ -117,6 +120,7 @@ fn run(args: Args) -> Result<()> {
         epochs: args.epochs,
         seed: args.seed,
         lora_plus: 1.0,
+        workers: args.workers.count(),
         start: None,
         names: Renaming::default(),
         old_test: &digits.test,

@@ -45,6 +45,7 @@ use common::{
     hub,
     live::during,
     table::grouped,
+    workers::WorkersArg,
 };
 use grammar::Language;
 use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
@@ -94,6 +95,8 @@ struct Args {
     /// Number of texts to train on
     #[arg(long, value_name = "N", default_value = "10000", value_parser = common::positive)]
     train_size: usize,
+    #[command(flatten)]
+    workers: WorkersArg,
     /// Seed of the head, adapters, shuffling and generated texts
     #[arg(long, default_value = "42")]
     seed: u64,
@@ -166,6 +169,7 @@ fn run(args: Args) -> Result<()> {
         epochs,
         seed: args.seed,
         lora_plus: 1.0,
+        workers: args.workers.count(),
         start: Some(start(&args, epochs)?),
         names: model::names(),
         old_test: &[],
@@ -272,7 +276,7 @@ fn start(args: &Args, epochs: usize) -> Result<Start> {
         "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
         "lora_plus": args.lora_plus, "seed": args.seed, "backend": backend::NAME,
         "learning_rate": rate, "lora_learning_rate": lora_rate,
-        "head_learning_rate": args.head_learning_rate,
+        "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(),
     });
     if !args.resume {
         arguments::begin(&args.out, "logs", &arguments)?;

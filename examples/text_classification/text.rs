@@ -15,7 +15,7 @@ use crate::{
     bert::{BertConfig, Tokens},
     common::{
         Context, Result,
-        classifier::{Batch, Sample, shuffled},
+        classifier::{Sample, shuffled},
         sst2,
     },
 };
@@ -56,10 +56,7 @@ impl Sample for Text {
 
     /// Puts texts of about the same length in a batch, which needs little padding. On SST-2 it saves two
     /// thirds of the work.
-    fn batches<B: Backend>(
-        texts: &[Self],
-        seed: Option<u64>,
-    ) -> Arc<dyn DataLoader<B, Batch<B, Self>>> {
+    fn batches<B: Backend>(texts: &[Self], seed: Option<u64>) -> Arc<dyn DataLoader<B, Vec<Self>>> {
         let mut texts = texts.to_vec();
         texts.sort_by_key(|text| text.ids.len());
         let groups: Vec<_> = texts.chunks(Self::BATCH).map(<[Self]>::to_vec).collect();
@@ -70,9 +67,9 @@ impl Sample for Text {
 #[derive(Clone)]
 struct Group;
 
-impl<B: Backend> Batcher<B, Vec<Text>, Batch<B, Text>> for Group {
-    fn batch(&self, groups: Vec<Vec<Text>>, device: &B::Device) -> Batch<B, Text> {
-        Batch::new(&groups.concat(), device)
+impl<B: Backend> Batcher<B, Vec<Text>, Vec<Text>> for Group {
+    fn batch(&self, groups: Vec<Vec<Text>>, _: &B::Device) -> Vec<Text> {
+        groups.concat()
     }
 }
 
