@@ -183,14 +183,32 @@ impl<B: Backend> LoraAdapter<B> {
         bias: Option<Tensor<B, 1>>,
     ) -> Tensor<B, 2> {
         #[cfg(any(feature = "flex", feature = "ndarray"))]
-        if self.bias.is_none() && (self.dropout.prob == 0.0 || !B::ad_enabled(&x.device())) {
-            let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
-            let (weight, bias) = (weight.clone(), bias.clone());
-            if let Some(y) = fused::forward(&x, &fused::Layer { weight, bias, a, b, scale }) {
-                return y;
-            }
+        if let Some(y) = self.in_one_operation(&x, &weight, &bias) {
+            return y;
         }
         add(linear(x.clone(), weight, bias), self.forward(x))
+    }
+
+    /// The same as one operation; `None` where Burn's operations are used.
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    fn in_one_operation(
+        &self,
+        x: &Tensor<B, 2>,
+        weight: &Tensor<B, 2>,
+        bias: &Option<Tensor<B, 1>>,
+    ) -> Option<Tensor<B, 2>> {
+        if !fused::computes_on::<B>() {
+            return None;
+        }
+        let drops = self.dropout.prob > 0.0 && B::ad_enabled(&x.device());
+        let bias = match (bias.clone(), self.bias_delta()) {
+            (Some(base), Some(delta)) if base.dtype() == delta.dtype() => Some(base + delta),
+            (Some(_), Some(_)) => return None,
+            (base, delta) => base.or(delta),
+        };
+        let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
+        let read = drops.then(|| self.dropout.forward(x.clone()));
+        fused::forward(x, &fused::Layer { weight: weight.clone(), bias, read, a, b, scale })
     }
 
     /// The update of the output of an embedding, where each index selects one row of the weight:

@@ -1,11 +1,16 @@
 //! What the CPU backends of the features `flex` and `ndarray` compute as one operation, where Burn's
 //! operations take several passes over memory. Each function returns `None` on other backends.
 
+mod conv;
+mod conv_node;
 mod cpu;
 mod heads;
 mod linear;
 mod node;
+mod patches;
 mod rows;
 
+pub(crate) use conv::{Conv, convolve};
+pub(crate) use cpu::computes_on;
 pub(crate) use heads::swapped;
 pub(crate) use linear::{Layer, forward};

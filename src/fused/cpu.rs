@@ -1,6 +1,6 @@
 //! The CPU backends, and what is needed from each of them.
 
-use std::any::Any;
+use std::any::{Any, TypeId};
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
@@ -8,8 +8,10 @@ use burn::{
 };
 
 use super::{
+    conv::{self, Convolves},
     heads::{self, Heads},
     linear::{self, Fused},
+    patches::Window,
 };
 
 /// A backend that computes on the CPU and gives access to its tensors as slices.
@@ -39,12 +41,24 @@ type Computed = Option<Box<dyn Any>>;
 
 /// The operations on one of the backends. They return `None` for tensors of another one.
 pub(super) struct Way {
+    backend: fn() -> TypeId,
     pub linear: fn(&dyn Any, &dyn Any) -> Computed,
+    pub conv: fn(&dyn Any, &dyn Any, Window) -> Computed,
     pub heads: fn(&dyn Any) -> Computed,
 }
 
-const fn way<K: Fused + Heads>() -> Way {
-    Way { linear: linear::run_on::<K>, heads: heads::run_on::<K> }
+const fn way<K: Convolves + Fused + Heads>() -> Way {
+    Way {
+        backend: TypeId::of::<K>,
+        linear: linear::run_on::<K>,
+        conv: conv::run_on::<K>,
+        heads: heads::run_on::<K>,
+    }
+}
+
+/// Whether this module computes on the backend.
+pub(crate) fn computes_on<B: Backend>() -> bool {
+    WAYS.iter().any(|way| (way.backend)() == TypeId::of::<B>())
 }
 
 /// Each of the backends, with and without autodiff.

@@ -8,8 +8,7 @@
 //! which CPU kernels are fast.
 //!
 //! The formula is the same. `LoraAdapter::forward_on` uses this module on the backends of the features
-//! `flex` and `ndarray`, with their default element types, for adapters without a bias and without active
-//! dropout. In all other cases it uses Burn's operations.
+//! `flex` and `ndarray`, with their default element types. In all other cases it uses Burn's operations.
 
 use std::any::Any;
 
@@ -24,8 +23,10 @@ use super::{
 pub(crate) struct Layer<B: Backend> {
     /// The base's weight, a constant: `[d_input, d_output]`.
     pub weight: Tensor<B, 2>,
-    /// The base's bias, a constant: `[d_output]`.
+    /// The base's bias and the adapter's, as far as there are any: `[d_output]`.
     pub bias: Option<Tensor<B, 1>>,
+    /// What the adapter reads, if that is not x: `[batch, d_input]`.
+    pub read: Option<Tensor<B, 2>>,
     /// The factor A: `[d_input, rank]`.
     pub a: Tensor<B, 2>,
     /// The factor B: `[rank, d_output]`.
@@ -36,14 +37,17 @@ pub(crate) struct Layer<B: Backend> {
 
 /// A backend that computes the layer as one operation.
 pub(super) trait Fused: Backend {
-    /// `x·W + b + s·(x·A)·B`. On an autodiff backend, gradients reach x, A and B.
+    /// `x·W + b + s·(x·A)·B`. On an autodiff backend, gradients reach x, what the adapter reads, A, B and the
+    /// bias.
     fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2>;
 }
 
 /// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; `None` if this module cannot
 /// compute the layer on the backend, or with these types and shapes.
 pub(crate) fn forward<B: Backend>(x: &Tensor<B, 2>, layer: &Layer<B>) -> Option<Tensor<B, 2>> {
-    if !layer.fits() || x.dtype() != DType::F32 {
+    let read = layer.read.as_ref().unwrap_or(x);
+    let in_f32 = [x, read].iter().all(|it| it.dtype() == DType::F32);
+    if !layer.fits() || !in_f32 || read.dims() != x.dims() {
         return None;
     }
     WAYS.iter().find_map(|way| {
@@ -68,7 +72,8 @@ impl<K: Cpu> Layer<K> {
     /// The hidden tensor `s·(x·A)`, `[batch, rank]`, and the output.
     pub(super) fn hidden_and_output(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
         in_pool(x.dims()[0], self.weight.dims(), || {
-            let hidden = K::times_thin(x.clone(), self.a.clone()).mul_scalar(self.scale);
+            let read = self.read.as_ref().unwrap_or(&x).clone();
+            let hidden = K::times_thin(read, self.a.clone()).mul_scalar(self.scale);
             let y = K::product(x, self.weight.clone());
             let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
             (hidden, y)
@@ -115,7 +120,8 @@ mod tests {
         let device = B::Device::default();
         let ones = |shape: [usize; 2]| Tensor::<B, 2>::ones(shape, &device);
         let (weight, a, b) = (ones([3, 5]), ones([3, 2]), ones([2, 5]));
-        forward(&ones([4, 3]), &Layer { weight, bias: None, a, b, scale: 0.5 }).is_some()
+        let layer = Layer { weight, bias: None, read: None, a, b, scale: 0.5 };
+        forward(&ones([4, 3]), &layer).is_some()
     }
 
     #[cfg(feature = "flex")]

@@ -22,12 +22,14 @@ use super::{
 #[derive(Debug)]
 struct LoraLinearNode;
 
-/// The values that the gradients are computed from. Only two tensors grow with the batch: x, which the
-/// checkpointer keeps, and the hidden tensor, which has `rank` columns.
+/// The values that the gradients are computed from. Only two tensors grow with the batch: what the adapter
+/// reads, which the checkpointer keeps, and the hidden tensor, which has `rank` columns.
 #[derive(Clone, Debug)]
 struct State<K: Cpu> {
-    /// The node of x. It is kept only for the gradient of A.
-    x: Option<NodeId>,
+    /// The node of what the adapter reads. It is kept only for the gradient of A.
+    read: Option<NodeId>,
+    /// Whether the adapter reads x.
+    reads_x: bool,
     weight: Tensor<K, 2>,
     a: Tensor<K, 2>,
     b: Tensor<K, 2>,
@@ -36,7 +38,8 @@ struct State<K: Cpu> {
     scale: f64,
 }
 
-impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
+/// The parents are x, what the adapter reads if that is not x, A, B and the bias.
+impl<K: Cpu> Backward<K, 5> for LoraLinearNode {
     type State = State<K>;
 
     /// Computes, from the output's gradient `dy` and `h = s·(x·A)`:
@@ -44,43 +47,59 @@ impl<K: Cpu> Backward<K, 3> for LoraLinearNode {
     /// ```text
     /// dB = hᵀ·dy        dh = s·(dy·Bᵀ)        dA = xᵀ·dh        dx = dy·Wᵀ + dh·Aᵀ
     /// ```
+    ///
+    /// If the adapter does not read x, `dh·Aᵀ` is the gradient of what it reads.
     fn backward(
         self,
-        ops: Ops<Self::State, 3>,
+        ops: Ops<Self::State, 5>,
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
-        let x = ops.state.x.map(|x| tensor::<K>(checkpointer.retrieve_node_output(x)));
-        let dy = tensor(grads.consume::<K>(&ops.node));
-        let computed = ops.state.gradients(x, dy, ops.parents[0].is_some());
+        let read = ops.state.read.map(|read| tensor(checkpointer.retrieve_node_output(read)));
+        let dy: Tensor<K, 2> = tensor(grads.consume::<K>(&ops.node));
+        let [x_wanted, read_wanted, _, _, bias_wanted] =
+            [0, 1, 2, 3, 4].map(|parent| ops.parents[parent].is_some());
+        let d_bias = bias_wanted.then(|| primitive(dy.clone().sum_dim(0).flatten::<1>(0, 1)));
+        let computed = ops.state.gradients(read, dy, x_wanted, read_wanted);
+        let computed = computed.into_iter().map(|it| it.map(primitive)).chain([d_bias]);
         for (node, gradient) in ops.parents.into_iter().zip(computed) {
             if let (Some(node), Some(gradient)) = (node, gradient) {
-                grads.register::<K>(node.id, primitive(gradient));
+                grads.register::<K>(node.id, gradient);
             }
         }
     }
 }
 
 impl<K: Cpu> State<K> {
-    /// The gradients of x, A and B; `None` for each that is not needed.
+    /// The gradients of x, of what the adapter reads, and of A and B; `None` for each that is not needed.
     fn gradients(
         self,
-        x: Option<Tensor<K, 2>>,
+        read: Option<Tensor<K, 2>>,
         dy: Tensor<K, 2>,
         x_wanted: bool,
-    ) -> [Option<Tensor<K, 2>>; 3] {
-        let Self { weight, a, b, hidden, scale, .. } = self;
+        read_wanted: bool,
+    ) -> [Option<Tensor<K, 2>>; 4] {
+        let Self { reads_x, weight, a, b, hidden, scale, .. } = self;
         in_pool(dy.dims()[0], weight.dims(), || {
             let db = hidden.map(|hidden| K::product(hidden.transpose(), dy.clone()));
-            if !x_wanted && x.is_none() {
-                return [None, None, db];
-            }
-            let d_hidden = K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale);
+            let by_adapter = read.is_some() || read_wanted || (x_wanted && reads_x);
+            let d_hidden =
+                by_adapter.then(|| K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale));
             // `dA` is computed as its transpose: CPU kernels are several times slower at `xᵀ·dh`.
-            let da = x.map(|x| transposed(K::product(d_hidden.clone().transpose(), x)));
-            let dx = x_wanted
-                .then(|| add_product(times_transposed(dy, weight), None, d_hidden, transposed(a)));
-            [dx, da, db]
+            let da = read.zip(d_hidden.clone());
+            let da = da.map(|(read, dh)| transposed(K::product(dh.transpose(), read)));
+            let dx = x_wanted.then(|| times_transposed(dy, weight));
+            match d_hidden {
+                Some(dh) if reads_x => {
+                    let dx = dx.map(|dx| add_product(dx, None, dh, transposed(a)));
+                    [dx, None, da, db]
+                }
+                Some(dh) => {
+                    let d_read = read_wanted.then(|| K::product(dh, a.transpose()));
+                    [dx, d_read, da, db]
+                }
+                None => [dx, None, da, db],
+            }
         })
     }
 }
@@ -88,22 +107,28 @@ impl<K: Cpu> State<K> {
 impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
     fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2> {
         let [x, a, b] = [&x, &layer.a, &layer.b].map(|it| it.clone().into_primitive().tensor());
+        let read = layer.read.clone().map(|it| it.into_primitive().tensor());
+        let bias = layer.bias.clone().map(|it| it.into_primitive().tensor());
         let inner = Layer {
             weight: inner(&layer.weight),
             bias: layer.bias.as_ref().map(inner),
+            read: layer.read.as_ref().map(inner),
             a: inner(&layer.a),
             b: inner(&layer.b),
             scale: layer.scale,
         };
         let (hidden, y) = inner.hidden_and_output(tensor(x.primitive.clone()));
-        let (a_tracked, b_tracked) = (a.is_tracked(), b.is_tracked());
-        let nodes = [x.node.clone(), a.node, b.node];
+        let (a_tracked, b_tracked, reads_x) = (a.is_tracked(), b.is_tracked(), read.is_none());
+        let none = nothing::<K, C>();
+        let [reading, bias] = [&read, &bias].map(|it| it.as_ref().unwrap_or(&none).node.clone());
+        let nodes = [x.node.clone(), reading, a.node, b.node, bias];
         let y = match LoraLinearNode.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(mut prep) => {
                 let Layer { weight, a, b, scale, .. } = inner;
-                let x = a_tracked.then(|| prep.checkpoint(&x));
+                let read = a_tracked.then(|| prep.checkpoint(read.as_ref().unwrap_or(&x)));
                 let hidden = b_tracked.then_some(hidden);
-                prep.finish(State { x, weight, a, b, hidden, scale }, primitive(y))
+                let state = State { read, reads_x, weight, a, b, hidden, scale };
+                prep.finish(state, primitive(y))
             }
             OpsKind::UnTracked(prep) => prep.finish(primitive(y)),
         };
@@ -111,9 +136,14 @@ impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
     }
 }
 
+/// A constant in the place of a parent that is not there.
+pub(super) fn nothing<K: Cpu, C: CheckpointStrategy>() -> FloatTensor<Autodiff<K, C>> {
+    Tensor::<Autodiff<K, C>, 1>::zeros([1], &Default::default()).into_primitive().tensor()
+}
+
 /// The tensor without autodiff. `Tensor::inner` cannot be used, because its bounds on the backend are
 /// stronger if another crate enables Burn's feature `distributed`.
-fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
+pub(super) fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
     tensor: &Tensor<Autodiff<K, C>, D>,
 ) -> Tensor<K, D> {
     let tracked = tensor.clone().into_primitive().tensor();
@@ -131,10 +161,10 @@ fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Tensor<K, 2>) -> Tensor<K, 
     transposed(K::product(weight, transposed(y)))
 }
 
-fn tensor<K: Cpu>(primitive: FloatTensor<K>) -> Tensor<K, 2> {
+pub(super) fn tensor<K: Cpu, const D: usize>(primitive: FloatTensor<K>) -> Tensor<K, D> {
     Tensor::from_primitive(TensorPrimitive::Float(primitive))
 }
 
-fn primitive<K: Cpu>(tensor: Tensor<K, 2>) -> FloatTensor<K> {
+pub(super) fn primitive<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     tensor.into_primitive().tensor()
 }

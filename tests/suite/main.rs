@@ -9,6 +9,7 @@ mod oracle;
 mod algebra;
 mod attention;
 mod conv;
+mod conv_sizes;
 mod correctness;
 mod decoder;
 mod dropout;

@@ -1,0 +1,115 @@
+//! The patches of images that a convolution multiplies with its kernel, as the columns of a matrix.
+
+use std::ops::Range;
+
+/// The shapes of a convolution without groups, and where its kernel reads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Window {
+    /// The channels of the input.
+    pub channels: usize,
+    /// The height and width of the input, as of all pairs below.
+    pub image: [usize; 2],
+    pub kernel: [usize; 2],
+    pub stride: [usize; 2],
+    pub dilation: [usize; 2],
+    /// The padding at the top and on the left. What is on the other sides only determines the output's size.
+    pub padding: [usize; 2],
+    pub output: [usize; 2],
+}
+
+/// A row of the output, as one element of the kernel reads it: consecutive places, `stride` pixels apart.
+struct Run {
+    /// The places before it that read padding.
+    before: usize,
+    /// The places that read pixels.
+    inside: usize,
+    /// The places after it that read padding.
+    after: usize,
+    /// The index of the first pixel.
+    pixel: usize,
+}
+
+impl Window {
+    /// The number of elements that the kernel reads at each place.
+    pub fn patch(&self) -> usize {
+        self.channels * self.kernel[0] * self.kernel[1]
+    }
+
+    /// The number of places in an output image.
+    pub fn places(&self) -> usize {
+        self.output[0] * self.output[1]
+    }
+
+    /// The number of elements of an input image.
+    pub fn volume(&self) -> usize {
+        self.channels * self.image[0] * self.image[1]
+    }
+
+    /// The patches under some rows of the output: `[patch, images · rows · width]`.
+    pub fn gather(&self, images: &[f32], rows: Range<usize>) -> Vec<f32> {
+        let count = images.len() / self.volume();
+        let places = count * rows.len() * self.output[1];
+        let mut patches = Vec::with_capacity(self.patch() * places);
+        let stride = self.stride[1];
+        self.each_run(count, rows, |Run { before, inside, after, pixel }| {
+            patches.resize(patches.len() + before, 0.0);
+            match stride {
+                1 => patches.extend_from_slice(&images[pixel..pixel + inside]),
+                _ => patches.extend(images[pixel..].iter().step_by(stride).take(inside)),
+            }
+            patches.resize(patches.len() + after, 0.0);
+        });
+        patches
+    }
+
+    /// Adds each element of the patches to the pixel that [`gather`](Self::gather) reads it from.
+    pub fn scatter(&self, patches: &[f32], images: &mut [f32], rows: Range<usize>) {
+        let count = images.len() / self.volume();
+        let stride = self.stride[1];
+        let mut rest = patches;
+        self.each_run(count, rows, |Run { before, inside, after, pixel }| {
+            let (run, later) = rest.split_at(before + inside + after);
+            rest = later;
+            let run = &run[before..before + inside];
+            match stride {
+                1 => {
+                    let pixels = &mut images[pixel..pixel + inside];
+                    pixels.iter_mut().zip(run).for_each(|(pixel, value)| *pixel += value);
+                }
+                _ => {
+                    let pixels = images[pixel..].iter_mut().step_by(stride);
+                    pixels.zip(run).for_each(|(pixel, value)| *pixel += value);
+                }
+            }
+        });
+    }
+
+    /// Visits the runs in the order in which the patches store them.
+    fn each_run(&self, images: usize, rows: Range<usize>, mut visit: impl FnMut(Run)) {
+        let ([height, width], [_, places]) = (self.image, self.output);
+        let ([top, left], [stride_y, stride_x]) = (self.padding, self.stride);
+        for channel in 0..self.channels {
+            for y in (0..self.kernel[0]).map(|it| it * self.dilation[0]) {
+                for x in (0..self.kernel[1]).map(|it| it * self.dilation[1]) {
+                    let end = (width + left).saturating_sub(x).div_ceil(stride_x).min(places);
+                    let before = left.saturating_sub(x).div_ceil(stride_x).min(end);
+                    let (inside, after) = (end - before, places - end);
+                    for image in 0..images {
+                        for row in rows.clone() {
+                            let line = (row * stride_y + y).checked_sub(top);
+                            let line = line.filter(|line| *line < height && inside > 0);
+                            visit(match line {
+                                None => Run { before: places, inside: 0, after: 0, pixel: 0 },
+                                Some(line) => {
+                                    let line = (image * self.channels + channel) * height + line;
+                                    let pixel = line * width + before * stride_x + x - left;
+                                    Run { before, inside, after, pixel }
+                                }
+                            });
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
