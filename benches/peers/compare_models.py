@@ -14,7 +14,7 @@ from pathlib import Path
 from compare import KEEP_PAGES, THREADS, Peer, binaries
 
 ROUNDS, WARM_UP = 5, 1
-STEPS = {"minilm": 5, "smollm2": 2}
+STEPS = {"minilm": 5, "smollm2": 2, "resnet": 5, "conv": 15}
 KEEPS = {"MIMALLOC_PURGE_DELAY": "-1"}
 
 peft = [sys.executable, str(Path(__file__).with_name("peft_model.py"))]
@@ -56,7 +56,7 @@ def compare(model, method):
 
 def main():
     print("| model, method | program | s | of PEFT | peak, MiB |\n|---|---|---:|---:|---:|")
-    for model in STEPS:
+    for model in sys.argv[2:] or STEPS:
         for method in ("lora", "full"):
             found = compare(model, method)
             for name, (seconds, memory) in found.items():

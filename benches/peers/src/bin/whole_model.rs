@@ -1,19 +1,23 @@
 //! A training step of a whole model with burn-lora: `whole_model MODEL METHOD WORKERS SEGMENTS`, where MODEL is
-//! `minilm` (32 texts of 32 tokens) or `smollm2` (4 of 128), METHOD is `lora` or `full`, and SEGMENTS is
-//! `plain` or `segments`.
+//! `minilm` (32 texts of 32 tokens), `smollm2` (4 of 128), `resnet` (32 images of 32×32 pixels) or `conv` (one
+//! convolution of 64 to 64 channels, 3×3, that passes gradients on), METHOD is `lora` or `full`, and SEGMENTS
+//! is `plain` or `segments`.
 
 #[path = "../../../suite/minilm.rs"]
 mod minilm;
+#[path = "../../../suite/resnet.rs"]
+mod resnet;
 #[path = "../../../suite/smollm2.rs"]
 mod smollm2;
 
 use burn::{
     backend::Autodiff,
     module::{AutodiffModule, Module},
+    nn::{PaddingConfig2d, conv::Conv2dConfig},
     optim::{AdamConfig, Optimizer},
-    tensor::{Distribution, Int, Tensor},
+    tensor::{BasicOps, Distribution, Int, Tensor, backend::Backend},
 };
-use burn_lora::{Backward, Lora, LoraConfig, LoraModule, Workers};
+use burn_lora::{Backward, Lora, LoraConfig, LoraConv2d, LoraModule, Workers};
 use burn_lora_peers::serve;
 
 use minilm::{
@@ -39,7 +43,9 @@ fn main() {
     let workers = Workers::new(workers.parse().expect("a number of workers"));
     let (lora, segmented) = (method == "lora", segmented == "segments");
     match model.as_str() {
+        "conv" => train_conv(lora, &workers),
         "minilm" => train_minilm(lora, &workers),
+        "resnet" => train_resnet(lora, &workers),
         _ => train_smollm2(lora, &workers, segmented),
     }
 }
@@ -60,17 +66,18 @@ fn trained<M: LoraModule<Train> + Module<Train>>(
 }
 
 /// Answers with times of steps, in which `pass` computes the gradients of a part of the batch.
-fn run<M: AutodiffModule<Train> + Module<Train>>(
+fn run<M, K: BasicOps<Train>, const D: usize>(
     model: Lora<Train, M>,
     workers: &Workers,
-    ids: Ids<Train>,
-    pass: impl Fn(&Lora<Train, M>, Ids<Train>) -> Backward + Sync,
+    batch: Tensor<Train, D, K>,
+    pass: impl Fn(&Lora<Train, M>, Tensor<Train, D, K>) -> Backward + Sync,
 ) where
+    M: AutodiffModule<Train> + Module<Train>,
     Lora<Train, M>: AutodiffModule<Train>,
 {
     let mut optimizer = AdamConfig::new().init();
     serve(model, |model| {
-        let parts = ids.clone().chunk(workers.count(), 0);
+        let parts = batch.clone().chunk(workers.count(), 0);
         let Backward { gradients, .. } = workers.backward(&model, parts, &pass);
         optimizer.step(1e-4, model, gradients)
     });
@@ -85,7 +92,8 @@ fn ids(texts: usize, length: usize) -> Ids<Train> {
 fn train_minilm(lora: bool, workers: &Workers) {
     let base = minilm::base::<Train>(&Default::default());
     let model = trained(base, lora, &ALL_LINEAR, &[HEAD]);
-    run(model, workers, ids(32, 32), |model, ids| {
+    let ids = ids(32, 32);
+    run(model, workers, ids, |model, ids| {
         let padding = ids.zeros_like().bool();
         let logits = model.forward(&Tokens { ids, padding });
         Backward::new(model, logits.square().sum() / 32.0)
@@ -97,8 +105,38 @@ fn train_smollm2(lora: bool, workers: &Workers, segmented: bool) {
     let model = trained(base, lora, &smollm2::LAYERS, &[]);
     let smollm2::Texts(ids) = smollm2::texts(4);
     let ids = Tensor::<Train, 1, Int>::from_ints(&*ids, &Default::default());
-    run(model, workers, ids.reshape([4, smollm2::LENGTH]), move |model, ids| {
+    let ids = ids.reshape([4, smollm2::LENGTH]);
+    run(model, workers, ids, |model, ids| {
         let texts = smollm2::Texts(ids.into_data().iter::<i32>().collect());
         smollm2::pass(model, &texts, segmented)
+    });
+}
+
+fn images(batch: usize, channels: usize) -> Tensor<Train, 4> {
+    Tensor::random([batch, channels, 32, 32], Distribution::Default, &Default::default())
+}
+
+fn train_resnet(lora: bool, workers: &Workers) {
+    let base = resnet::ResNet::<Train>::new(&Default::default());
+    let model = trained(base, lora, &resnet::LAYERS, &[]);
+    let images = images(32, 3);
+    run(model, workers, images, |model, images| {
+        Backward::new(model, model.forward(images).square().sum() / 32.0)
+    });
+}
+
+#[derive(Module, Debug)]
+struct Conv<B: Backend> {
+    conv: LoraConv2d<B>,
+}
+
+fn train_conv(lora: bool, workers: &Workers) {
+    let conv = Conv2dConfig::new([64, 64], [3, 3])
+        .with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1))
+        .init(&Default::default());
+    let model = trained(Conv::<Train> { conv: conv.into() }, lora, &["conv"], &[]);
+    let images = images(32, 64);
+    run(model, workers, images, |model, images| {
+        Backward::new(model, model.conv.forward(images.require_grad()).square().sum() / 32.0)
     });
 }
