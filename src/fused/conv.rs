@@ -196,7 +196,7 @@ impl<K: Cpu> Conv<K> {
         // Each thread has a share of the images, and adds up the gradients of the parameters by itself.
         let share = batch.div_ceil(rayon::current_num_threads());
         let division = window.division(batch);
-        let volumes = division.images * window.volume();
+        let (volumes, width) = (division.images * window.volume(), window.output[1]);
         let pixels = dx.as_mut().map(|it| it.chunks_mut(share * window.volume()));
         let mut pixels = pixels.into_iter().flatten();
         let shares = dy.chunks(share * channels * window.places()).enumerate();
@@ -209,8 +209,9 @@ impl<K: Cpu> Conv<K> {
                 let pixels = i * volumes..i * volumes + images * window.volume();
                 for part in window.parts(division) {
                     let lines = window.lines(images, channels, &part);
-                    let dy: Vec<f32> = lines.flat_map(|line| &dy[line]).copied().collect();
-                    let dy = matrix_of::<K>(dy, channels);
+                    let mut places = Vec::with_capacity(channels * images * part.len() * width);
+                    lines.for_each(|line| places.extend_from_slice(&dy[line]));
+                    let dy = matrix_of::<K>(places, channels);
                     if let Some(dx) = &mut dx {
                         let product = row_by_row(K::product(matrix.clone(), dy.clone()));
                         window.scatter(rows::<K>(&product), &mut dx[pixels.clone()], part.clone());
@@ -226,8 +227,7 @@ impl<K: Cpu> Conv<K> {
             add(&mut sum, other);
             sum
         });
-        let [height, width] = window.image;
-        let shape = [batch, window.channels, height, width];
+        let shape = [batch, window.channels, window.image[0], window.image[1]];
         let dx = dx.map(|dx| Tensor::from_data(TensorData::new(dx, shape), &device));
         (dx, sums.expect("the batch is not empty"))
     }
