@@ -1,5 +1,6 @@
 """Times training steps of a linear layer in turn, side by side: burn-lora, the LoRA built into
-Burn 0.22, and PEFT on PyTorch. Prints a table in Markdown.
+Burn 0.22, candle with peft-rs, and PEFT on PyTorch; and of four layers, with burn-lora and candle. Prints
+tables in Markdown.
 
     python -m venv env && env/bin/pip install torch==2.15.0 peft==0.21.2
     cargo build --release
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+# Tokens, width and rank.
 SHAPES = [(64, 784, 8), (256, 1024, 8), (512, 768, 8), (512, 4096, 8), (2048, 1024, 16)]
 ROUNDS, WARM_UP, STEPS = 15, 2, 5
 THREADS = str(os.cpu_count())
@@ -35,9 +37,14 @@ PEERS = {
     "burn-lora": ([str(binaries / "burn_lora"), "lora"], {}),
     "full, Burn 0.21": ([str(binaries / "burn_lora"), "full"], {}),
     "Burn 0.22 `apply_lora`": ([str(binaries / "burn_next"), "lora"], {}),
+    "candle, peft-rs": ([str(binaries / "candle_peft"), "lora"], {}),
     "PEFT": ([*peft, "lora"], {}),
     "PEFT, keeping pages": ([*peft, "lora"], KEEP_PAGES),
     "full, PyTorch": ([*peft, "full"], {}),
+}
+MLP = {
+    "burn-lora": ([str(binaries / "burn_lora"), "mlp"], {}),
+    "candle, peft-rs": ([str(binaries / "candle_peft"), "mlp"], {}),
 }
 
 
@@ -61,10 +68,10 @@ class Peer:
         self.process.wait()
 
 
-def compare(shape):
+def compare(ways, shape):
     """The median seconds of a step, by peer."""
-    peers = {name: Peer(*how, shape) for name, how in PEERS.items()}
-    times = {name: [] for name in PEERS}
+    peers = {name: Peer(*how, shape) for name, how in ways.items()}
+    times = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, peer in peers.items():
             # The first steps of a turn find cold caches and sleeping threads.
@@ -76,15 +83,21 @@ def compare(shape):
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def main():
-    names = list(PEERS)
+def table(ways, shapes):
+    names = list(ways)
     print("| tokens, width, rank | burn-lora, ms | " + " | ".join(names[1:]) + " |")
     print("|---" * (len(names) + 1) + "|")
-    for shape in SHAPES:
-        times = compare(shape)
+    for shape in shapes:
+        times = compare(ways, shape)
         own = times["burn-lora"]
         cells = [f"{1e3 * own:.2f}"] + [f"{own / times[name]:.2f}" for name in names[1:]]
         print(f"| {', '.join(map(str, shape))} | " + " | ".join(cells) + " |", flush=True)
+
+
+def main():
+    table(PEERS, SHAPES)
+    print("\nFour layers, with ReLU between them:\n")
+    table(MLP, SHAPES[1:3])
     print(f"\nMedians of {ROUNDS * STEPS} steps in turn, {THREADS} threads; "
           "ratios are burn-lora's time over the peer's.")
 

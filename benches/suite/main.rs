@@ -5,8 +5,8 @@
 //! cargo bench --bench suite --no-default-features --features flex
 //! ```
 //!
-//! Names after `--` choose parts: `-- forward train_step text layers growth adapters files`. `--plot FILE`
-//! draws the growth.
+//! Names after `--` choose parts: `-- forward train_step text workers layers growth adapters files`. `--plots
+//! DIR` draws the growth and the workers.
 
 // Only a main function.
 #![allow(missing_docs)]
@@ -21,8 +21,10 @@ mod layers;
 mod measure;
 mod minilm;
 mod models;
+mod smollm2;
 mod text;
 mod train_step;
+mod workers;
 
 use std::{path::PathBuf, process::ExitCode};
 
@@ -40,23 +42,32 @@ struct Args {
     /// The parts to run; all of them by default
     #[arg(value_parser = PARTS.map(|(name, _)| name))]
     parts: Vec<String>,
-    /// Where to draw step time against rank, tokens and layers, as SVG
-    #[arg(long, value_name = "FILE")]
-    plot: Option<PathBuf>,
+    /// Where to draw step time against rank, tokens and layers, and speed against workers: the directory of
+    /// growth.svg and workers.svg
+    #[arg(long, value_name = "DIR")]
+    plots: Option<PathBuf>,
     /// Given by cargo, and without a meaning here
     #[arg(long, hide = true)]
     bench: bool,
 }
 
+impl Args {
+    /// Where to draw a figure.
+    fn plot(&self, file: &str) -> Option<PathBuf> {
+        self.plots.as_ref().map(|dir| dir.join(file))
+    }
+}
+
 /// A part's name, and what runs it.
 type Part = (&'static str, fn(&Args));
 
-const PARTS: [Part; 7] = [
+const PARTS: [Part; 8] = [
     ("forward", |_| forward::run()),
     ("train_step", |_| train_step::run()),
     ("text", |_| text::run()),
+    ("workers", |args| workers::run(args.plot("workers.svg").as_deref())),
     ("layers", |_| layers::run()),
-    ("growth", |args| growth::run(args.plot.as_deref())),
+    ("growth", |args| growth::run(args.plot("growth.svg").as_deref())),
     ("adapters", |_| adapters::run()),
     ("files", |_| files::run()),
 ];

@@ -14,7 +14,7 @@ use burn::{
         Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig,
         attention::MultiHeadAttentionConfig,
     },
-    tensor::{Bool, Int, Tensor, activation::gelu, backend::Backend},
+    tensor::{Bool, Int, Tensor, TensorData, activation::gelu, backend::Backend},
 };
 use burn_lora::{LoraEmbedding, LoraLinear, LoraMhaInput, LoraMultiHeadAttention, Renaming};
 use serde::Deserialize;
@@ -103,14 +103,51 @@ impl BertConfig {
 impl<B: Backend> Bert<B> {
     /// One vector for each token: `[batch, length, hidden_size]`.
     pub fn forward(&self, tokens: &Tokens<B>) -> Tensor<B, 3> {
-        let x = self.embeddings.forward(tokens.ids.clone());
-        self.blocks.iter().fold(x, |x, block| block.forward(x, tokens.padding.clone()))
+        (0..self.depth()).fold(self.begin(tokens), |x, index| self.block(index, x, tokens))
     }
 
     /// One vector for each text, the mean of its tokens' vectors: `[batch, hidden_size]`.
     pub fn embed(&self, tokens: &Tokens<B>) -> Tensor<B, 2> {
-        let kept = tokens.padding.clone().bool_not().float().unsqueeze_dim::<3>(2);
-        let sum = (self.forward(tokens) * kept.clone()).sum_dim(1);
+        tokens.mean(self.forward(tokens))
+    }
+
+    /// The number of blocks.
+    pub fn depth(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// What the first block reads: `[batch, length, hidden_size]`.
+    pub fn begin(&self, tokens: &Tokens<B>) -> Tensor<B, 3> {
+        self.embeddings.forward(tokens.ids.clone())
+    }
+
+    /// A block: `[batch, length, hidden_size]` to the same.
+    pub fn block(&self, index: usize, x: Tensor<B, 3>, tokens: &Tokens<B>) -> Tensor<B, 3> {
+        self.blocks[index].forward(x, tokens.padding.clone())
+    }
+}
+
+impl<B: Backend> Tokens<B> {
+    /// Texts given by the ids of their tokens. All are padded to the length of the longest.
+    pub fn stack<'a>(texts: impl Iterator<Item = &'a [u32]> + Clone, device: &B::Device) -> Self {
+        let (count, length) =
+            texts.clone().fold((0, 0), |(count, most), text| (count + 1, most.max(text.len())));
+        let filled = |value: fn(Option<&u32>) -> i32| {
+            let rows = texts.clone().flat_map(|text| (0..length).map(|at| value(text.get(at))));
+            let data = TensorData::new(rows.collect::<Vec<_>>(), [count, length]);
+            Tensor::<B, 2, Int>::from_data(data, device)
+        };
+        Self {
+            // The ids of padding do not matter: the mask hides them.
+            ids: filled(|id| id.map_or(0, |&id| id as i32)),
+            padding: filled(|id| i32::from(id.is_none())).bool(),
+        }
+    }
+
+    /// The mean over the tokens of each text, from `[batch, length, size]` to `[batch, size]`.
+    pub fn mean(&self, x: Tensor<B, 3>) -> Tensor<B, 2> {
+        let kept = self.padding.clone().bool_not().float().unsqueeze_dim::<3>(2);
+        let sum = (x * kept.clone()).sum_dim(1);
         (sum / kept.sum_dim(1)).squeeze_dim(1)
     }
 }

@@ -12,7 +12,8 @@ use tokenizers::{
 use crate::{
     bert::BertConfig,
     common::{Context, Result},
-    text::{Text, Texts, encode},
+    model::Text,
+    text::{Texts, encode},
 };
 
 const SPECIAL: [&str; 5] = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"];

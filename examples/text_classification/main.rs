@@ -48,8 +48,8 @@ use common::{
     workers::WorkersArg,
 };
 use grammar::Language;
-use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
-use text::{Text, Texts};
+use model::{ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier};
+use text::Texts;
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]

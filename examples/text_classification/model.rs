@@ -2,10 +2,10 @@
 
 use burn::{
     module::Module,
-    nn::{Linear, LinearConfig},
-    tensor::{Tensor, backend::Backend},
+    nn::{Linear, LinearConfig, loss::CrossEntropyLossConfig},
+    tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::Renaming;
+use burn_lora::{Blocks, Renaming};
 
 use super::bert::{self, Bert, BertConfig, Tokens};
 
@@ -17,6 +17,14 @@ pub const ALL_LINEAR: [&str; 6] = ["query", "key", "value", "output", "expand", 
 
 /// The new layer, which always trains in full.
 pub const HEAD: &str = "classifier";
+
+/// A text as the encoder reads it, and its class.
+#[derive(Clone, Debug)]
+pub struct Text {
+    /// The ids of its tokens.
+    pub ids: Vec<u32>,
+    pub label: u8,
+}
 
 #[derive(Module, Debug)]
 pub struct TextClassifier<B: Backend> {
@@ -33,6 +41,35 @@ impl<B: Backend> TextClassifier<B> {
     /// One logit per class for each text: `[batch, classes]`.
     pub fn forward(&self, tokens: &Tokens<B>) -> Tensor<B, 2> {
         self.classifier.forward(self.bert.embed(tokens))
+    }
+}
+
+/// The loss is the mean over the texts.
+impl<B: Backend> Blocks<B, 3, [Text]> for TextClassifier<B> {
+    /// The texts and their classes.
+    type Context = (Tokens<B>, Tensor<B, 1, Int>);
+
+    fn blocks(&self) -> usize {
+        self.bert.depth()
+    }
+
+    fn context(&self, texts: &[Text], device: &B::Device) -> Self::Context {
+        let labels: Vec<i32> = texts.iter().map(|text| text.label.into()).collect();
+        let tokens = Tokens::stack(texts.iter().map(|text| &*text.ids), device);
+        (tokens, Tensor::from_ints(&*labels, device))
+    }
+
+    fn begin(&self, (tokens, _): &Self::Context) -> Tensor<B, 3> {
+        self.bert.begin(tokens)
+    }
+
+    fn block(&self, index: usize, x: Tensor<B, 3>, (tokens, _): &Self::Context) -> Tensor<B, 3> {
+        self.bert.block(index, x, tokens)
+    }
+
+    fn loss(&self, _: usize, x: Tensor<B, 3>, (tokens, labels): &Self::Context) -> Tensor<B, 1> {
+        let logits = self.classifier.forward(tokens.mean(x));
+        CrossEntropyLossConfig::new().init(&logits.device()).forward(logits, labels.clone())
     }
 }
 

@@ -7,7 +7,7 @@ use burn::{
         dataloader::{DataLoader, DataLoaderBuilder, batcher::Batcher},
         dataset::InMemDataset,
     },
-    tensor::{Int, Tensor, TensorData, backend::Backend},
+    tensor::backend::Backend,
 };
 use tokenizers::{Tokenizer, TruncationParams};
 
@@ -18,17 +18,11 @@ use crate::{
         classifier::{Sample, shuffled},
         sst2,
     },
+    model::Text,
 };
 
 /// Longer texts are truncated.
 const LENGTH: usize = 128;
-
-/// A text as the encoder reads it, and its class.
-#[derive(Clone, Debug)]
-pub struct Text {
-    pub ids: Vec<u32>,
-    pub label: u8,
-}
 
 impl Sample for Text {
     type Input<B: Backend> = Tokens<B>;
@@ -39,19 +33,8 @@ impl Sample for Text {
         self.label
     }
 
-    /// Pads the texts to the length of the longest.
     fn stack<B: Backend>(texts: &[Self], device: &B::Device) -> Tokens<B> {
-        let length = texts.iter().map(|text| text.ids.len()).max().unwrap_or(0);
-        let filled = |value: fn(Option<&u32>) -> i32| {
-            let rows = texts.iter().flat_map(|text| (0..length).map(|at| value(text.ids.get(at))));
-            let data = TensorData::new(rows.collect::<Vec<_>>(), [texts.len(), length]);
-            Tensor::<B, 2, Int>::from_data(data, device)
-        };
-        Tokens {
-            // The ids of padding do not matter: the mask hides them.
-            ids: filled(|id| id.map_or(0, |&id| id as i32)),
-            padding: filled(|id| i32::from(id.is_none())).bool(),
-        }
+        Tokens::stack(texts.iter().map(|text| &*text.ids), device)
     }
 
     /// Puts texts of about the same length in a batch, which needs little padding. On SST-2 it saves two
@@ -175,9 +158,10 @@ mod tests {
         let (mut lengths, mut orders) = (Vec::new(), Vec::new());
         for _ in 0..2 {
             let widths = loader.iter().map(|batch| {
-                let kept = batch.input.padding.bool_not().int().sum_dim(1);
+                let Tokens { ids, padding } = Text::stack::<Plain>(&batch, &Default::default());
+                let kept = padding.bool_not().int().sum_dim(1);
                 lengths.extend(kept.into_data().iter::<i64>());
-                batch.input.ids.dims()[1]
+                ids.dims()[1]
             });
             orders.push(widths.collect::<Vec<_>>());
         }

@@ -137,8 +137,9 @@ fn found<M: Module<Train>>(model: &M, step: &Backward) -> Found {
     finder.found
 }
 
-/// Whether two steps are the same within rounding.
-fn assert_same<M: Module<Train>>(model: &M, step: &Backward, expected: &Backward) {
+/// Fails unless two steps are the same within rounding.
+#[track_caller]
+pub fn assert_same<M: Module<Train>>(model: &M, step: &Backward, expected: &Backward) {
     assert!((step.loss - expected.loss).abs() < 1e-4, "{} {}", step.loss, expected.loss);
     let (step, expected) = (found(model, step).by_id, found(model, expected).by_id);
     assert_eq!(Vec::from_iter(step.keys()), Vec::from_iter(expected.keys()));

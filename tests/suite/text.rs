@@ -15,17 +15,20 @@ use std::{
 };
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
-use burn_lora::{Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Renaming};
+use burn_lora::{
+    Backward, Blocks, Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Renaming, segments,
+};
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde::Deserialize;
 
 use crate::{
-    model::{Plain, device},
+    model::{Plain, Train, device},
     oracle::{Matrix, assert_close, assert_identical},
     peft::TempDir,
+    steps::assert_same,
 };
 use bert::{Bert, Tokens};
-use model::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
+use model::{ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier};
 
 /// Texts, and their vectors from Python.
 #[derive(Deserialize)]
@@ -292,4 +295,22 @@ fn files_that_are_not_this_model_are_refused_by_name() {
     assert!(error.contains("model.safetensors: "), "{error}");
     let error = refused("bert-none", |dir| fs::remove_file(dir.join("model.safetensors")).unwrap());
     assert!(error.contains("model.safetensors: "), "{error}");
+}
+
+#[test]
+fn segments_give_the_gradients_of_a_plain_pass() {
+    let (bert, config) = pretrained::load(&fixture("tiny"), &device::<Train>()).unwrap();
+    let base = TextClassifier::new(bert, &config, 3, &device::<Train>());
+    let adapters = LoraConfig::new(2, 1.5).with_targets(ALL_LINEAR).with_init(Init::RandomBoth);
+    let model = base.attach(&adapters.with_modules_to_save([HEAD])).unwrap();
+    // Texts of several lengths, so that there is padding.
+    let text = |ids: &[u32], label| Text { ids: ids.to_vec(), label };
+    let texts = [text(&[1, 2, 3, 4, 5], 2), text(&[6, 7], 0), text(&[8, 9, 10], 1)];
+
+    let context = Blocks::context(&*model, &texts[..], &device::<Train>());
+    let logits = model.forward(&context.0);
+    let log = burn::tensor::activation::log_softmax(logits, 1);
+    let chosen = log.gather(1, context.1.unsqueeze_dim(1));
+    let plain = Backward::new(&model, chosen.mean().neg());
+    assert_same(&model, &segments(&model, &texts[..]), &plain);
 }

@@ -8,7 +8,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 /// What the command line asks for: `METHOD TOKENS WIDTH RANK`.
 pub struct Task {
-    /// `lora` or `full`.
+    /// `lora`, `full`, or `mlp`: LoRA on four layers, with ReLU between them.
     pub method: String,
     /// Rows of the input.
     pub tokens: usize,

@@ -4,7 +4,7 @@ use burn::{
     backend::Autodiff,
     nn::LinearConfig,
     optim::{AdamWConfig, GradientsParams, Optimizer},
-    tensor::{Distribution, Tensor},
+    tensor::{Distribution, Tensor, activation::relu},
 };
 use burn_lora::{LoraConfig, LoraLinear};
 use burn_lora_peers::{Task, serve};
@@ -19,19 +19,19 @@ type Train = Autodiff<Plain>;
 fn main() {
     let Task { method, tokens, width, rank } = Task::from_args();
     let device = Default::default();
-    let base = LinearConfig::new(width, width).init::<Train>(&device);
     let config = LoraConfig::peft(rank, 16.0);
-    let layer: LoraLinear<Train> = match method.as_str() {
-        "lora" => config.init(base),
-        _ => base.into(),
+    let layer = |_| -> LoraLinear<Train> {
+        let base = LinearConfig::new(width, width).init::<Train>(&device);
+        if method == "full" { base.into() } else { config.init(base) }
     };
+    let layers: Vec<_> = (0..if method == "mlp" { 4 } else { 1 }).map(layer).collect();
     let mut optimizer = AdamWConfig::new().init();
     let data = Tensor::<Train, 2>::random([tokens, width], Distribution::Default, &device);
-    serve(layer, |layer| {
+    serve(layers, |layers| {
         // As in the middle of a model, where gradients go on to what is below.
-        let x = data.clone().require_grad();
-        let loss = layer.forward(x).square().mean();
-        let grads = GradientsParams::from_grads(loss.backward(), &layer);
-        optimizer.step(1e-3, layer, grads)
+        let x = layers[0].forward(data.clone().require_grad());
+        let y = layers[1..].iter().fold(x, |x, layer| layer.forward(relu(x)));
+        let grads = GradientsParams::from_grads(y.square().mean().backward(), &layers);
+        optimizer.step(1e-3, layers, grads)
     });
 }

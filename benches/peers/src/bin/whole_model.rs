@@ -1,7 +1,7 @@
 //! A training step of a whole model with burn-lora: `whole_model MODEL METHOD WORKERS SEGMENTS`, where MODEL is
 //! `minilm` (32 texts of 32 tokens), `smollm2` (4 of 128), `resnet` (32 images of 32×32 pixels) or `conv` (one
 //! convolution of 64 to 64 channels, 3×3, that passes gradients on), METHOD is `lora` or `full`, and SEGMENTS
-//! is `plain` or `segments`.
+//! is `plain` or `segments`. With MODEL `product`, it multiplies two matrices of 1024 × 1024 instead.
 
 #[path = "../../../suite/minilm.rs"]
 mod minilm;
@@ -17,13 +17,13 @@ use burn::{
     optim::{AdamConfig, Optimizer},
     tensor::{BasicOps, Distribution, Int, Tensor, backend::Backend},
 };
-use burn_lora::{Backward, Lora, LoraConfig, LoraConv2d, LoraModule, Workers};
+use burn_lora::{Backward, Lora, LoraConfig, LoraConv2d, LoraModule, Workers, segments};
 use burn_lora_peers::serve;
 
 use minilm::{
     WORDS,
     bert::Tokens,
-    model::{ALL_LINEAR, HEAD},
+    model::{ALL_LINEAR, HEAD, Text},
 };
 
 #[cfg(feature = "ndarray")]
@@ -44,7 +44,16 @@ fn main() {
     let (lora, segmented) = (method == "lora", segmented == "segments");
     match model.as_str() {
         "conv" => train_conv(lora, &workers),
-        "minilm" => train_minilm(lora, &workers),
+        "minilm" => train_minilm(lora, &workers, segmented),
+        "product" => {
+            let shape = [1024, 1024];
+            let matrix =
+                Tensor::<Plain, 2>::random(shape, Distribution::Default, &Default::default());
+            serve(matrix, |matrix| {
+                let _ = matrix.clone().matmul(matrix.clone());
+                matrix
+            })
+        }
         "resnet" => train_resnet(lora, &workers),
         _ => train_smollm2(lora, &workers, segmented),
     }
@@ -89,11 +98,15 @@ fn ids(texts: usize, length: usize) -> Ids<Train> {
         .int()
 }
 
-fn train_minilm(lora: bool, workers: &Workers) {
+fn train_minilm(lora: bool, workers: &Workers, segmented: bool) {
     let base = minilm::base::<Train>(&Default::default());
     let model = trained(base, lora, &ALL_LINEAR, &[HEAD]);
-    let ids = ids(32, 32);
-    run(model, workers, ids, |model, ids| {
+    run(model, workers, ids(32, 32), |model, ids| {
+        if segmented {
+            let ids: Vec<_> = ids.into_data().iter::<u32>().collect();
+            let texts = ids.chunks(32).map(|ids| Text { ids: ids.to_vec(), label: 0 });
+            return segments(model, &texts.collect::<Vec<_>>()[..]);
+        }
         let padding = ids.zeros_like().bool();
         let logits = model.forward(&Tokens { ids, padding });
         Backward::new(model, logits.square().sum() / 32.0)
