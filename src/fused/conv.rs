@@ -7,7 +7,7 @@
 //! An adapter's update `s·A·B` is added to the kernel before the product. That is little work, since a kernel
 //! is applied at many places. The gradients of A and B need no gradient of the kernel's size.
 
-use std::{any::Any, ops::Range};
+use std::any::Any;
 
 use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
 use rayon::prelude::*;
@@ -82,52 +82,6 @@ impl<B: Backend> Conv<B> {
             && bias.is_none_or(|it| it.dims() == [channels_out])
             && in_f32.flatten().all(|dtype| dtype == DType::F32);
         fits.then_some(window)
-    }
-}
-
-/// The most elements of patches that are gathered at once, so that they stay in a core's cache.
-const PATCHES: usize = 1 << 18;
-
-/// How a batch is divided.
-#[derive(Clone, Copy)]
-pub(super) struct Division {
-    /// The number of images whose patches are multiplied at once.
-    images: usize,
-    /// The number of rows of the output that are computed at once, for these images.
-    rows: usize,
-}
-
-impl Window {
-    fn division(&self, batch: usize) -> Division {
-        let most = batch.div_ceil(rayon::current_num_threads());
-        match PATCHES / (self.patch() * self.places()) {
-            0 => {
-                let rows = PATCHES / (self.patch() * self.output[1]);
-                Division { images: 1, rows: rows.clamp(1, self.output[0]) }
-            }
-            images => Division { images: images.min(most), rows: self.output[0] },
-        }
-    }
-
-    /// The rows of the output in the parts that are computed at once.
-    fn parts(&self, division: Division) -> impl Iterator<Item = Range<usize>> + use<> {
-        let height = self.output[0];
-        (0..height).step_by(division.rows).map(move |row| row..height.min(row + division.rows))
-    }
-
-    /// Where output images store some rows: one range for each channel and image, by channel.
-    fn lines(
-        &self,
-        images: usize,
-        channels: usize,
-        rows: &Range<usize>,
-    ) -> impl Iterator<Item = Range<usize>> + use<> {
-        let (places, width) = (self.places(), self.output[1]);
-        let (start, end) = (rows.start * width, rows.end * width);
-        (0..channels).flat_map(move |channel| {
-            let firsts = (0..images).map(move |image| (image * channels + channel) * places);
-            firsts.map(move |first| first + start..first + end)
-        })
     }
 }
 
@@ -275,4 +229,40 @@ fn add<K: Cpu>(sums: &mut Gradients<K>, others: Gradients<K>) {
 fn matrix_of<K: Cpu>(elements: Vec<f32>, height: usize) -> Tensor<K, 2> {
     let width = elements.len() / height;
     Tensor::from_data(TensorData::new(elements, [height, width]), &Default::default())
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
+
+    use super::*;
+
+    fn is_one_operation<B: Backend>() -> bool {
+        let device = B::Device::default();
+        let kernel = Tensor::<B, 4>::ones([3, 2, 2, 2], &device);
+        let (bias, adapter, padding) = (None, None, [0; 4]);
+        let conv = Conv { kernel, bias, adapter, stride: [1; 2], dilation: [1; 2], padding };
+        convolve(&Tensor::ones([2, 2, 4, 5], &device), &conv).is_some()
+    }
+
+    #[cfg(feature = "flex")]
+    #[test]
+    fn a_convolution_is_one_operation_on_flex() {
+        use burn::backend::{Autodiff, Flex};
+
+        assert!(is_one_operation::<Flex>());
+        assert!(is_one_operation::<Autodiff<Flex>>());
+        assert!(is_one_operation::<Autodiff<Flex, BalancedCheckpointing>>());
+    }
+
+    #[cfg(feature = "ndarray")]
+    #[test]
+    fn a_convolution_is_one_operation_on_ndarray_in_single_precision() {
+        use burn::backend::{Autodiff, NdArray};
+
+        assert!(is_one_operation::<NdArray>());
+        assert!(is_one_operation::<Autodiff<NdArray>>());
+        assert!(is_one_operation::<Autodiff<NdArray, BalancedCheckpointing>>());
+        assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
+    }
 }

@@ -17,6 +17,18 @@ pub(super) struct Window {
     pub output: [usize; 2],
 }
 
+/// The most elements of patches that are gathered at once, so that they stay in a core's cache.
+const PATCHES: usize = 1 << 18;
+
+/// How a batch is divided.
+#[derive(Clone, Copy)]
+pub(super) struct Division {
+    /// The number of images whose patches are multiplied at once.
+    pub images: usize,
+    /// The number of rows of the output that are computed at once, for these images.
+    pub rows: usize,
+}
+
 /// A row of the output, as one element of the kernel reads it: consecutive places, `stride` pixels apart.
 struct Run {
     /// The places before it that read padding.
@@ -43,6 +55,39 @@ impl Window {
     /// The number of elements of an input image.
     pub fn volume(&self) -> usize {
         self.channels * self.image[0] * self.image[1]
+    }
+
+    /// How a batch of images is divided.
+    pub fn division(&self, batch: usize) -> Division {
+        let most = batch.div_ceil(rayon::current_num_threads());
+        match PATCHES / (self.patch() * self.places()) {
+            0 => {
+                let rows = PATCHES / (self.patch() * self.output[1]);
+                Division { images: 1, rows: rows.clamp(1, self.output[0]) }
+            }
+            images => Division { images: images.min(most), rows: self.output[0] },
+        }
+    }
+
+    /// The rows of the output in the parts that are computed at once.
+    pub fn parts(&self, division: Division) -> impl Iterator<Item = Range<usize>> + use<> {
+        let height = self.output[0];
+        (0..height).step_by(division.rows).map(move |row| row..height.min(row + division.rows))
+    }
+
+    /// Where output images store some rows: one range for each channel and image, by channel.
+    pub fn lines(
+        &self,
+        images: usize,
+        channels: usize,
+        rows: &Range<usize>,
+    ) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (places, width) = (self.places(), self.output[1]);
+        let (start, end) = (rows.start * width, rows.end * width);
+        (0..channels).flat_map(move |channel| {
+            let firsts = (0..images).map(move |image| (image * channels + channel) * places);
+            firsts.map(move |first| first + start..first + end)
+        })
     }
 
     /// The patches under some rows of the output: `[patch, images · rows · width]`.
