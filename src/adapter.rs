@@ -1,5 +1,5 @@
 //! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `crate::fused` computes
-//! the same formula for linear layers on CPU backends, in fewer passes over memory.
+//! the same formula for linear layers and convolutions on CPU backends, in fewer passes over memory.
 
 mod layout;
 mod module;
@@ -197,16 +197,13 @@ impl<B: Backend> LoraAdapter<B> {
         weight: &Tensor<B, 2>,
         bias: &Option<Tensor<B, 1>>,
     ) -> Option<Tensor<B, 2>> {
-        if !fused::computes_on::<B>() {
+        let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
+        let in_f32 = [x, weight, &a, &b].iter().all(|it| it.dtype() == DType::F32);
+        if !fused::computes_on::<B>() || !in_f32 {
             return None;
         }
+        let bias = self.with_bias_delta(bias.clone())?;
         let drops = self.dropout.prob > 0.0 && B::ad_enabled(&x.device());
-        let bias = match (bias.clone(), self.bias_delta()) {
-            (Some(base), Some(delta)) if base.dtype() == delta.dtype() => Some(base + delta),
-            (Some(_), Some(_)) => return None,
-            (base, delta) => base.or(delta),
-        };
-        let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
         let read = drops.then(|| self.dropout.forward(x.clone()));
         fused::forward(x, &fused::Layer { weight: weight.clone(), bias, read, a, b, scale })
     }
@@ -270,6 +267,19 @@ impl<B: Backend> LoraAdapter<B> {
     /// The update of the layer's bias, `s·bias`, if the adapter has one: `[d_output]`.
     pub fn bias_delta(&self) -> Option<Tensor<B, 1>> {
         self.bias.as_ref().map(|bias| bias.val().mul_scalar(self.scale()))
+    }
+
+    /// The base's bias plus the adapter's, as far as there are any; `None` if their types differ.
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    pub(crate) fn with_bias_delta(
+        &self,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Option<Option<Tensor<B, 1>>> {
+        match (bias, self.bias_delta()) {
+            (Some(base), Some(delta)) if base.dtype() != delta.dtype() => None,
+            (Some(base), Some(delta)) => Some(Some(base + delta)),
+            (base, delta) => Some(base.or(delta)),
+        }
     }
 
     /// The scale `s` of the update `s·A·B`.

@@ -58,7 +58,7 @@ pub fn texts(count: usize) -> Texts {
     Texts((0..count * LENGTH).map(|i| (i * 7919 % WORDS) as i32).collect())
 }
 
-/// The gradients of the mean loss, where the texts are a part of `all` texts; in segments or at once.
+/// The gradients of the loss, the sum over all tokens; in segments or at once.
 pub fn pass<B: AutodiffBackend>(
     model: &Lora<B, Model<B>>,
     texts: &Texts,

@@ -33,9 +33,9 @@ pub fn run(plot: Option<&Path>) {
         &["model", "workers", "tokens per second", "of one worker"],
     );
     let minilm = "MiniLM, 32 x 32 tokens";
-    let minilm = (minilm, series(minilm, 32 * 32, COUNTS.map(|count| step_of_minilm(count))));
+    let minilm = (minilm, series(minilm, 32 * 32, COUNTS.map(step_of_minilm)));
     let smollm2 = "SmolLM2-135M, 4 x 128 tokens";
-    let smollm2 = (smollm2, series(smollm2, 4 * 128, COUNTS.map(|count| step_of_smollm2(count))));
+    let smollm2 = (smollm2, series(smollm2, 4 * 128, COUNTS.map(step_of_smollm2)));
     println!();
     let Some(path) = plot else { return };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);

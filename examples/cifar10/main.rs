@@ -2,11 +2,10 @@
 //! fine-tuning, LoRA on all layers, and training only the last layer.
 //!
 //! ```text
-//! cargo run --release --example cifar10 --no-default-features --features flex
-//! cargo run --release --example cifar10 --no-default-features --features flex -- --generated
+//! cargo run --release --example cifar10
+//! cargo run --release --example cifar10 -- --generated
+//! cargo run --release --example cifar10 --no-default-features --features wgpu
 //! ```
-//!
-//! On the CPU choose `flex`. Convolutions train about ten times faster on it than on `ndarray`.
 
 #[path = "../common/mod.rs"]
 mod common;

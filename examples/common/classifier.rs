@@ -124,8 +124,8 @@ impl<M: Learns> TrainStep for Task<Train, M> {
 
     /// The workers share the samples.
     fn step(&self, samples: Self::Input) -> TrainOutput<Self::Output> {
-        let share = samples.len().div_ceil(self.workers.count());
-        let parts: Vec<_> = samples.chunks(share).enumerate().collect();
+        let size = samples.len().div_ceil(self.workers.count());
+        let parts: Vec<_> = samples.chunks(size).enumerate().collect();
         let outputs = Mutex::new(vec![None; parts.len()]);
         let Backward { loss, gradients } =
             self.workers.backward(&self.model, parts, |model, (index, part)| {

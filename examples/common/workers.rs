@@ -7,7 +7,7 @@ use super::{backend, positive};
 #[derive(Args, Clone, Copy, Debug)]
 pub struct WorkersArg {
     /// Number of threads that share a training step; by default as many as there are cores, and 1 on GPUs. The
-    /// same number gives the same bits
+    /// same number gives the same bits on the same machine
     #[arg(long, value_name = "N", value_parser = positive)]
     workers: Option<usize>,
 }

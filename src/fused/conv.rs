@@ -9,13 +9,13 @@
 
 use std::any::Any;
 
-use burn::tensor::{DType, Tensor, TensorData, backend::Backend};
+use burn::tensor::{DType, Tensor, backend::Backend};
 use rayon::prelude::*;
 
 use super::{
     cpu::{Cpu, WAYS},
     patches::Window,
-    rows::{row_by_row, rows, transposed},
+    rows::{of_rows, row_by_row, rows, transposed},
 };
 
 /// The values that a convolution without groups computes with.
@@ -63,6 +63,9 @@ impl<B: Backend> Conv<B> {
     fn window(&self, x: &Tensor<B, 4>) -> Option<Window> {
         let [batch, channels, height, width] = x.dims();
         let [channels_out, channels_in, kernel_height, kernel_width] = self.kernel.dims();
+        if self.stride.contains(&0) || self.dilation.contains(&0) {
+            return None;
+        }
         let ([top, left, bottom, right], image) = (self.padding, [height, width]);
         let kernel = [kernel_height, kernel_width];
         let mut output = [0; 2];
@@ -77,8 +80,9 @@ impl<B: Backend> Conv<B> {
         let (a, b) = self.adapter.as_ref().map(|(a, b, _)| (a, b)).unzip();
         let in_f32 = [Some(x.dtype()), Some(self.kernel.dtype()), bias.map(Tensor::dtype)];
         let in_f32 = in_f32.into_iter().chain([a, b].map(|it| it.map(Tensor::dtype)));
+        let sizes = [batch, window.volume(), channels_out, window.patch()];
         let fits = channels == channels_in
-            && batch * window.volume() * channels_out * window.patch() > 0
+            && !sizes.contains(&0)
             && bias.is_none_or(|it| it.dims() == [channels_out])
             && in_f32.flatten().all(|dtype| dtype == DType::F32);
         fits.then_some(window)
@@ -109,11 +113,17 @@ impl<K: Cpu> Convolves for K {
             .zip(rows::<K>(&x).par_chunks(division.images * window.volume()))
             .for_each(|(y, x)| {
                 let images = x.len() / window.volume();
-                for part in window.parts(division) {
-                    let patches = matrix_of(window.gather(x, part.clone()), window.patch());
-                    let product = row_by_row(K::product(matrix.clone(), patches));
-                    let product = rows::<K>(&product).chunks_exact(part.len() * window.output[1]);
-                    let lines = window.lines(images, channels, &part).zip(product);
+                let parts: Vec<_> = window.parts(division).collect();
+                let products: Vec<_> = parts
+                    .par_iter()
+                    .map(|part| {
+                        let patches = window.gather(x, part.clone());
+                        row_by_row(K::product(matrix.clone(), matrix_of(patches, window.patch())))
+                    })
+                    .collect();
+                for (part, product) in parts.iter().zip(&products) {
+                    let values = rows::<K>(product).chunks_exact(part.len() * window.output[1]);
+                    let lines = window.lines(images, channels, part).zip(values);
                     for (index, (line, values)) in lines.enumerate() {
                         let bias = bias.map_or(0.0, |bias| bias[index / images]);
                         y[line].iter_mut().zip(values).for_each(|(y, value)| *y = value + bias);
@@ -121,7 +131,7 @@ impl<K: Cpu> Convolves for K {
                 }
             });
         let [height, width] = window.output;
-        Tensor::from_data(TensorData::new(y, [batch, channels, height, width]), &device)
+        of_rows(y, [batch, channels, height, width], &device)
     }
 }
 
@@ -150,22 +160,21 @@ impl<K: Cpu> Conv<K> {
         // Each thread has a share of the images, and adds up the gradients of the parameters by itself.
         let share = batch.div_ceil(rayon::current_num_threads());
         let division = window.division(batch);
-        let (volumes, width) = (division.images * window.volume(), window.output[1]);
-        let pixels = dx.as_mut().map(|it| it.chunks_mut(share * window.volume()));
+        let (places, volume) = (channels * window.places(), window.volume());
+        let pixels = dx.as_mut().map(|dx| dx.chunks_mut(share * volume));
         let mut pixels = pixels.into_iter().flatten();
-        let shares = dy.chunks(share * channels * window.places()).enumerate();
-        let shares: Vec<_> = shares.map(|(i, dy)| (i, dy, pixels.next())).collect();
-        let sums = shares.into_par_iter().map(|(i, dy, mut dx)| {
-            let x = x.map(|x| &x[i * share * window.volume()..]);
+        let shares = dy.chunks(share * places).enumerate();
+        let shares: Vec<_> = shares.map(|(index, dy)| (index, dy, pixels.next())).collect();
+        let sums = shares.into_par_iter().map(|(index, dy, mut dx)| {
+            let x = x.map(|x| &x[index * share * volume..]);
             let mut sums = [const { None }; 4];
-            for (i, dy) in dy.chunks(division.images * channels * window.places()).enumerate() {
-                let images = dy.len() / (channels * window.places());
-                let pixels = i * volumes..i * volumes + images * window.volume();
+            for (first, dy) in
+                (0..).step_by(division.images).zip(dy.chunks(division.images * places))
+            {
+                let images = dy.len() / places;
+                let pixels = first * volume..(first + images) * volume;
                 for part in window.parts(division) {
-                    let lines = window.lines(images, channels, &part);
-                    let mut places = Vec::with_capacity(channels * images * part.len() * width);
-                    lines.for_each(|line| places.extend_from_slice(&dy[line]));
-                    let dy = matrix_of::<K>(places, channels);
+                    let dy = matrix_of::<K>(window.take(dy, images, channels, &part), channels);
                     if let Some(dx) = &mut dx {
                         let product = row_by_row(K::product(matrix.clone(), dy.clone()));
                         window.scatter(rows::<K>(&product), &mut dx[pixels.clone()], part.clone());
@@ -182,7 +191,7 @@ impl<K: Cpu> Conv<K> {
             sum
         });
         let shape = [batch, window.channels, window.image[0], window.image[1]];
-        let dx = dx.map(|dx| Tensor::from_data(TensorData::new(dx, shape), &device));
+        let dx = dx.map(|dx| of_rows(dx, shape, &device));
         (dx, sums.expect("the batch is not empty"))
     }
 
@@ -228,7 +237,7 @@ fn add<K: Cpu>(sums: &mut Gradients<K>, others: Gradients<K>) {
 
 fn matrix_of<K: Cpu>(elements: Vec<f32>, height: usize) -> Tensor<K, 2> {
     let width = elements.len() / height;
-    Tensor::from_data(TensorData::new(elements, [height, width]), &Default::default())
+    of_rows(elements, [height, width], &Default::default())
 }
 
 #[cfg(test)]

@@ -15,12 +15,12 @@ use burn::{
             ops::{Backward, Ops, OpsKind, unary},
         },
     },
-    tensor::{DType, Tensor, TensorData, TensorPrimitive, backend::Backend, ops::FloatTensor},
+    tensor::{DType, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor},
 };
 
 use super::{
     cpu::{Cpu, WAYS},
-    rows::{row_by_row, rows},
+    rows::{of_rows, row_by_row, rows},
 };
 
 /// `x` with the dimensions 1 and 2 swapped, stored row by row: `[batch, length, heads, size]` to
@@ -56,8 +56,7 @@ impl<K: Cpu> Heads for K {
                 }
             }
         }
-        let output = TensorData::new(output, [batch, inner, outer, size]);
-        Tensor::from_data(output, &device)
+        of_rows(output, [batch, inner, outer, size], &device)
     }
 }
 

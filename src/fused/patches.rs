@@ -57,15 +57,16 @@ impl Window {
         self.channels * self.image[0] * self.image[1]
     }
 
-    /// How a batch of images is divided.
+    /// How a batch of images is divided. If there are fewer images than threads, the threads share them.
     pub fn division(&self, batch: usize) -> Division {
-        let most = batch.div_ceil(rayon::current_num_threads());
+        let (threads, height) = (rayon::current_num_threads(), self.output[0]);
+        let fair = height.div_ceil((threads / batch).max(1));
         match PATCHES / (self.patch() * self.places()) {
             0 => {
                 let rows = PATCHES / (self.patch() * self.output[1]);
-                Division { images: 1, rows: rows.clamp(1, self.output[0]) }
+                Division { images: 1, rows: rows.clamp(1, fair) }
             }
-            images => Division { images: images.min(most), rows: self.output[0] },
+            images => Division { images: images.min(batch.div_ceil(threads)), rows: fair },
         }
     }
 
@@ -88,6 +89,20 @@ impl Window {
             let firsts = (0..images).map(move |image| (image * channels + channel) * places);
             firsts.map(move |first| first + start..first + end)
         })
+    }
+
+    /// Some rows of output images: `[channels, images · rows · width]`.
+    pub fn take(
+        &self,
+        output: &[f32],
+        images: usize,
+        channels: usize,
+        rows: &Range<usize>,
+    ) -> Vec<f32> {
+        let mut taken = Vec::with_capacity(channels * images * rows.len() * self.output[1]);
+        let lines = self.lines(images, channels, rows);
+        lines.for_each(|line| taken.extend_from_slice(&output[line]));
+        taken
     }
 
     /// The patches under some rows of the output: `[patch, images · rows · width]`.

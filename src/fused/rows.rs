@@ -69,8 +69,7 @@ pub(super) fn transposed<K: Cpu>(matrix: Tensor<K, 2>) -> Tensor<K, 2> {
             transpose_columns(&matrix[index * ROWS..], width, height, chunk);
         });
     }
-    let transpose = TensorData::new(transpose, [width, height]);
-    Tensor::from_primitive(TensorPrimitive::Float(K::float_from_data(transpose, &device)))
+    of_rows(transpose, [width, height], &device)
 }
 
 /// The side of the square tiles that are transposed at once. 16 elements fill one cache line.
@@ -107,6 +106,16 @@ pub(super) fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatT
             K::float_reshape(flat, shape)
         }
     }
+}
+
+/// The tensor with these elements, row by row. It is in `f32`, whatever the device's default type is.
+pub(super) fn of_rows<K: Cpu, const D: usize>(
+    elements: Vec<f32>,
+    shape: [usize; D],
+    device: &K::Device,
+) -> Tensor<K, D> {
+    let data = TensorData::new(elements, shape);
+    Tensor::from_primitive(TensorPrimitive::Float(K::float_from_data(data, device)))
 }
 
 pub(super) fn rows<K: Cpu>(tensor: &FloatTensor<K>) -> &[f32] {

@@ -4,11 +4,14 @@ use burn::{
         PaddingConfig1d, PaddingConfig2d,
         conv::{Conv1d, Conv2d, ConvTranspose2d},
     },
-    tensor::{DType, Tensor, backend::Backend},
+    tensor::{Tensor, backend::Backend},
 };
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
-use crate::{adapter::frozen, fused};
+use {
+    crate::{adapter::frozen, fused},
+    burn::tensor::DType,
+};
 
 use super::{cat, constant, fixed, module::lora_layer};
 use crate::adapter::{LoraAdapter, WeightLayout, add};
@@ -26,15 +29,15 @@ pub struct LoraConv1d<B: Backend> {
 ///
 /// The kernel `[channels_out, channels_in / groups, height, width]` is seen as the matrix
 /// `[channels_in / groups · height · width, channels_out]` that multiplies each patch of the input.
-/// A forward pass does not form an update of that size. The input is convolved with the columns of A,
+/// With Burn's operations, a forward pass does not form an update of that size. The input is convolved with the columns of A,
 /// which are `rank` filters, with the base's stride, padding, dilation and groups. B then mixes the
 /// `rank` results at each position, like a convolution with a 1×1 kernel. With groups, every group of
 /// channels is convolved with the same `rank` filters.
 ///
 /// On the CPU backends of the features `flex` and `ndarray`, a layer without groups and without active
-/// dropout is one operation, with an adapter and without. It is faster than Burn's convolution: on `ndarray`
-/// the gradient of the input took 30 times as long. The update is added to the kernel there, which is small
-/// beside the images, and the gradients of A and B are still computed by rank.
+/// dropout is one operation, with an adapter and without. Training is faster than with Burn's convolution: on
+/// `ndarray` the gradient of the input took 30 times as long. The update is added to the kernel there, which
+/// is small beside the images, and the gradients of A and B are still computed by rank.
 ///
 /// ```
 /// use burn::{backend::Flex, nn::{PaddingConfig2d, conv::Conv2dConfig}, tensor::Tensor};
@@ -77,9 +80,11 @@ impl<B: Backend> LoraConv1d<B> {
     /// Applies the layer: `[batch, channels_in, length]` to `[batch, channels_out, length_out]`.
     pub fn forward(&self, input: Tensor<B, 3>) -> Tensor<B, 3> {
         let Conv1d { weight, bias, groups, .. } = &self.base;
-        let flat = || self.in_two_dimensions(known(weight), bias.as_ref().map(known));
-        let image = input.clone().unsqueeze_dim(2);
-        if let Some(y) = in_one_operation(image, self.adapter.as_ref(), flat) {
+        let flat = || {
+            let base = self.in_two_dimensions(known(weight), bias.as_ref().map(known));
+            (input.clone().unsqueeze_dim(2), base)
+        };
+        if let Some(y) = in_one_operation(weight, *groups, self.adapter.as_ref(), flat) {
             return y.squeeze_dim(2);
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
@@ -132,9 +137,9 @@ impl<B: Backend> LoraConv2d<B> {
         let Conv2d { weight, bias, groups, .. } = &self.base;
         let base = || {
             let (weight, bias) = (known(weight), bias.as_ref().map(known));
-            Conv2d { weight, bias, ..self.base.clone() }
+            (input.clone(), Conv2d { weight, bias, ..self.base.clone() })
         };
-        if let Some(y) = in_one_operation(input.clone(), self.adapter.as_ref(), base) {
+        if let Some(y) = in_one_operation(weight, *groups, self.adapter.as_ref(), base) {
             return y;
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
@@ -180,25 +185,30 @@ fn known<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Param<Tenso
     constant(param.val())
 }
 
-/// The output of a convolution as one operation; `None` where Burn's operations are used.
+/// The output of a convolution as one operation; `None` where Burn's operations are used. `given` are the
+/// input and the base.
 #[cfg(any(feature = "flex", feature = "ndarray"))]
-fn in_one_operation<B: Backend>(
-    input: Tensor<B, 4>,
+fn in_one_operation<B: Backend, const D: usize>(
+    weight: &Param<Tensor<B, D>>,
+    groups: usize,
     adapter: Option<&LoraAdapter<B>>,
-    base: impl FnOnce() -> Conv2d<B>,
+    given: impl FnOnce() -> (Tensor<B, 4>, Conv2d<B>),
 ) -> Option<Tensor<B, 4>> {
-    if !fused::computes_on::<B>() {
+    if groups > 1 || !fused::computes_on::<B>() || weight.val().dtype() != DType::F32 {
         return None;
     }
-    let base = base();
-    let drops = |it: &LoraAdapter<B>| it.dropout.prob > 0.0 && B::ad_enabled(&input.device());
-    let [kernel, stride] = [base.kernel_size, base.stride];
+    let (input, base) = given();
+    if adapter.is_some_and(|it| it.dropout.prob > 0.0 && B::ad_enabled(&input.device())) {
+        return None;
+    }
+    let Conv2d { weight, bias, kernel_size, stride, dilation, padding, .. } = base;
     let around = |d: usize| {
-        let (size, stride) = (input.dims()[d + 2], stride[d]);
-        let needed = (size.div_ceil(stride) * stride + kernel[d]).saturating_sub(size + stride);
+        let (size, stride) = (input.dims()[d + 2], stride[d].max(1));
+        let needed =
+            (size.div_ceil(stride) * stride + kernel_size[d]).saturating_sub(size + stride);
         (needed / 2, needed.div_ceil(2))
     };
-    let padding = match base.padding {
+    let padding = match padding {
         PaddingConfig2d::Valid => [0; 4],
         PaddingConfig2d::Explicit(top, left, bottom, right) => [top, left, bottom, right],
         PaddingConfig2d::Same => {
@@ -206,34 +216,20 @@ fn in_one_operation<B: Backend>(
             [top, left, bottom, right]
         }
     };
-    let in_f32 = base.bias.as_ref().is_none_or(|it| it.val().dtype() == DType::F32);
-    if base.groups > 1 || adapter.is_some_and(drops) || !in_f32 {
-        return None;
-    }
-    let delta = adapter.and_then(LoraAdapter::bias_delta);
-    let bias = match (base.bias.as_ref(), adapter) {
-        (Some(bias), Some(_)) => Some(frozen(bias)),
-        (bias, _) => bias.map(Param::val),
+    let (kernel, bias) = match adapter {
+        Some(it) => (frozen(&weight), it.with_bias_delta(bias.as_ref().map(frozen))?),
+        None => (weight.val(), bias.map(|it| it.val())),
     };
-    let conv = fused::Conv {
-        kernel: if adapter.is_some() { frozen(&base.weight) } else { base.weight.val() },
-        bias: match (bias, delta) {
-            (Some(bias), Some(delta)) => Some(bias + delta),
-            (bias, delta) => bias.or(delta),
-        },
-        adapter: adapter.map(|it| (it.a.val(), it.b.val(), it.scale())),
-        stride,
-        dilation: base.dilation,
-        padding,
-    };
-    fused::convolve(&input, &conv)
+    let adapter = adapter.map(|it| (it.a.val(), it.b.val(), it.scale()));
+    fused::convolve(&input, &fused::Conv { kernel, bias, adapter, stride, dilation, padding })
 }
 
 #[cfg(not(any(feature = "flex", feature = "ndarray")))]
-fn in_one_operation<B: Backend>(
-    _: Tensor<B, 4>,
+fn in_one_operation<B: Backend, const D: usize>(
+    _: &Param<Tensor<B, D>>,
+    _: usize,
     _: Option<&LoraAdapter<B>>,
-    _: impl FnOnce() -> Conv2d<B>,
+    _: impl FnOnce() -> (Tensor<B, 4>, Conv2d<B>),
 ) -> Option<Tensor<B, 4>> {
     None
 }

@@ -1,5 +1,6 @@
-//! Convolutions with adapters, for random strides, paddings, dilations, groups and kernels: the
-//! factored pass, the merged kernel and the naive formula agree.
+//! Convolutions with adapters, for random strides, paddings, dilations, groups and kernels: the layer, the
+//! merged kernel and the naive formula agree. On CPU backends the layer computes in one operation, and with
+//! groups or dropout in two convolutions.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -50,6 +51,8 @@ struct Case {
     a: Matrix,
     b: Matrix,
     adapter_bias: Option<Matrix>,
+    /// The adapter's dropout in training, which must drop nothing.
+    dropout: f64,
 }
 
 #[derive(Clone, Debug)]
@@ -97,6 +100,7 @@ fn case(shape: Shape, bias: bool, adapter_bias: bool, alpha: f64) -> Case {
         a: Matrix::random(d_input, shape.rank, 4),
         b: Matrix::random(shape.rank, d_output, 5),
         adapter_bias: vector(adapter_bias, d_output, 6),
+        dropout: 0.0,
     }
 }
 
@@ -207,6 +211,7 @@ impl Case {
         let (a, b) = (a.tensor([a.rows, a.cols], &device), b.tensor([b.rows, b.cols], &device));
         let mut adapter = LoraAdapter::new(a, b, self.alpha, Scaling::Alpha);
         adapter.bias = self.vector(&self.adapter_bias);
+        adapter.dropout.prob = self.dropout;
         adapter
     }
 
@@ -418,6 +423,45 @@ fn gradients_agree_with_finite_differences() {
     }
 }
 
+#[test]
+fn gradients_agree_with_finite_differences_with_dropout() {
+    let case = Case { dropout: f64::MIN_POSITIVE, ..example(false, 1) };
+    check!(&case, conv2d, square, true);
+    let case = Case { dropout: f64::MIN_POSITIVE, ..flattened(example(false, 1)) };
+    check!(&case, conv1d, line, true);
+}
+
+#[test]
+fn a_kernel_of_one_dimension_trains() {
+    let case = Case { alpha: 0.0, ..flattened(example(false, 1)) };
+    let mut layer = case.conv1d::<Train>();
+    layer.set_adapter(None);
+    layer.base.weight = layer.base.weight.set_require_grad(true);
+    layer.base.bias = layer.base.bias.map(|it| it.set_require_grad(true));
+    let grads = layer.forward(line(case.input())).sin().sum().backward();
+    let by = |of: fn(&mut Case) -> &mut Matrix| differences(&case, of, Case::loss);
+    assert_close(layer.base.weight.grad(&grads).unwrap(), &by(|it| &mut it.w), TOLERANCE);
+    let bias = layer.base.bias.unwrap().grad(&grads).unwrap();
+    assert_close(bias, &by(|it| it.bias.as_mut().unwrap()), TOLERANCE);
+}
+
+#[test]
+fn padding_with_a_stride_is_the_bases() {
+    for stride in [1, 2, 3] {
+        let base = Conv2dConfig::new([2, 3], [2, 4])
+            .with_stride([stride; 2])
+            .with_padding(PaddingConfig2d::Same)
+            .init::<Plain>(&device::<Plain>());
+        let x = Matrix::random(2, 2 * 7 * 8, 8).tensor([2, 2, 7, 8], &device::<Plain>());
+        let expected = base.forward(x.clone());
+        let dims = expected.dims();
+        let data = expected.into_data().convert::<f64>().to_vec().unwrap();
+        let y = LoraConv2d::from(base).forward(x);
+        assert_eq!(y.dims(), dims);
+        assert_close(y, &Matrix { rows: 1, cols: data.len(), data }, TOLERANCE);
+    }
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
@@ -493,7 +537,7 @@ fn a_bias_on_a_transposed_convolution_with_groups_is_refused() {
 /// a first backward pass, parameters no longer protect what is computed from them.
 #[test]
 fn no_gradient_is_lost_while_other_threads_go_backward() {
-    let layer = example(false, 2).conv2d::<Train>();
+    let layers = [1, 2].map(|groups| example(false, groups).conv2d::<Train>());
     let done = AtomicBool::new(false);
     let lost = thread::scope(|scope| {
         for _ in 0..4 {
@@ -504,9 +548,10 @@ fn no_gradient_is_lost_while_other_threads_go_backward() {
                 }
             });
         }
-        let x = example(false, 2).input::<Train>();
+        let inputs = [1, 2].map(|groups| example(false, groups).input::<Train>());
         let lost = (0..200)
-            .filter(|_| {
+            .filter(|pass| {
+                let (layer, x) = (&layers[pass % 2], &inputs[pass % 2]);
                 let grads = layer.forward(x.clone()).sin().sum().backward();
                 layer.adapter().unwrap().a.grad(&grads).is_none()
             })

@@ -27,7 +27,7 @@ fn run() -> Result<()> {
     let step = ParamsAdamW { lr: 1e-3, ..Default::default() };
     let mut optimizer = AdamW::new(adapters.all_vars(), step)?;
     serve(layers, |layers| {
-        let step = || -> Result<()> {
+        let mut step = || -> Result<()> {
             // As in the middle of a model, where gradients go on to what is below.
             let x = Var::from_tensor(&data)?;
             let mut y = x.as_tensor().clone();

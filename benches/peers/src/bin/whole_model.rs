@@ -5,7 +5,7 @@
 
 #[path = "../../../suite/minilm.rs"]
 mod minilm;
-#[path = "../../../suite/resnet.rs"]
+#[path = "../resnet.rs"]
 mod resnet;
 #[path = "../../../suite/smollm2.rs"]
 mod smollm2;
