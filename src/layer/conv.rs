@@ -29,10 +29,10 @@ pub struct LoraConv1d<B: Backend> {
 ///
 /// The kernel `[channels_out, channels_in / groups, height, width]` is seen as the matrix
 /// `[channels_in / groups · height · width, channels_out]` that multiplies each patch of the input.
-/// With Burn's operations, a forward pass does not form an update of that size. The input is convolved with the columns of A,
-/// which are `rank` filters, with the base's stride, padding, dilation and groups. B then mixes the
-/// `rank` results at each position, like a convolution with a 1×1 kernel. With groups, every group of
-/// channels is convolved with the same `rank` filters.
+/// With Burn's operations, a forward pass does not form an update of that size. The input is convolved
+/// with the columns of A, which are `rank` filters, with the base's stride, padding, dilation and groups.
+/// B then mixes the `rank` results at each position, like a convolution with a 1×1 kernel. With groups,
+/// every group of channels is convolved with the same `rank` filters.
 ///
 /// On the CPU backends of the features `flex` and `ndarray`, a layer without groups and without active
 /// dropout is one operation, with an adapter and without. Training is faster than with Burn's convolution: on
@@ -197,10 +197,10 @@ fn in_one_operation<B: Backend, const D: usize>(
     if groups > 1 || !fused::computes_on::<B>() || weight.val().dtype() != DType::F32 {
         return None;
     }
-    let (input, base) = given();
-    if adapter.is_some_and(|it| it.dropout.prob > 0.0 && B::ad_enabled(&input.device())) {
+    if adapter.is_some_and(|it| it.dropout.prob > 0.0 && B::ad_enabled(&weight.val().device())) {
         return None;
     }
+    let (input, base) = given();
     let Conv2d { weight, bias, kernel_size, stride, dilation, padding, .. } = base;
     let around = |d: usize| {
         let (size, stride) = (input.dims()[d + 2], stride[d].max(1));
