@@ -260,12 +260,12 @@ fn check_pairs<F: Travels>(model: Adapted<F, Train>, steps: usize) {
 
 #[test]
 fn every_pair_of_trips_before_first_use() {
-    check_pairs::<Mlps>(adapted(false), 5);
+    check_pairs::<Mlps>(adapted(false), 20);
 }
 
 #[test]
 fn every_pair_of_trips_after_first_use() {
-    check_pairs::<Mlps>(adapted(true), 5);
+    check_pairs::<Mlps>(adapted(true), 20);
 }
 
 #[test]
@@ -284,7 +284,7 @@ fn trips_of_an_unused_model_before_it_is_adapted() {
             assert_only_adapters_train::<F>(model, steps, trip);
         }
     }
-    check::<Mlps>(5);
+    check::<Mlps>(20);
     check::<Zoos>(2);
 }
 
