@@ -4,6 +4,7 @@
 mod conv;
 mod conv_node;
 mod cpu;
+mod gelu;
 mod heads;
 mod linear;
 mod node;
@@ -12,5 +13,6 @@ mod rows;
 
 pub(crate) use conv::{Conv, convolve};
 pub(crate) use cpu::computes_on;
+pub(crate) use gelu::gelu;
 pub(crate) use heads::swapped;
 pub(crate) use linear::{Layer, forward};

@@ -3,6 +3,7 @@
 mod attention;
 mod conv;
 mod embedding;
+mod gelu;
 mod heads;
 pub(crate) mod letter;
 mod linear;
@@ -21,6 +22,7 @@ use crate::{
 pub use attention::{LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
 pub use conv::{LoraConv1d, LoraConv2d, LoraConvTranspose2d};
 pub use embedding::LoraEmbedding;
+pub use gelu::gelu;
 pub use heads::swap_heads;
 pub use linear::LoraLinear;
 

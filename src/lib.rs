@@ -75,7 +75,8 @@
 //! - [`LoraModule`] and [`Lora`]: what can be done with a model, and with an adapted one. [`Lora::overlay`]
 //!   adapts stock modules as they are.
 //! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
-//!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`]: for attention of your own.
+//!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`], [`gelu`]: for
+//!   models of your own.
 //! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
 //! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
 //!   time, and in less memory.
@@ -110,7 +111,7 @@ pub use error::{LoraError, Mismatch};
 pub use adapter::LoraAdapter;
 pub use layer::{
     LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLinear, LoraMhaCache,
-    LoraMhaInput, LoraMultiHeadAttention, swap_heads,
+    LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
 };
 
 // Whole models.

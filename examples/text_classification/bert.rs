@@ -14,9 +14,9 @@ use burn::{
         Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig,
         attention::MultiHeadAttentionConfig,
     },
-    tensor::{Bool, Int, Tensor, TensorData, activation::gelu, backend::Backend},
+    tensor::{Bool, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{LoraEmbedding, LoraLinear, LoraMhaInput, LoraMultiHeadAttention, Renaming};
+use burn_lora::{LoraEmbedding, LoraLinear, LoraMhaInput, LoraMultiHeadAttention, Renaming, gelu};
 use serde::Deserialize;
 
 /// The sizes of a BERT, named as in Hugging Face's `config.json`.

@@ -9,6 +9,7 @@ use burn::{
 
 use super::{
     conv::{self, Convolves},
+    gelu::{self, Gelu},
     heads::{self, Heads},
     linear::{self, Fused},
     patches::Window,
@@ -45,14 +46,16 @@ pub(super) struct Way {
     pub linear: fn(&dyn Any, &dyn Any) -> Computed,
     pub conv: fn(&dyn Any, &dyn Any, Window) -> Computed,
     pub heads: fn(&dyn Any) -> Computed,
+    pub gelu: fn(&dyn Any) -> Computed,
 }
 
-const fn way<K: Convolves + Fused + Heads>() -> Way {
+const fn way<K: Convolves + Fused + Gelu + Heads>() -> Way {
     Way {
         backend: TypeId::of::<K>,
         linear: linear::run_on::<K>,
         conv: conv::run_on::<K>,
         heads: heads::run_on::<K>,
+        gelu: gelu::run_on::<K>,
     }
 }
 

@@ -13,7 +13,7 @@ const ROWS: usize = 64;
 const WORTH_THREADS: usize = 1 << 20;
 
 /// From this number of moved elements on, several threads are faster than one.
-const WORTH_THREADS_MOVED: usize = 1 << 17;
+pub(super) const WORTH_THREADS_MOVED: usize = 1 << 17;
 
 /// `y + bias + left·right`, for `y: [batch, columns]`, `bias: [columns]`, `left: [batch, rank]` and
 /// `right: [rank, columns]`. The sum is formed in place, so y must not be shared.

@@ -6,6 +6,7 @@ mod backend;
 mod model;
 mod oracle;
 
+mod activation;
 mod algebra;
 mod attention;
 mod conv;
