@@ -16,9 +16,12 @@ use burn::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Normal, StandardNormal, Uniform};
 
-use crate::config::{Init, LoraConfig, Scaling};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::fused;
+use crate::{
+    config::{Init, LoraConfig, Scaling},
+    quantised::Weight,
+};
 
 pub(crate) use layout::WeightLayout;
 pub use module::LoraAdapterRecord;
@@ -179,14 +182,14 @@ impl<B: Backend> LoraAdapter<B> {
     pub(crate) fn forward_on(
         &self,
         x: Tensor<B, 2>,
-        weight: Tensor<B, 2>,
+        weight: Weight<B>,
         bias: Option<Tensor<B, 1>>,
     ) -> Tensor<B, 2> {
         #[cfg(any(feature = "flex", feature = "ndarray"))]
         if let Some(y) = self.in_one_operation(&x, &weight, &bias) {
             return y;
         }
-        add(linear(x.clone(), weight, bias), self.forward(x))
+        add(weight.forward(x.clone(), bias), self.forward(x))
     }
 
     /// The same as one operation; `None` where Burn's operations are used.
@@ -194,11 +197,11 @@ impl<B: Backend> LoraAdapter<B> {
     fn in_one_operation(
         &self,
         x: &Tensor<B, 2>,
-        weight: &Tensor<B, 2>,
+        weight: &Weight<B>,
         bias: &Option<Tensor<B, 1>>,
     ) -> Option<Tensor<B, 2>> {
         let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
-        let in_f32 = [x, weight, &a, &b].iter().all(|it| it.dtype() == DType::F32);
+        let in_f32 = [x, &a, &b].iter().all(|it| it.dtype() == DType::F32);
         if !fused::computes_on::<B>() || !in_f32 {
             return None;
         }

@@ -60,6 +60,15 @@ pub enum LoraError {
         problem: String,
     },
 
+    /// The weight of a layer cannot be quantised.
+    #[error("`{path}` cannot be quantised: {problem}")]
+    NotQuantisable {
+        /// The layer's path.
+        path: String,
+        /// Why not, and what to do.
+        problem: String,
+    },
+
     /// Layers already carry an adapter, which attaching would throw away.
     #[error("already adapted: {}; detach or merge the adapters first", quoted(.paths))]
     AlreadyAttached {

@@ -9,6 +9,7 @@ mod heads;
 mod linear;
 mod node;
 mod patches;
+mod quantised;
 mod rows;
 
 pub(crate) use conv::{Conv, convolve};
@@ -16,3 +17,4 @@ pub(crate) use cpu::computes_on;
 pub(crate) use gelu::gelu;
 pub(crate) use heads::swapped;
 pub(crate) use linear::{Layer, forward};
+pub(crate) use quantised::{dense, times_quantised};

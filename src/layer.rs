@@ -8,6 +8,7 @@ mod heads;
 pub(crate) mod letter;
 mod linear;
 mod module;
+pub(crate) mod quantised;
 
 use burn::{
     module::{Param, ParamId},
@@ -17,6 +18,7 @@ use burn::{
 use crate::{
     adapter::{LoraAdapter, WeightLayout, at_least_f32, frozen},
     config::LoraConfig,
+    quantised::QuantisedWeight,
 };
 
 pub use attention::{LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
@@ -51,6 +53,22 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// stock module does not see.
     fn takes_dropout(&self) -> bool {
         true
+    }
+
+    /// The base's weight, if it is quantised.
+    fn quantised(&self) -> Option<&QuantisedWeight<B>> {
+        None
+    }
+
+    /// Whether the base's weight can be quantised.
+    fn takes_quantised(&self) -> bool {
+        false
+    }
+
+    /// Replaces the base's weight by a quantised one. Panics if it has another shape, or the layer
+    /// [cannot take one](Self::takes_quantised).
+    fn set_quantised(&mut self, _weight: QuantisedWeight<B>) {
+        unreachable!("the weight of this layer cannot be quantised")
     }
 
     /// The device of the base.

@@ -100,6 +100,7 @@ mod layer;
 mod model;
 mod pattern;
 mod peft;
+mod quantised;
 mod table;
 mod train;
 
@@ -113,6 +114,10 @@ pub use layer::{
     LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLinear, LoraMhaCache,
     LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
 };
+
+// Bases in 4 and 8 bits.
+pub use model::{QuantisationReport, QuantiseConfig, QuantisedLayer};
+pub use quantised::{GgufType, Quantisation, QuantisedWeight};
 
 // Whole models.
 pub use model::{LayerReport, Lora, LoraModule, ParameterReport};

@@ -6,11 +6,14 @@ mod in_full;
 mod lora;
 mod module;
 mod put_on;
+mod quantise;
 mod record;
 mod report;
 mod slot;
 mod statistics;
 mod walk;
+
+use std::collections::BTreeMap;
 
 use burn::{module::Module, tensor::backend::Backend};
 
@@ -18,9 +21,11 @@ use crate::{
     adapters::{Approximation, LoraAdapters},
     config::LoraConfig,
     error::LoraError,
+    quantised::QuantisedWeight,
 };
 
 pub use lora::Lora;
+pub use quantise::{QuantisationReport, QuantiseConfig, QuantisedLayer};
 pub use report::{LayerReport, ParameterReport};
 pub(crate) use walk::{Place, Visit, visit};
 
@@ -112,6 +117,55 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// If the two models' layers differ, or a difference is not finite.
     fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
         extract::extract(&drawn(self), &drawn(tuned), config)
+    }
+
+    /// The model with the weights of its layers in 4 or 8 bits (QLoRA,
+    /// [Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)), and what that changed. The adapters that are
+    /// put on it train as on any base.
+    ///
+    /// ```
+    /// use burn::{backend::{Autodiff, Flex}, nn::LinearConfig};
+    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, Quantisation};
+    ///
+    /// # fn main() -> Result<(), burn_lora::LoraError> {
+    /// type B = Autodiff<Flex>;
+    /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
+    /// let (base, report) = base.quantise(Quantisation::Nf4)?;
+    /// assert!(report.bytes() * 7 < report.bytes_before());
+    /// let model = base.attach(&LoraConfig::new(8, 16.0))?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// Each [`LoraLinear`](crate::LoraLinear), also those of attention, and each
+    /// [`LoraEmbedding`](crate::LoraEmbedding) can be quantised. A [`QuantiseConfig`] in place of the
+    /// [`Quantisation`](crate::Quantisation) chooses some of them: leave out a model's head, which everything
+    /// goes through. What is quantised is frozen for good.
+    ///
+    /// # Errors
+    ///
+    /// If a pattern is invalid or matches nothing, or a chosen weight is quantised already, empty, or not
+    /// finite.
+    fn quantise(
+        &self,
+        config: impl Into<QuantiseConfig>,
+    ) -> Result<(Self, QuantisationReport), LoraError> {
+        quantise::quantise(drawn(self), &config.into(), |_| false)
+    }
+
+    /// The model with these weights for the layers at these paths, such as those of a
+    /// [GGUF file](QuantisedWeight::from_gguf). A weight that was never used is not drawn first, so that the
+    /// model never needs memory for it.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::Mismatch`], listing every path at which the model has no layer that can be quantised, or
+    /// one of another shape.
+    fn with_quantised(
+        self,
+        weights: BTreeMap<String, QuantisedWeight<B>>,
+    ) -> Result<Self, LoraError> {
+        quantise::with_weights(self, weights)
     }
 
     /// What trains, per layer and in all. On a backend without autodiff, where nothing can be marked,

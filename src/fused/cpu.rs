@@ -4,7 +4,11 @@ use std::any::{Any, TypeId};
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
-    tensor::{Tensor, backend::Backend, ops::FloatTensor},
+    tensor::{
+        Tensor,
+        backend::Backend,
+        ops::{FloatTensor, IntTensor},
+    },
 };
 
 use super::{
@@ -13,6 +17,7 @@ use super::{
     heads::{self, Heads},
     linear::{self, Fused},
     patches::Window,
+    quantised::{self, Unpacks},
 };
 
 /// A backend that computes on the CPU and gives access to its tensors as slices.
@@ -22,6 +27,9 @@ pub(crate) trait Cpu: Backend {
 
     /// The same, mutable; `None` also if the tensor is shared.
     fn rows_mut(tensor: &mut FloatTensor<Self>) -> Option<&mut [f32]>;
+
+    /// The elements of an integer tensor of 32 bits row by row; `None` if they are stored otherwise.
+    fn words(tensor: &IntTensor<Self>) -> Option<&[i32]>;
 
     /// The product of two matrices in `f32`.
     fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
@@ -47,15 +55,19 @@ pub(super) struct Way {
     pub conv: fn(&dyn Any, &dyn Any, Window) -> Computed,
     pub heads: fn(&dyn Any) -> Computed,
     pub gelu: fn(&dyn Any) -> Computed,
+    pub dense: fn(&dyn Any) -> Computed,
+    pub times_quantised: fn(&dyn Any, &dyn Any) -> Computed,
 }
 
-const fn way<K: Convolves + Fused + Gelu + Heads>() -> Way {
+const fn way<K: Convolves + Fused + Gelu + Heads + Unpacks>() -> Way {
     Way {
         backend: TypeId::of::<K>,
         linear: linear::run_on::<K>,
         conv: conv::run_on::<K>,
         heads: heads::run_on::<K>,
         gelu: gelu::run_on::<K>,
+        dense: quantised::dense_on::<K>,
+        times_quantised: quantised::times_on::<K>,
     }
 }
 
@@ -91,6 +103,10 @@ impl Cpu for burn_flex::Flex {
         tensor.try_storage_mut().filter(|_| whole)
     }
 
+    fn words(tensor: &IntTensor<Self>) -> Option<&[i32]> {
+        tensor.as_slice()
+    }
+
     /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single
     /// product below [`SHARED`] on one thread, but uses several for a batch of products from 128³
     /// multiplications on.
@@ -117,6 +133,11 @@ impl Cpu for burn_flex::Flex {
 
 #[cfg(feature = "ndarray")]
 impl Cpu for burn_ndarray::NdArray {
+    fn words(tensor: &IntTensor<Self>) -> Option<&[i32]> {
+        let burn_ndarray::NdArrayTensor::I32(storage) = tensor else { return None };
+        storage.view().to_slice()
+    }
+
     /// Multiplies without copies. The backend's own product copies both factors and the result.
     fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
         use burn::tensor::TensorPrimitive;

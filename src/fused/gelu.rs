@@ -128,7 +128,10 @@ struct Normal {
 /// to 1.5e-7, about the precision of `f32`. Both values need the same exponential.
 #[inline(always)]
 fn normal(x: f32) -> Normal {
-    const P: f32 = 0.327_591_1 * std::f32::consts::FRAC_1_SQRT_2;
+    use std::f32::consts::{FRAC_1_SQRT_2, FRAC_2_SQRT_PI};
+
+    const P: f32 = 0.327_591_1 * FRAC_1_SQRT_2;
+    #[expect(clippy::excessive_precision, reason = "the digits are the book's")]
     const HALF_A: [f32; 5] = [
         0.254_829_592 / 2.0,
         -0.284_496_736 / 2.0,
@@ -136,7 +139,7 @@ fn normal(x: f32) -> Normal {
         -1.453_152_027 / 2.0,
         1.061_405_429 / 2.0,
     ];
-    const BY_SQRT_2_PI: f32 = 0.398_942_28;
+    const BY_SQRT_2_PI: f32 = FRAC_2_SQRT_PI / 2.0 * FRAC_1_SQRT_2;
 
     let exponential = exp_of_negative(-0.5 * x * x);
     let t = 1.0 / (1.0 + P * x.abs());

@@ -18,11 +18,12 @@ use super::{
     cpu::{Cpu, SHARED, WAYS},
     rows::add_product,
 };
+use crate::quantised::Weight;
 
 /// The values that the layer computes with.
 pub(crate) struct Layer<B: Backend> {
     /// The base's weight, a constant: `[d_input, d_output]`.
-    pub weight: Tensor<B, 2>,
+    pub weight: Weight<B>,
     /// The base's bias and the adapter's, as far as there are any: `[d_output]`.
     pub bias: Option<Tensor<B, 1>>,
     /// What the adapter reads, if that is not x: `[batch, d_input]`.
@@ -74,7 +75,10 @@ impl<K: Cpu> Layer<K> {
         in_pool(x.dims()[0], self.weight.dims(), || {
             let read = self.read.as_ref().unwrap_or(&x).clone();
             let hidden = K::times_thin(read, self.a.clone()).mul_scalar(self.scale);
-            let y = K::product(x, self.weight.clone());
+            let y = match &self.weight {
+                Weight::Full(weight) => K::product(x, weight.clone()),
+                Weight::Quantised(weight) => weight.product(x),
+            };
             let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
             (hidden, y)
         })
@@ -102,8 +106,13 @@ impl<B: Backend> Layer<B> {
     fn fits(&self) -> bool {
         let ([d_input, d_output], [_, rank]) = (self.weight.dims(), self.a.dims());
         let bias = self.bias.as_ref();
-        let dtypes = [&self.weight, &self.a, &self.b].map(Tensor::dtype);
-        dtypes.iter().all(|&dtype| dtype == DType::F32)
+        let weight = match &self.weight {
+            Weight::Full(weight) => Some(weight),
+            Weight::Quantised(_) => None,
+        };
+        let in_f32 = |it: &Tensor<B, 2>| it.dtype() == DType::F32;
+        weight.is_none_or(in_f32)
+            && [&self.a, &self.b].into_iter().all(in_f32)
             && bias.is_none_or(|it| it.dtype() == DType::F32 && it.dims() == [d_output])
             && self.a.dims() == [d_input, rank]
             && self.b.dims() == [rank, d_output]
@@ -120,6 +129,7 @@ mod tests {
         let device = B::Device::default();
         let ones = |shape: [usize; 2]| Tensor::<B, 2>::ones(shape, &device);
         let (weight, a, b) = (ones([3, 5]), ones([3, 2]), ones([2, 5]));
+        let weight = Weight::Full(weight);
         let layer = Layer { weight, bias: None, read: None, a, b, scale: 0.5 };
         forward(&ones([4, 3]), &layer).is_some()
     }

@@ -16,8 +16,10 @@ use burn::{
 use super::{
     cpu::Cpu,
     linear::{Fused, Layer, in_pool},
+    quantised::without_autodiff,
     rows::{add_product, transposed},
 };
+use crate::quantised::Weight;
 
 #[derive(Debug)]
 struct LoraLinearNode;
@@ -30,7 +32,7 @@ struct State<K: Cpu> {
     read: Option<NodeId>,
     /// Whether the adapter reads x.
     reads_x: bool,
-    weight: Tensor<K, 2>,
+    weight: Weight<K>,
     a: Tensor<K, 2>,
     b: Tensor<K, 2>,
     /// `s·(x·A)`: `[batch, rank]`. It is kept only for the gradient of B.
@@ -110,7 +112,10 @@ impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
         let read = layer.read.clone().map(|it| it.into_primitive().tensor());
         let bias = layer.bias.clone().map(|it| it.into_primitive().tensor());
         let inner = Layer {
-            weight: inner(&layer.weight),
+            weight: match &layer.weight {
+                Weight::Full(weight) => Weight::Full(inner(weight)),
+                Weight::Quantised(weight) => Weight::Quantised(without_autodiff(weight)),
+            },
             bias: layer.bias.as_ref().map(inner),
             read: layer.read.as_ref().map(inner),
             a: inner(&layer.a),
@@ -141,6 +146,15 @@ pub(super) fn nothing<K: Cpu, C: CheckpointStrategy>() -> FloatTensor<Autodiff<K
     Tensor::<Autodiff<K, C>, 1>::zeros([1], &Default::default()).into_primitive().tensor()
 }
 
+/// The tensor as a constant. `Tensor::from_inner` cannot be used, for the same reason as `Tensor::inner`.
+pub(super) fn constant<K: Cpu, C: CheckpointStrategy, const D: usize>(
+    tensor: Tensor<K, D>,
+) -> Tensor<Autodiff<K, C>, D> {
+    let mut constant = nothing::<K, C>();
+    constant.primitive = primitive(tensor);
+    Tensor::from_primitive(TensorPrimitive::Float(constant))
+}
+
 /// The tensor without autodiff. `Tensor::inner` cannot be used, because its bounds on the backend are
 /// stronger if another crate enables Burn's feature `distributed`.
 pub(super) fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
@@ -151,7 +165,11 @@ pub(super) fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
 }
 
 /// `y·Wᵀ`, for `y: [batch, d_output]` and `weight: [d_input, d_output]`.
-fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Tensor<K, 2>) -> Tensor<K, 2> {
+fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Weight<K>) -> Tensor<K, 2> {
+    let weight = match weight {
+        Weight::Full(weight) => weight,
+        Weight::Quantised(weight) => return K::product(y, weight.dense()),
+    };
     let ([batch, _], [d_input, d_output]) = (y.dims(), weight.dims());
     // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to
     // compute `(W·yᵀ)ᵀ`, which reorders the input and the output instead.

@@ -4,7 +4,10 @@ use burn::{
 };
 
 use super::{LoraLayer, module::lora_layer};
-use crate::adapter::{LoraAdapter, Tie, WeightLayout, add, frozen};
+use crate::{
+    adapter::{LoraAdapter, Tie, WeightLayout, add, frozen},
+    quantised::QuantisedWeight,
+};
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.
 ///
@@ -33,18 +36,28 @@ pub struct LoraEmbedding<B: Backend> {
     /// The pretrained layer.
     pub base: Embedding<B>,
     adapter: Option<LoraAdapter<B>>,
+    quantised: Option<QuantisedWeight<B>>,
 }
 
 impl<B: Backend> LoraEmbedding<B> {
     /// Looks up the embeddings: indices `[batch, length]` to `[batch, length, d_model]`.
     pub fn forward(&self, input: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        let Some(adapter) = &self.adapter else { return self.base.forward(input) };
         let [batch, length] = input.dims();
         let [_, d_model] = self.weight_shape();
-        let base = embedding(frozen(&self.base.weight), input.clone());
-        if batch * length == 0 {
+        let base = match (&self.quantised, &self.adapter) {
+            (None, None) => return self.base.forward(input),
+            (None, Some(_)) => embedding(frozen(&self.base.weight), input.clone()),
+            (Some(_), _) if batch * length == 0 => {
+                Tensor::zeros([batch, length, d_model], &input.device())
+            }
+            (Some(table), _) => {
+                let rows = table.select(input.clone().reshape([batch * length]));
+                rows.dense().reshape([batch, length, d_model])
+            }
+        };
+        let Some(adapter) = self.adapter.as_ref().filter(|_| batch * length > 0) else {
             return base;
-        }
+        };
         add(base, adapter.forward_lookup(input).reshape([batch, length, d_model]))
     }
 
@@ -74,9 +87,9 @@ impl<B: Backend> LoraEmbedding<B> {
         }
         let hidden = hidden.reshape([batch * length, d_model]);
         let logits = match &self.adapter {
-            None => hidden.matmul(self.base.weight.val().transpose()),
+            None => self.projected(hidden, self.base.weight.val()),
             Some(adapter) => {
-                let base = hidden.clone().matmul(frozen(&self.base.weight).transpose());
+                let base = self.projected(hidden.clone(), frozen(&self.base.weight));
                 match adapter.tie {
                     Tie::Leaves => base,
                     _ => add(base, adapter.forward_transposed(hidden)),
@@ -84,6 +97,14 @@ impl<B: Backend> LoraEmbedding<B> {
             }
         };
         logits.reshape([batch, length, n_embedding])
+    }
+
+    /// The product of each row with each embedding of the table, which is `table` if it is not quantised.
+    fn projected(&self, rows: Tensor<B, 2>, table: Tensor<B, 2>) -> Tensor<B, 2> {
+        match &self.quantised {
+            None => rows.matmul(table.transpose()),
+            Some(table) => table.product(rows),
+        }
     }
 
     fn layout(&self) -> WeightLayout {
@@ -95,4 +116,4 @@ impl<B: Backend> LoraEmbedding<B> {
     }
 }
 
-lora_layer!(LoraEmbedding, Embedding, 2, weight);
+lora_layer!(LoraEmbedding, Embedding, 2, weight; quantised);

@@ -1,10 +1,14 @@
 use burn::{
+    module::Param,
     nn::Linear,
     tensor::{Tensor, backend::Backend},
 };
 
 use super::{LoraLayer, module::lora_layer};
-use crate::adapter::{LoraAdapter, WeightLayout, frozen};
+use crate::{
+    adapter::{LoraAdapter, WeightLayout, frozen},
+    quantised::{QuantisedWeight, Weight},
+};
 
 /// A drop-in for Burn's [`Linear`] that can carry an adapter: `y = x·W + b + s·(x·A)·B`, with W and
 /// b frozen.
@@ -39,6 +43,7 @@ pub struct LoraLinear<B: Backend> {
     /// The pretrained layer.
     pub base: Linear<B>,
     adapter: Option<LoraAdapter<B>>,
+    quantised: Option<QuantisedWeight<B>>,
 }
 
 impl<B: Backend> LoraLinear<B> {
@@ -71,9 +76,15 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let Some(adapter) = &self.adapter else { return self.base.forward(x) };
-        let bias = self.base.bias.as_ref().map(frozen);
-        adapter.forward_on(x, frozen(&self.base.weight), bias)
+        let quantised = self.quantised.clone().map(Weight::Quantised);
+        match (&self.adapter, quantised) {
+            (None, None) => self.base.forward(x),
+            (None, Some(weight)) => weight.forward(x, self.base.bias.as_ref().map(Param::val)),
+            (Some(adapter), quantised) => {
+                let weight = quantised.unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
+                adapter.forward_on(x, weight, self.base.bias.as_ref().map(frozen))
+            }
+        }
     }
 
     fn layout(&self) -> WeightLayout {
@@ -85,4 +96,4 @@ impl<B: Backend> LoraLinear<B> {
     }
 }
 
-lora_layer!(LoraLinear, Linear, 2, weight, bias);
+lora_layer!(LoraLinear, Linear, 2, weight, bias; quantised);

@@ -4,9 +4,12 @@
 
 /// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
 /// `base` and `adapter`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
-/// dimensions. The last arguments name the base's parameters. The record holds these and the adapter.
+/// dimensions. The next arguments name the base's parameters. The record holds these and the adapter.
+/// The last argument is the field of the quantised weight, in layers that can have one.
 macro_rules! lora_layer {
-    ($Layer:ident, $Base:ident, $D:literal, $weight:ident $(, $bias:ident)?) => {
+    (
+        $Layer:ident, $Base:ident, $D:literal, $weight:ident $(, $bias:ident)? $(; $quantised:ident)?
+    ) => {
         const _: () = {
             use std::fmt;
 
@@ -42,6 +45,10 @@ macro_rules! lora_layer {
                 )?
                 /// The adapter, if there is one.
                 pub adapter: Option<LoraAdapterRecord<B>>,
+                $(
+                    /// The base's weight, if it is quantised. The other one is then empty.
+                    pub $quantised: Option<layer::QuantisedWeight<B>>,
+                )?
             }
 
             impl<B: Backend> $Layer<B> {
@@ -74,17 +81,61 @@ macro_rules! lora_layer {
                 }
 
                 /// The layer with this base and adapter. The base is frozen if there is an adapter.
-                fn assemble(base: $Base<B>, adapter: Option<LoraAdapter<B>>) -> Self {
-                    let mut layer = Self::from(base);
+                fn assemble(
+                    base: $Base<B>,
+                    adapter: Option<LoraAdapter<B>>,
+                    $($quantised: Option<layer::QuantisedWeight<B>>,)?
+                ) -> Self {
+                    let mut layer = Self { base, adapter: None $(, $quantised)? };
                     layer.set_adapter(adapter);
                     layer
                 }
+
+                $(
+                    /// The base's weight, if it is quantised. `base.weight` is empty then, and visitors
+                    /// of the module do not see it.
+                    pub fn quantised(&self) -> Option<&layer::QuantisedWeight<B>> {
+                        self.$quantised.as_ref()
+                    }
+
+                    /// Replaces the base's weight by a quantised one, which does not train. The adapter
+                    /// stays.
+                    ///
+                    /// # Panics
+                    ///
+                    /// If it has not the shape of the weight, as [`QuantisedWeight`](crate::QuantisedWeight) has it.
+                    pub fn set_quantised(&mut self, weight: layer::QuantisedWeight<B>) {
+                        let shape = layer::quantised::shape(&weight, &self.layout());
+                        if self.$quantised.is_some() || self.base.$weight.is_initialized() {
+                            let expected = self.weight_shape();
+                            assert!(
+                                shape == expected,
+                                "the quantised weight must be {expected:?} = [d_input, d_output], got \
+                                 {shape:?}"
+                            );
+                        }
+                        let weight = weight.to_device(&LoraLayer::device(self));
+                        let empty = Tensor::zeros([0, 0], &weight.device());
+                        self.base.$weight = Param::initialized(self.base.$weight.id, empty);
+                        self.$quantised = Some(weight);
+                    }
+
+                    /// The layer with a base in full, frozen.
+                    fn dequantised(mut self) -> Self {
+                        if let Some(weight) = self.$quantised.take() {
+                            let matrix = layer::quantised::matrix(&weight, &self.layout());
+                            let matrix = matrix.detach().set_require_grad(false);
+                            self.base.$weight = Param::initialized(self.base.$weight.id, matrix);
+                        }
+                        self
+                    }
+                )?
             }
 
             impl<B: Backend> From<$Base<B>> for $Layer<B> {
                 /// The layer without an adapter; nothing is copied or frozen.
                 fn from(base: $Base<B>) -> Self {
-                    Self { base, adapter: None }
+                    Self { base, adapter: None $(, $quantised: None)? }
                 }
             }
 
@@ -108,6 +159,9 @@ macro_rules! lora_layer {
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
+                    $(if let Some(weight) = &self.$quantised {
+                        return layer::quantised::shape(weight, &self.layout());
+                    })?
                     // `lazy_shape` cannot be used: until a weight in Burn's column layout is
                     // initialised, its `lazy_shape` is transposed.
                     self.layout().matrix_shape(&self.base.$weight.shape())
@@ -118,6 +172,9 @@ macro_rules! lora_layer {
                 }
 
                 fn weight_matrix(&self) -> Tensor<B, 2> {
+                    $(if let Some(weight) = &self.$quantised {
+                        return layer::quantised::matrix(weight, &self.layout());
+                    })?
                     self.layout().to_matrix(frozen(&self.base.$weight))
                 }
 
@@ -125,11 +182,33 @@ macro_rules! lora_layer {
                     self.can_take_bias()
                 }
 
+                $(
+                    fn quantised(&self) -> Option<&layer::QuantisedWeight<B>> {
+                        self.$quantised.as_ref()
+                    }
+
+                    fn takes_quantised(&self) -> bool {
+                        true
+                    }
+
+                    fn set_quantised(&mut self, weight: layer::QuantisedWeight<B>) {
+                        self.set_quantised(weight);
+                    }
+                )?
+
                 fn device(&self) -> B::Device {
                     self.base.$weight.lazy_device()
                 }
 
                 fn merge_adapter(&mut self) -> bool {
+                    $(if self.adapter.is_some() && self.$quantised.is_some() {
+                        let mut dense = self.clone().dequantised();
+                        let merged = dense.merge_adapter();
+                        if merged {
+                            *self = dense;
+                        }
+                        return merged;
+                    })?
                     let Some(adapter) = &self.adapter else { return true };
                     let shape = self.base.$weight.dims();
                     let delta = self.layout().to_weight(adapter.delta(), shape);
@@ -160,15 +239,33 @@ macro_rules! lora_layer {
                 }
 
                 fn fork(self, device: &B::Device) -> Self {
-                    Self::assemble(self.base.fork(device), self.adapter.fork(device))
+                    Self::assemble(
+                        self.base.fork(device),
+                        self.adapter.fork(device),
+                        $(self.$quantised.map(|it| it.to_device(device)),)?
+                    )
                 }
 
                 fn to_device(self, device: &B::Device) -> Self {
-                    Self::assemble(self.base.to_device(device), self.adapter.to_device(device))
+                    Self::assemble(
+                        self.base.to_device(device),
+                        self.adapter.to_device(device),
+                        $(self.$quantised.map(|it| it.to_device(device)),)?
+                    )
                 }
 
                 fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
-                    self.base.visit(visitor);
+                    match LoraLayer::quantised(self) {
+                        None => self.base.visit(visitor),
+                        Some(_) => {
+                            $(
+                                let container = concat!("Struct:", stringify!($Base));
+                                visitor.enter_module(stringify!($bias), container);
+                                self.base.$bias.visit(visitor);
+                                visitor.exit_module(stringify!($bias), container);
+                            )?
+                        }
+                    }
                     visitor.enter_module(ADAPTER, TAG);
                     letter::answer_look(self);
                     self.adapter.visit(visitor);
@@ -176,21 +273,38 @@ macro_rules! lora_layer {
                 }
 
                 fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
-                    let mut layer = Self { base: self.base.map(mapper), ..self };
+                    let mut layer = self;
+                    layer.base = match LoraLayer::quantised(&layer) {
+                        None => layer.base.map(mapper),
+                        Some(_) => {
+                            let base = layer.base;
+                            $(
+                                let container = concat!("Struct:", stringify!($Base));
+                                mapper.enter_module(stringify!($bias), container);
+                                let base = $Base { $bias: Module::map(base.$bias, mapper), ..base };
+                                mapper.exit_module(stringify!($bias), container);
+                            )?
+                            base
+                        }
+                    };
                     mapper.enter_module(ADAPTER, TAG);
                     letter::answer_change(&mut layer);
-                    let adapter = Module::map(layer.adapter, mapper);
+                    let adapter = Module::map(layer.adapter.take(), mapper);
                     mapper.exit_module(ADAPTER, TAG);
-                    Self::assemble(layer.base, adapter)
+                    layer.set_adapter(adapter);
+                    layer
                 }
 
                 fn load_record(self, record: Self::Record) -> Self {
                     let device = self.device();
-                    let mut base = self.base;
-                    base.$weight = base.$weight.load_record(record.$weight);
-                    $(base.$bias = base.$bias.load_record(record.$bias);)?
-                    let adapter = record.adapter.map(|it| LoraAdapter::from_record(it, &device));
-                    Self::assemble(base, adapter.or(self.adapter))
+                    let mut layer = self;
+                    let adapter = layer.adapter.take();
+                    layer.base.$weight = layer.base.$weight.load_record(record.$weight);
+                    $(layer.base.$bias = layer.base.$bias.load_record(record.$bias);)?
+                    $(layer.$quantised = record.$quantised.map(|it| it.to_device(&device));)?
+                    let loaded = record.adapter.map(|it| LoraAdapter::from_record(it, &device));
+                    layer.set_adapter(loaded.or(adapter));
+                    layer
                 }
 
                 fn into_record(self) -> Self::Record {
@@ -198,6 +312,7 @@ macro_rules! lora_layer {
                         $weight: self.base.$weight.into_record(),
                         $($bias: self.base.$bias.into_record(),)?
                         adapter: self.adapter.into_record(),
+                        $($quantised: self.$quantised,)?
                     }
                 }
             }
@@ -206,13 +321,18 @@ macro_rules! lora_layer {
                 type InnerModule = $Layer<B::InnerBackend>;
 
                 fn valid(&self) -> Self::InnerModule {
-                    $Layer { base: self.base.valid(), adapter: self.adapter.valid() }
+                    $Layer {
+                        base: self.base.valid(),
+                        adapter: self.adapter.valid(),
+                        $($quantised: self.$quantised.as_ref().map(layer::QuantisedWeight::valid),)?
+                    }
                 }
 
                 fn from_inner(module: Self::InnerModule) -> Self {
                     Self::assemble(
                         AutodiffModule::from_inner(module.base),
                         AutodiffModule::from_inner(module.adapter),
+                        $(module.$quantised.map(layer::QuantisedWeight::from_inner),)?
                     )
                 }
             }
@@ -223,17 +343,26 @@ macro_rules! lora_layer {
 
             impl<B: Backend> Clone for $Layer<B> {
                 fn clone(&self) -> Self {
-                    Self { base: self.base.clone(), adapter: self.adapter.clone() }
+                    Self {
+                        base: self.base.clone(),
+                        adapter: self.adapter.clone(),
+                        $($quantised: self.$quantised.clone(),)?
+                    }
                 }
             }
 
             impl<B: Backend> ModuleDisplayDefault for $Layer<B> {
                 fn content(&self, content: Content) -> Option<Content> {
                     let content = content.set_top_level_type(stringify!($Layer));
-                    let content = self.base.custom_content(content)?;
+                    let (content, total) = match LoraLayer::quantised(self) {
+                        None => (self.base.custom_content(content)?, 0),
+                        Some(weight) => {
+                            (content.add("weight", weight), weight.shape().iter().product())
+                        }
+                    };
                     let Some(adapter) = &self.adapter else { return content.optional() };
                     let (trainable, total) =
-                        (adapter.num_trainable(), Module::num_params(&self.base));
+                        (adapter.num_trainable(), total + Module::num_params(&self.base));
                     let share = 100.0 * trainable as f64 / total as f64;
                     content
                         .add("rank", &adapter.rank())

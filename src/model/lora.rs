@@ -11,7 +11,9 @@ use burn::{module::Module, tensor::backend::Backend};
 use super::{
     ParameterReport, freeze,
     in_full::{self, Values},
-    put_on, record, report,
+    put_on,
+    quantise::{self, QuantisationReport, QuantiseConfig},
+    record, report,
     slot::{self, Slot},
     statistics, walk,
 };
@@ -293,6 +295,21 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// As there.
     pub fn train_only<S: AsRef<str>>(&self, patterns: &[S]) -> Result<Self, LoraError> {
         put_on::in_full(self.clone(), patterns, "train_only")
+    }
+
+    /// The adapted model on a base in 4 or 8 bits, as [`LoraModule::quantise`](crate::LoraModule::quantise)
+    /// makes it. The adapters stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// As there, and if a chosen weight trains in full.
+    pub fn quantise(
+        &self,
+        config: impl Into<QuantiseConfig>,
+    ) -> Result<(Self, QuantisationReport), LoraError> {
+        quantise::quantise(self.clone(), &config.into(), |layer| {
+            self.originals.contains_key(&quantise::weight_path(layer))
+        })
     }
 
     /// Everything that was trained, as a value: the adapters, and the modules that trained in full.

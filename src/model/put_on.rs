@@ -13,7 +13,7 @@ use burn::{
 };
 
 use super::{
-    Lora, in_full, record, slot,
+    Lora, in_full, quantise, record, slot,
     walk::{self, Place, Visit},
 };
 use crate::{
@@ -173,21 +173,27 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
         return Ok(lora.training(&BTreeSet::new()));
     }
     let adapted: BTreeSet<_> = record::adapters(&lora).into_iter().map(|(path, _)| path).collect();
+    let is_adapted = |path: &str| adapted.contains(path);
+    let cannot_train = |path: &str| LoraError::InvalidConfig {
+        field,
+        problem: format!("names `{path}`, which is quantised, and cannot train"),
+    };
+    if let Some(path) = quantise::meant::<B, _>(&lora, &patterns, is_adapted) {
+        return Err(cannot_train(&path));
+    }
     let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
     let params: Vec<_> = params.collect();
     let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
     require_matches(field, &patterns, &paths, Pattern::covers)?;
 
     // The base under an adapter is a constant, whatever its flags say.
-    let is_adapted = |path: &str| adapted.contains(path);
     let covered = params.iter().filter_map(|param| {
         let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
         (!param.is_statistic && !param.is_base_of(is_adapted)).then_some((param, module))
     });
     let covered: Vec<_> = covered.collect();
     if let Some((param, _)) = covered.iter().find(|(param, _)| param.is_quantised) {
-        let problem = format!("names `{}`, which is quantised, and cannot train", param.path);
-        return Err(LoraError::InvalidConfig { field, problem });
+        return Err(cannot_train(&param.path));
     }
     let trains: BTreeSet<_> = covered.iter().map(|(param, _)| param.path.clone()).collect();
     // PEFT compares the ends of modules' names as mere text. A name in its file must not mean a module

@@ -51,10 +51,13 @@ pub(super) fn of<B: Backend, M: Module<B>>(
 ) -> ParameterReport {
     let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
         let adapter = layer.adapter().map(|it| (it.rank(), it.scale()));
-        (path.to_owned(), layer.weight_shape(), adapter)
+        (path.to_owned(), layer.weight_shape(), adapter, layer.quantised().is_some())
     });
+    // Their weights are not among the parameters.
+    let quantised: Vec<_> =
+        layers.iter().filter(|it| it.3).map(|it| (it.0.clone(), it.1)).collect();
     let layers: BTreeMap<_, _> =
-        layers.into_iter().map(|(path, shape, adapter)| (path, (shape, adapter))).collect();
+        layers.into_iter().map(|(path, shape, adapter, _)| (path, (shape, adapter))).collect();
     // A parameter belongs to the layer whose adapter it is part of, or to the module that holds it.
     let owner = |param: &Seen| match (param.in_adapter, param.module.strip_suffix("adapter")) {
         (true, Some(layer)) => layer.strip_suffix('.').unwrap_or(layer).to_owned(),
@@ -63,26 +66,31 @@ pub(super) fn of<B: Backend, M: Module<B>>(
         _ => param.module.clone(),
     };
     let mut rows: Vec<LayerReport> = Vec::new();
-    let (mut trainable, mut total) = (0, 0);
-    for param in walk::params(model).iter().filter(|it| !it.is_statistic) {
-        let path = owner(param);
+    let mut count = |path: String, trainable: usize, total: usize| {
         let place = rows.iter().position(|row| row.path == path).unwrap_or_else(|| {
             let (shape, adapter) = layers.get(&path).copied().unzip();
             let adapter = adapter.flatten();
             rows.push(LayerReport { path, shape, adapter, trainable: 0, total: 0 });
             rows.len() - 1
         });
-        if trains(param) {
-            trainable += param.num_elements;
-            rows[place].trainable += param.num_elements;
-        }
-        if !param.in_adapter {
-            total += param.num_elements;
-            rows[place].total += param.num_elements;
-        }
+        rows[place].trainable += trainable;
+        rows[place].total += total;
+    };
+    for param in walk::params(model).iter().filter(|it| !it.is_statistic) {
+        let size = param.num_elements;
+        let trainable = if trains(param) { size } else { 0 };
+        count(owner(param), trainable, if param.in_adapter { 0 } else { size });
     }
+    for (path, shape) in quantised {
+        count(path, 0, shape.iter().product());
+    }
+    let (trainable, total) = (sum(&rows, |row| row.trainable), sum(&rows, |row| row.total));
     rows.retain(|row| row.shape.is_some() || row.trainable > 0);
     ParameterReport { trainable, total, layers: rows }
+}
+
+fn sum(rows: &[LayerReport], of: impl Fn(&LayerReport) -> usize) -> usize {
+    rows.iter().map(of).sum()
 }
 
 impl ParameterReport {

@@ -26,6 +26,7 @@ mod merging;
 mod overlay;
 mod peft;
 mod program;
+mod quantised;
 mod resuming;
 mod sizes;
 mod steps;

@@ -1,0 +1,52 @@
+//! What a linear layer multiplies with.
+
+use burn::tensor::{FloatDType, Tensor, backend::Backend, module::linear};
+
+use super::QuantisedWeight;
+
+/// The weight of a linear layer, a constant: `[d_input, d_output]`.
+#[derive(Clone, Debug)]
+pub(crate) enum Weight<B: Backend> {
+    Full(Tensor<B, 2>),
+    /// The transpose of the weight.
+    Quantised(QuantisedWeight<B>),
+}
+
+impl<B: Backend> Weight<B> {
+    /// The shape, `[d_input, d_output]`.
+    pub fn dims(&self) -> [usize; 2] {
+        match self {
+            Self::Full(weight) => weight.dims(),
+            Self::Quantised(weight) => {
+                let [d_output, d_input] = weight.shape();
+                [d_input, d_output]
+            }
+        }
+    }
+
+    /// `x·W + bias`: `[batch, d_input]` to `[batch, d_output]`. The gradient reaches x and the bias.
+    pub fn forward(&self, x: Tensor<B, 2>, bias: Option<Tensor<B, 1>>) -> Tensor<B, 2> {
+        match self {
+            Self::Full(weight) => linear(x, weight.clone(), bias),
+            Self::Quantised(weight) => {
+                let y = weight.product(x);
+                match bias {
+                    Some(bias) => y + bias.unsqueeze(),
+                    None => y,
+                }
+            }
+        }
+    }
+}
+
+impl<B: Backend> QuantisedWeight<B> {
+    /// `x·Wᵀ`, for the matrix W: `[batch, columns]` to `[batch, rows]`. The gradient reaches x.
+    pub fn product(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        #[cfg(any(feature = "flex", feature = "ndarray"))]
+        if let Some(y) = crate::fused::times_quantised(&x, self) {
+            return y;
+        }
+        let matrix = self.dense().cast(FloatDType::from(x.dtype()));
+        x.matmul(matrix.transpose())
+    }
+}
