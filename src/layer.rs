@@ -71,6 +71,9 @@ pub(crate) trait LoraLayer<B: Backend> {
         unreachable!("the weight of this layer cannot be quantised")
     }
 
+    /// Unpacks the base's weight, if it is quantised.
+    fn dequantise(&mut self) {}
+
     /// The device of the base.
     fn device(&self) -> B::Device;
 

@@ -153,6 +153,11 @@ pub trait LoraModule<B: Backend>: Module<B> {
         quantise::quantise(drawn(self), &config.into(), |_| false)
     }
 
+    /// The model with its quantised weights unpacked, in full and frozen: for files of other programs, say.
+    fn dequantise(&self) -> Self {
+        quantise::dequantise(self.clone())
+    }
+
     /// The model with these weights for the layers at these paths, such as those of a
     /// [GGUF file](QuantisedWeight::from_gguf). A weight that was never used is not drawn first, so that the
     /// model never needs memory for it.

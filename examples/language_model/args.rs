@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use clap::{Parser, Subcommand};
+use burn_lora::Quantisation;
+use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::common::{self, Result, workers::WorkersArg};
 
@@ -26,15 +27,42 @@ pub enum Command {
     Merge(MergeArgs),
 }
 
+/// The model that adapters are put on.
+#[derive(Parser, Debug)]
+pub struct BaseArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file, whose 4 or 8 bits
+    /// stay as they are; otherwise the Hugging Face cache, or a download of SmolLM2-135M-Instruct
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// Hold the linear layers in 8 or in 4 bits
+    #[arg(long, value_name = "KIND")]
+    pub quantise: Option<Kind>,
+}
+
+/// What a base is quantised to.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum Kind {
+    Int8,
+    Nf4,
+}
+
+impl BaseArgs {
+    /// What the linear layers are quantised to.
+    pub fn quantisation(&self) -> Option<Quantisation> {
+        self.quantise.map(|kind| match kind {
+            Kind::Int8 => Quantisation::Int8,
+            Kind::Nf4 => Quantisation::Nf4,
+        })
+    }
+}
+
 /// The linear layers of each block.
 const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
 
 #[derive(Parser, Debug)]
 pub struct TrainArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
-    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
-    #[arg(long, value_name = "PATH")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub base: BaseArgs,
     /// Train a small model first, which knows some animals, and use that; it needs no files and no network
     #[arg(long, conflicts_with = "model")]
     pub generated: bool,
@@ -104,10 +132,8 @@ pub struct TrainArgs {
 
 #[derive(Parser, Debug)]
 pub struct EvaluateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
-    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
-    #[arg(long, value_name = "PATH")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub base: BaseArgs,
     /// File with a text, or a conversation, per line
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
@@ -127,10 +153,8 @@ pub struct EvaluateArgs {
 
 #[derive(Parser, Debug)]
 pub struct GenerateArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
-    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
-    #[arg(long, value_name = "PATH")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub base: BaseArgs,
     /// Directory of adapters; several are used one after the other
     #[arg(long, value_name = "DIR")]
     pub adapter: Vec<PathBuf>,
@@ -153,10 +177,8 @@ pub struct GenerateArgs {
 
 #[derive(Parser, Debug)]
 pub struct MergeArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file; otherwise the
-    /// Hugging Face cache, or a download of SmolLM2-135M-Instruct
-    #[arg(long, value_name = "PATH")]
-    pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub base: BaseArgs,
     /// Directory of adapters
     #[arg(long, value_name = "DIR")]
     pub adapter: PathBuf,

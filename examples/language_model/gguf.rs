@@ -151,13 +151,19 @@ impl Gguf {
     ///
     /// If there is no tensor of this name.
     pub fn values(&self, name: &str) -> Result<Vec<f32>, String> {
+        Ok(self.tensors[name].packing.unpack(&self.bytes(name)?))
+    }
+
+    /// The bytes of a tensor's values, as they are packed. Errors and panics are those of
+    /// [`values`](Self::values).
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>, String> {
         let tensor = &self.tensors[name];
         let read = || {
             let mut file = File::open(&self.path)?;
             file.seek(SeekFrom::Start(self.start + tensor.offset))?;
             let mut bytes = vec![0; tensor.size().expect("it was checked") as usize];
             file.read_exact(&mut bytes)?;
-            io::Result::Ok(tensor.packing.unpack(&bytes))
+            io::Result::Ok(bytes)
         };
         read().map_err(|error| format!("{}: `{name}`: {error}", self.path.display()))
     }

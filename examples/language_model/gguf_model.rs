@@ -8,8 +8,9 @@ use std::{
 
 use burn::{
     module::ParamId,
-    tensor::{DType, TensorData},
+    tensor::{DType, TensorData, backend::Backend},
 };
+use burn_lora::{GgufType, QuantisedWeight};
 use burn_store::{TensorSnapshot, TensorSnapshotError};
 use serde_json::{Value, json};
 
@@ -43,8 +44,36 @@ const ROPE: &str = "rope_freqs.weight";
 pub struct Model {
     pub config: LlamaConfig,
     pub tensors: BTreeMap<String, TensorSnapshot>,
+    /// The matrices whose numbers have 4 or 8 bits. They are among the tensors, too.
+    pub matrices: BTreeMap<String, Matrix>,
     /// How the values are packed.
     pub packings: BTreeSet<Packing>,
+}
+
+/// A matrix whose numbers have 4 or 8 bits.
+pub struct Matrix {
+    file: Rc<Gguf>,
+    name: String,
+    kind: GgufType,
+    shape: [usize; 2],
+    /// The number of heads, if its rows are in GGUF's own order.
+    heads: Option<usize>,
+}
+
+impl Matrix {
+    /// Reads the matrix as it is.
+    ///
+    /// # Errors
+    ///
+    /// If the file cannot be read, or a scale in it is not finite.
+    pub fn read<B: Backend>(&self, device: &B::Device) -> Result<QuantisedWeight<B>, String> {
+        let mut bytes = self.file.bytes(&self.name)?;
+        if let Some(heads) = self.heads {
+            bytes = in_halves(&bytes, heads, self.shape[0]);
+        }
+        QuantisedWeight::from_gguf(self.kind, self.shape, &bytes, device)
+            .map_err(|error| format!("`{}`: {error}", self.name))
+    }
 }
 
 /// Reads a GGUF file. The values of its tensors are read when they are needed.
@@ -66,7 +95,7 @@ pub fn read(path: &Path) -> Result<Model, String> {
     let packings = file.tensors.values().map(|it| it.packing).collect();
     let heads = [config.num_attention_heads, config.key_value_heads()];
     let file = Rc::new(file);
-    let mut tensors = BTreeMap::new();
+    let (mut tensors, mut matrices) = (BTreeMap::new(), BTreeMap::new());
     for (name, tensor) in &file.tensors {
         if name == ROPE {
             continue;
@@ -79,6 +108,17 @@ pub fn read(path: &Path) -> Result<Model, String> {
             _ => None,
         };
         let shape = tensor.shape.clone();
+        let kind = match tensor.packing {
+            Packing::Q8_0 => Some(GgufType::Q8_0),
+            Packing::Q4_0 => Some(GgufType::Q4_0),
+            Packing::Q4_1 => Some(GgufType::Q4_1),
+            Packing::F32 | Packing::F16 | Packing::BF16 => None,
+        };
+        if let (Some(kind), &[rows, columns]) = (kind, &shape[..]) {
+            let (file, name) = (file.clone(), name.clone());
+            let matrix = Matrix { file, name, kind, shape: [rows, columns], heads };
+            matrices.insert(new_name.clone(), matrix);
+        }
         let (file, name) = (file.clone(), name.clone());
         let values = {
             let shape = shape.clone();
@@ -96,7 +136,7 @@ pub fn read(path: &Path) -> Result<Model, String> {
             TensorSnapshot::from_closure(values, DType::F32, shape.into(), path, containers, id);
         tensors.insert(new_name, tensor);
     }
-    Ok(Model { config, tensors, packings })
+    Ok(Model { config, tensors, matrices, packings })
 }
 
 /// The name at Hugging Face, or the same if it is unknown.
@@ -115,7 +155,7 @@ fn python_name(name: &str) -> String {
 
 /// Puts the rows of queries or keys in Hugging Face's order. Files of Llamas have the pairs of rows that
 /// RoPE turns next to each other; Hugging Face has them half a head apart.
-fn in_halves(values: &[f32], heads: usize, rows: usize) -> Vec<f32> {
+fn in_halves<T: Copy>(values: &[T], heads: usize, rows: usize) -> Vec<T> {
     let (width, head) = (values.len() / rows, rows / heads);
     let row = |row: usize| {
         let (start, in_head) = (row / head * head, row % head);

@@ -234,7 +234,7 @@ impl<B: Backend> Llama<B> {
     ) -> Places<B> {
         let (batch, length) = (positions.len(), positions[0].len());
         let attention = &self.model.layers[0].self_attn;
-        let heads = |layer: &LoraLinear<B>| layer.base.weight.dims()[1] / attention.head_dim;
+        let heads = |layer: &LoraLinear<B>| layer.weight_shape()[1] / attention.head_dim;
         let [all, shared] = [&attention.q_proj, &attention.k_proj].map(heads);
         // The same for each head and, in texts of their own, for each text: broadcasting does that.
         let repeats = if batch > 1 { all } else { 1 };

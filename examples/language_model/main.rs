@@ -49,7 +49,7 @@ use std::{
 };
 
 use burn::{module::AutodiffModule, tensor::backend::Backend};
-use burn_lora::{LoraAdapters, LoraConfig, LoraModule};
+use burn_lora::{LoraAdapters, LoraConfig, LoraModule, Quantisation};
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
@@ -106,18 +106,34 @@ fn find(given: &Option<PathBuf>) -> Result<PathBuf> {
 }
 
 /// The model and its tokens.
-fn read<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Llama<B>, Chat)> {
+fn read<B: Backend>(
+    dir: &Path,
+    quantise: Option<Quantisation>,
+    device: &B::Device,
+) -> Result<(Llama<B>, Chat)> {
     let start = Instant::now();
     let chat = Chat::read(dir)?;
     let doing = format!("reading {}", dir.display());
-    let loaded = during(&doing, || pretrained::load::<B>(dir, device))?;
-    if let Some(stored) = loaded.converted {
-        println!("The weights are {stored} in the file, and F32 here.");
+    let loaded = during(&doing, || pretrained::load::<B>(dir, quantise, device))?;
+    let stored = loaded.stored.unwrap_or("F32".to_owned());
+    match quantised_bytes(&loaded.llama) {
+        0 if stored == "F32" => {}
+        0 => println!("The weights are {stored} in the file, and F32 here."),
+        bytes => println!(
+            "The weights are {stored} in the file; {:.1} MB are held in 4 or 8 bits here.",
+            bytes as f64 / 1e6
+        ),
     }
     let size = loaded.llama.parameters().total;
     let millions = size as f64 / 1e6;
     println!("{millions:.1} million parameters, read in {:.1} s", start.elapsed().as_secs_f64());
     Ok((loaded.llama, chat))
+}
+
+/// The bytes of the weights that are quantised.
+fn quantised_bytes<B: Backend>(llama: &Llama<B>) -> usize {
+    let report = llama.parameters();
+    report.layers.iter().map(|it| it.quantised_bytes).sum()
 }
 
 /// How texts are read. None is longer than those that the model learnt to read.
@@ -132,7 +148,7 @@ fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
 fn run_train(args: &TrainArgs) -> Result<()> {
     let device = Default::default();
     let arguments = json!({
-        "model": args.model, "generated": args.generated, "data": args.data, "sst2": args.sst2, "rank": args.rank, "alpha": args.alpha,
+        "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")), "generated": args.generated, "data": args.data, "sst2": args.sst2, "rank": args.rank, "alpha": args.alpha,
         "targets": args.targets, "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
@@ -146,9 +162,9 @@ fn run_train(args: &TrainArgs) -> Result<()> {
     let stop = stopper()?;
     let model = match args.generated {
         true => generated(args, &stop)?,
-        false => find(&args.model)?,
+        false => find(&args.base.model)?,
     };
-    let (llama, chat) = read::<Train>(&model, &device)?;
+    let (llama, chat) = read::<Train>(&model, args.base.quantisation(), &device)?;
     let reading = reading(args.max_length, args.mask_prompt, &llama);
     let (texts, valid) = texts(args, &chat, &reading)?;
     let questions = match &args.sst2 {
@@ -248,7 +264,7 @@ fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>,
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
-    let (llama, chat) = read::<Plain>(&find(&args.model)?, &device)?;
+    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantisation(), &device)?;
     let reading = reading(args.max_length, args.mask_prompt, &llama);
     let texts = data::read(&args.data, &chat, &reading)?;
     let told = |name: &str, llama: &Llama<Plain>| {
@@ -267,7 +283,7 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
 fn run_generate(args: &GenerateArgs) -> Result<()> {
     let device = Default::default();
     let sets = args.adapter.iter().map(|dir| adapters(dir)).collect::<Result<Vec<_>>>()?;
-    let (llama, chat) = read::<Plain>(&find(&args.model)?, &device)?;
+    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantisation(), &device)?;
     let prompt = chat.prompt(&args.prompt)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     let answer = |llama: &Llama<Plain>| {
@@ -299,11 +315,11 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
 
 fn run_merge(args: &MergeArgs) -> Result<()> {
     let set = adapters(&args.adapter)?;
-    let model = find(&args.model)?;
-    let (llama, chat) = read::<Plain>(&model, &Default::default())?;
+    let model = find(&args.base.model)?;
+    let (llama, chat) = read::<Plain>(&model, args.base.quantisation(), &Default::default())?;
     let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
     let merged = adapted.merge().map_err(|error| error.to_string())?;
-    merged::save(&merged, &chat, &model, &args.out)?;
+    merged::save(&merged.dequantise(), &chat, &model, &args.out)?;
     println!("The merged model is in {}.", args.out.display());
     Ok(())
 }

@@ -11,8 +11,9 @@ use std::{
 
 use burn::{
     module::Initializer,
-    tensor::{DType, backend::Backend},
+    tensor::{DType, Tensor, backend::Backend},
 };
+use burn_lora::{LoraModule, Quantisation, QuantisedWeight};
 use burn_store::{
     BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
     TensorSnapshot,
@@ -21,54 +22,110 @@ use serde::Deserialize;
 
 use super::{
     config::LlamaConfig,
-    gguf_model::{self, Model},
+    gguf_model::{self, Matrix, Model},
     llama::Llama,
 };
 
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
+/// The linear layers of a block, by the ends of their names. These are quantised: the table of embeddings, the
+/// head and the norms stay.
+const QUANTISED: [&str; 7] =
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
 /// A decoder that was read.
 pub struct Pretrained<B: Backend> {
     pub llama: Llama<B>,
-    /// The types of the weights in the file, if they had to be converted to `f32`.
-    pub converted: Option<String>,
+    /// The types of the weights in the file, if they are not all `f32`.
+    pub stored: Option<String>,
 }
 
 type Tensors = BTreeMap<String, TensorSnapshot>;
 
-/// The decoder in `path`, a directory or a GGUF file.
+/// The decoder in `path`, a directory or a GGUF file. Its linear layers are quantised as they are read, if
+/// `quantise` says to what. What has 4 or 8 bits in a GGUF file stays as it is. So there is never a model in
+/// full if it is not wanted.
 ///
 /// # Errors
 ///
 /// If a file cannot be read or is not of a decoder that [`Llama`] is; if a tensor is missing, unexpected,
 /// or has another shape. The error lists all of them.
-pub fn load<B: Backend>(path: &Path, device: &B::Device) -> Result<Pretrained<B>, String> {
-    let (config, mut tensors, types) = match is_gguf(path) {
+pub fn load<B: Backend>(
+    path: &Path,
+    quantise: Option<Quantisation>,
+    device: &B::Device,
+) -> Result<Pretrained<B>, String> {
+    let (config, mut tensors, matrices, types) = match is_gguf(path) {
         true => {
-            let Model { config, tensors, packings } = gguf_model::read(path)?;
-            (config, tensors, packings.iter().map(|it| format!("{it:?}")).collect())
+            let Model { config, tensors, matrices, packings } = gguf_model::read(path)?;
+            let types = packings.iter().map(|it| format!("{it:?}")).collect();
+            (config, tensors, matrices, types)
         }
         false => {
             let config = LlamaConfig::read(&path.join("config.json"))?;
             let tensors = read_tensors(path)?;
             let types = tensors.values().map(|it| format!("{:?}", it.dtype));
             let types: BTreeSet<_> = types.collect();
-            (config, tensors, Vec::from_iter(types))
+            (config, tensors, BTreeMap::new(), Vec::from_iter(types))
         }
     };
     let told = |problem: &dyn Display| format!("{}: {problem}", path.display());
     check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
-    let mut llama = config.init(&Initializer::Zeros, device);
+    let llama = config.init(&Initializer::Zeros, device);
+    let weights = quantised(&mut tensors, &matrices, quantise, device);
+    let llama = llama.with_quantised(weights.map_err(|problem| told(&problem))?);
+    let mut llama = llama.map_err(|error| told(&error))?;
     let found = match_up(&llama, &config, &mut tensors);
     let found = found.map_err(|problems| told(&problems.join("; ")))?;
     let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
     let types: Vec<_> = types.into_iter().filter(|it| it != "F32").collect();
-    let converted = (!types.is_empty()).then(|| types.join(", "));
+    let stored = (!types.is_empty()).then(|| types.join(", "));
     match result.errors.is_empty() && result.missing.is_empty() {
-        true => Ok(Pretrained { llama, converted }),
+        true => Ok(Pretrained { llama, stored }),
         false => Err(told(&format!("{:?}, {:?}", result.errors, result.missing))),
     }
+}
+
+/// Takes the weights that are quantised out of the tensors, by the paths of their layers.
+fn quantised<B: Backend>(
+    tensors: &mut Tensors,
+    matrices: &BTreeMap<String, Matrix>,
+    to: Option<Quantisation>,
+    device: &B::Device,
+) -> Result<BTreeMap<String, QuantisedWeight<B>>, String> {
+    let mut weights = BTreeMap::new();
+    let names: Vec<_> = tensors.keys().cloned().collect();
+    for name in names {
+        let Some(path) = name.strip_suffix(".weight") else { continue };
+        let is_linear = path.rsplit('.').next().is_some_and(|it| QUANTISED.contains(&it));
+        let weight = match (matrices.get(&name), to.filter(|_| is_linear)) {
+            (Some(matrix), _) => matrix.read(device)?,
+            (None, Some(to)) => rounded(&tensors[&name], to, device)
+                .map_err(|problem| format!("`{name}`: {problem}"))?,
+            (None, None) => continue,
+        };
+        weights.insert(path.to_owned(), weight);
+        tensors.remove(&name);
+    }
+    Ok(weights)
+}
+
+/// A matrix of the file, rounded.
+fn rounded<B: Backend>(
+    tensor: &TensorSnapshot,
+    to: Quantisation,
+    device: &B::Device,
+) -> Result<QuantisedWeight<B>, String> {
+    let &[rows, columns] = &tensor.shape.to_vec()[..] else {
+        return Err(format!("{:?} is not the shape of a matrix", tensor.shape.to_vec()));
+    };
+    let data = tensor.to_data().map_err(|error| error.to_string())?.convert::<f32>();
+    let numbers = data.as_slice::<f32>().map_err(|error| format!("{error:?}"))?;
+    if rows * columns == 0 || !numbers.iter().all(|it| it.is_finite()) {
+        return Err("a number is not finite, or there is none".to_owned());
+    }
+    Ok(QuantisedWeight::new(Tensor::from_data(data, device), to))
 }
 
 /// Whether the path is that of a GGUF file.

@@ -42,7 +42,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn tiny<B: burn::tensor::backend::Backend>(name: &str) -> Llama<B> {
-    pretrained::load(&fixture(name), &Default::default()).unwrap().llama
+    pretrained::load(&fixture(name), None, &Default::default()).unwrap().llama
 }
 
 const WORDS: [&str; 11] =

@@ -3,7 +3,7 @@ use burn::{
     tensor::{Int, Tensor, backend::Backend, module::embedding},
 };
 
-use super::{LoraLayer, module::lora_layer};
+use super::module::lora_layer;
 use crate::{
     adapter::{LoraAdapter, Tie, WeightLayout, add, frozen},
     quantised::QuantisedWeight,

@@ -4,7 +4,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::{LoraLayer, module::lora_layer};
+use super::module::lora_layer;
 use crate::{
     adapter::{LoraAdapter, WeightLayout, frozen},
     quantised::{QuantisedWeight, Weight},

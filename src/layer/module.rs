@@ -92,6 +92,11 @@ macro_rules! lora_layer {
                 }
 
                 $(
+                    /// The shape of the base's weight, quantised or not, as Burn has it.
+                    pub fn weight_shape(&self) -> [usize; 2] {
+                        LoraLayer::weight_shape(self)
+                    }
+
                     /// The base's weight, if it is quantised. `base.weight` is empty then, and visitors
                     /// of the module do not see it.
                     pub fn quantised(&self) -> Option<&layer::QuantisedWeight<B>> {
@@ -120,15 +125,6 @@ macro_rules! lora_layer {
                         self.$quantised = Some(weight);
                     }
 
-                    /// The layer with a base in full, frozen.
-                    fn dequantised(mut self) -> Self {
-                        if let Some(weight) = self.$quantised.take() {
-                            let matrix = layer::quantised::matrix(&weight, &self.layout());
-                            let matrix = matrix.detach().set_require_grad(false);
-                            self.base.$weight = Param::initialized(self.base.$weight.id, matrix);
-                        }
-                        self
-                    }
                 )?
             }
 
@@ -194,6 +190,14 @@ macro_rules! lora_layer {
                     fn set_quantised(&mut self, weight: layer::QuantisedWeight<B>) {
                         self.set_quantised(weight);
                     }
+
+                    fn dequantise(&mut self) {
+                        if let Some(weight) = self.$quantised.take() {
+                            let matrix = layer::quantised::matrix(&weight, &self.layout());
+                            let matrix = matrix.detach().set_require_grad(false);
+                            self.base.$weight = Param::initialized(self.base.$weight.id, matrix);
+                        }
+                    }
                 )?
 
                 fn device(&self) -> B::Device {
@@ -202,7 +206,8 @@ macro_rules! lora_layer {
 
                 fn merge_adapter(&mut self) -> bool {
                     $(if self.adapter.is_some() && self.$quantised.is_some() {
-                        let mut dense = self.clone().dequantised();
+                        let mut dense = self.clone();
+                        dense.dequantise();
                         let merged = dense.merge_adapter();
                         if merged {
                             *self = dense;

@@ -185,6 +185,11 @@ fn choose<B: Backend, M: Module<B>>(
     }
 }
 
+/// The model with all weights in full.
+pub(super) fn dequantise<B: Backend, M: Module<B>>(model: M) -> M {
+    model.map(&mut walk::changer(|_: &str, layer: &mut dyn LoraLayer<B>| layer.dequantise()))
+}
+
 /// The model with these weights for its layers.
 pub(super) fn with_weights<B: Backend, M: Module<B>>(
     model: M,

@@ -59,7 +59,7 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 fn tiny(name: &str) -> Llama<Plain> {
-    pretrained::load(&fixture(name), &device::<Plain>()).unwrap().llama
+    pretrained::load(&fixture(name), None, &device::<Plain>()).unwrap().llama
 }
 
 fn ids(texts: &[&[i32]]) -> Tensor<Plain, 2, Int> {
@@ -81,9 +81,9 @@ fn assert_computes(llama: &Llama<Plain>, expected: PathBuf) {
 #[test]
 fn scores_are_those_of_transformers() {
     for name in MODELS {
-        let loaded = pretrained::load::<Plain>(&fixture(name), &device::<Plain>()).unwrap();
+        let loaded = pretrained::load::<Plain>(&fixture(name), None, &device::<Plain>()).unwrap();
         let stored = if name == "mistral" { Some("BF16") } else { None };
-        assert_eq!(loaded.converted.as_deref(), stored, "{name}");
+        assert_eq!(loaded.stored.as_deref(), stored, "{name}");
         assert_computes(&loaded.llama, fixture(name).join("expected.json"));
     }
 }
@@ -107,7 +107,7 @@ fn scores_of_smollm2_are_those_of_transformers() {
     }
     let dir = std::env::var("SMOLLM2").expect("SMOLLM2 says where SmolLM2-135M-Instruct is");
     let device = device::<Plain>();
-    let llama = pretrained::load::<Plain>(Path::new(&dir), &device).unwrap().llama;
+    let llama = pretrained::load::<Plain>(Path::new(&dir), None, &device).unwrap().llama;
     let expected: Expected =
         serde_json::from_slice(&fs::read(fixture("smollm2.json")).unwrap()).unwrap();
     let ints = |ids: &[i32]| Tensor::<Plain, 1, Int>::from_data(TensorData::from(ids), &device);
@@ -154,7 +154,8 @@ fn adapters_of_peft_compute_the_same_and_keep_their_names() {
 
 #[test]
 fn a_target_means_what_it_means_in_peft() {
-    let llama = pretrained::load::<Train>(&fixture("qwen3"), &device::<Train>()).unwrap().llama;
+    let llama =
+        pretrained::load::<Train>(&fixture("qwen3"), None, &device::<Train>()).unwrap().llama;
     let config = LoraConfig::new(2, 5.0).with_targets(["q_proj", "v_proj"]);
     let adapted = llama.attach(&config).unwrap();
     let adapters = adapted.adapters();
@@ -215,7 +216,7 @@ fn changed(dir: &str, name: &str, change: impl FnOnce(&mut Value)) -> TempDir {
 }
 
 fn error(dir: &Path) -> String {
-    pretrained::load::<Plain>(dir, &device::<Plain>()).err().expect("it cannot be loaded")
+    pretrained::load::<Plain>(dir, None, &device::<Plain>()).err().expect("it cannot be loaded")
 }
 
 #[test]
@@ -227,7 +228,7 @@ fn older_files_say_the_same_in_other_words() {
         config["rope_scaling"] = rope;
         config.as_object_mut().unwrap().remove("rope_parameters");
     });
-    let llama = pretrained::load(&dir.0, &device::<Plain>()).unwrap().llama;
+    let llama = pretrained::load(&dir.0, None, &device::<Plain>()).unwrap().llama;
     assert_computes(&llama, fixture("llama3/expected.json"));
 }
 
@@ -268,7 +269,7 @@ fn what_the_decoder_is_not_is_refused_by_name() {
     // A window that hides nothing.
     for (model, key, value) in [("mistral", "sliding_window", 64), ("qwen2", "sliding_window", 8)] {
         let dir = changed(&format!("wide-{model}"), model, |config| config[key] = json!(value));
-        let llama = pretrained::load(&dir.0, &device::<Plain>()).unwrap().llama;
+        let llama = pretrained::load(&dir.0, None, &device::<Plain>()).unwrap().llama;
         assert_computes(&llama, fixture(model).join("expected.json"));
     }
 }

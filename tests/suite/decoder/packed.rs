@@ -2,6 +2,8 @@
 
 use std::fs;
 
+use burn_lora::{LoraModule, Quantisation};
+
 use super::{assert_computes, changed, fixture, gguf_model::hugging_face_config, pretrained};
 use crate::{
     model::{Plain, device},
@@ -12,7 +14,7 @@ use crate::{
 fn scores_of_gguf_files_are_those_of_transformers() {
     for name in ["llama3", "qwen2", "qwen3", "packed"] {
         let loaded =
-            pretrained::load::<Plain>(&fixture(&format!("{name}.gguf")), &device::<Plain>());
+            pretrained::load::<Plain>(&fixture(&format!("{name}.gguf")), None, &device::<Plain>());
         let loaded = loaded.unwrap();
         let expected = match name {
             "packed" => fixture("packed.json"),
@@ -20,7 +22,30 @@ fn scores_of_gguf_files_are_those_of_transformers() {
         };
         assert_computes(&loaded.llama, expected);
         let stored = (name == "packed").then_some("F16, BF16, Q8_0, Q4_0, Q4_1");
-        assert_eq!(loaded.converted.as_deref(), stored, "{name}");
+        assert_eq!(loaded.stored.as_deref(), stored, "{name}");
+    }
+}
+
+#[test]
+fn linear_layers_are_held_in_few_bits() {
+    let quantised = |name: &str, to| {
+        let loaded = pretrained::load::<Plain>(&fixture(name), to, &device::<Plain>()).unwrap();
+        let layers = loaded.llama.parameters().layers.into_iter();
+        let layers = layers.filter(|it| it.quantised_bytes > 0).map(|it| it.path);
+        layers.collect::<Vec<_>>()
+    };
+    // What has few bits in the file keeps them, whatever is asked for; also the table of embeddings.
+    let stored = quantised("packed.gguf", None);
+    assert!(!stored.is_empty());
+    for name in ["packed.gguf", "llama3", "qwen2.gguf"] {
+        let nf4 = quantised(name, Some(Quantisation::Nf4));
+        let count = nf4.iter().filter(|path| path.ends_with("_proj")).count();
+        let all = pretrained::load::<Plain>(&fixture(name), None, &device::<Plain>()).unwrap();
+        assert_eq!(count, 7 * all.llama.depth(), "{name}");
+        assert!(!nf4.iter().any(|it| it == "lm_head"), "{name}: {nf4:?}");
+        if name == "packed.gguf" {
+            assert!(stored.iter().all(|path| nf4.contains(path)));
+        }
     }
 }
 
@@ -32,7 +57,7 @@ fn a_gguf_file_is_described_as_hugging_face_does_it() {
             assert_eq!(described["architectures"], config["architectures"]);
             *config = described;
         });
-        let llama = pretrained::load(&dir.0, &device::<Plain>()).unwrap().llama;
+        let llama = pretrained::load(&dir.0, None, &device::<Plain>()).unwrap().llama;
         assert_computes(&llama, fixture(name).join("expected.json"));
     }
     let error = hugging_face_config(&fixture("llama3.gguf")).unwrap_err();
@@ -43,7 +68,7 @@ fn a_gguf_file_is_described_as_hugging_face_does_it() {
 fn problem(dir: &TempDir, bytes: &[u8]) -> Option<String> {
     let path = dir.0.join("changed.gguf");
     fs::write(&path, bytes).unwrap();
-    let error = pretrained::load::<Plain>(&path, &device::<Plain>()).err()?;
+    let error = pretrained::load::<Plain>(&path, None, &device::<Plain>()).err()?;
     assert!(error.contains("changed.gguf: "), "{error}");
     Some(error)
 }
