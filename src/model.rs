@@ -3,6 +3,7 @@
 mod extract;
 mod freeze;
 mod in_full;
+mod loftq;
 mod lora;
 mod module;
 mod put_on;
@@ -151,6 +152,43 @@ pub trait LoraModule<B: Backend>: Module<B> {
         config: impl Into<QuantiseConfig>,
     ) -> Result<(Self, QuantisationReport), LoraError> {
         quantise::quantise(drawn(self), &config.into(), |_| false)
+    }
+
+    /// The model quantised, with adapters that start as what rounding took from the weights (LoftQ,
+    /// [Li et al. 2023](https://arxiv.org/abs/2310.08659)): the first output is nearer to that of the model than
+    /// without adapters.
+    ///
+    /// In each iteration the weight less the update is rounded, and the update becomes the best approximation
+    /// of what is missing, of the rank in `config`. One iteration is PEFT's default. Unlike in PEFT, the factors
+    /// are divided by the root of the scale, so that the update is right for any scale. Chosen layers that are
+    /// not quantised get fresh adapters.
+    ///
+    /// ```
+    /// use burn::{backend::{Autodiff, Flex}, nn::LinearConfig};
+    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, Quantisation};
+    ///
+    /// # fn main() -> Result<(), burn_lora::LoraError> {
+    /// type B = Autodiff<Flex>;
+    /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
+    /// let model = base.attach_loftq(Quantisation::Nf4, &LoraConfig::new(8, 16.0), 1)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for [`quantise`](Self::quantise) and [`attach`](Self::attach).
+    ///
+    /// # Panics
+    ///
+    /// If there are no iterations.
+    fn attach_loftq(
+        &self,
+        to: impl Into<QuantiseConfig>,
+        config: &LoraConfig,
+        iterations: usize,
+    ) -> Result<Lora<B, Self>, LoraError> {
+        loftq::attach(self, &to.into(), config, iterations)
     }
 
     /// The model with its quantised weights unpacked, in full and frozen: for files of other programs, say.

@@ -5,7 +5,8 @@
 //! cargo bench --bench suite --no-default-features --features flex
 //! ```
 //!
-//! Names after `--` choose parts: `-- forward train_step text workers layers growth adapters files`. `--plots
+//! Names after `--` choose parts: `-- forward train_step text quantised workers layers growth adapters
+//! files`. `--plots
 //! DIR` draws the growth and the workers.
 
 // Only a main function.
@@ -21,6 +22,7 @@ mod layers;
 mod measure;
 mod minilm;
 mod models;
+mod quantised;
 mod smollm2;
 mod text;
 mod train_step;
@@ -61,10 +63,11 @@ impl Args {
 /// A part's name, and what runs it.
 type Part = (&'static str, fn(&Args));
 
-const PARTS: [Part; 8] = [
+const PARTS: [Part; 9] = [
     ("forward", |_| forward::run()),
     ("train_step", |_| train_step::run()),
     ("text", |_| text::run()),
+    ("quantised", |_| quantised::run()),
     ("workers", |args| workers::run(args.plot("workers.svg").as_deref())),
     ("layers", |_| layers::run()),
     ("growth", |args| growth::run(args.plot("growth.svg").as_deref())),

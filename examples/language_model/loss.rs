@@ -75,8 +75,13 @@ pub fn evaluate<B: Backend>(
     let mut sum = 0.0;
     for texts in sorted.chunks(batch) {
         let rows: Vec<_> = texts.iter().map(|&text| vec![text]).collect();
-        let surprise = surprise(llama, Batch::new(llama, &rows, device));
-        sum += surprise.into_data().iter::<f64>().sum::<f64>();
+        let batch = Batch::new(llama, &rows, device);
+        let hidden = llama.hidden(batch.ids.clone(), &batch.places);
+        // In parts, because the scores of all words at all places would be the largest tensor by far.
+        for part in 0..llama.parts(&batch) {
+            let surprise = llama.loss(part, hidden.clone(), &batch);
+            sum += surprise.into_data().iter::<f64>().sum::<f64>();
+        }
     }
     let targets: usize = texts.iter().map(Text::targets).sum();
     sum / targets as f64

@@ -16,7 +16,7 @@ use burn::{
 use super::{
     cpu::Cpu,
     linear::{Fused, Layer, in_pool},
-    quantised::without_autodiff,
+    quantised::{gradient, without_autodiff},
     rows::{add_product, transposed},
 };
 use crate::quantised::Weight;
@@ -168,7 +168,7 @@ pub(super) fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
 fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Weight<K>) -> Tensor<K, 2> {
     let weight = match weight {
         Weight::Full(weight) => weight,
-        Weight::Quantised(weight) => return K::product(y, weight.dense()),
+        Weight::Quantised(weight) => return gradient(y, &weight),
     };
     let ([batch, _], [d_input, d_output]) = (y.dims(), weight.dims());
     // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to

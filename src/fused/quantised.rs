@@ -1,7 +1,7 @@
 //! Products with quantised weights, which are unpacked on the way, forwards and backwards. So nothing else
 //! than the packed weight is kept for the backward pass.
 
-use std::any::Any;
+use std::{any::Any, ops::Range};
 
 use burn::{
     backend::{
@@ -14,15 +14,16 @@ use burn::{
     },
     tensor::{DType, Tensor, TensorPrimitive, backend::Backend},
 };
+use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
     cpu::{Cpu, WAYS},
     linear::in_pool,
     node::{constant, inner, primitive, tensor},
-    rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows},
+    rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows, transposed},
 };
-use crate::quantised::{Parts, QuantisedWeight};
+use crate::quantised::{Format, Parts, QuantisedWeight};
 
 /// With at most so many rows of x, each row of the weight is used as soon as it is unpacked, and never
 /// written to memory.
@@ -64,62 +65,151 @@ pub(super) fn times_on<K: Unpacks>(x: &dyn Any, weight: &dyn Any) -> Option<Box<
 
 impl<K: Cpu> Unpacks for K {
     fn dense(weight: &QuantisedWeight<K>) -> Tensor<K, 2> {
-        let ([count, columns], device) = (weight.shape(), weight.device());
-        let mut dense = vec![0.0; count * columns];
-        unpack(weight, |unpack| {
-            if dense.len() < WORTH_THREADS_MOVED {
-                dense.chunks_exact_mut(columns).enumerate().for_each(|(row, to)| unpack(row, to));
-            } else {
-                let rows = dense.par_chunks_exact_mut(columns).with_min_len(16).enumerate();
-                rows.for_each(|(row, to)| unpack(row, to));
-            }
-        });
-        of_rows(dense, [count, columns], &device)
+        Rows::of(weight, |rows| rows.dense::<K>(0..weight.shape()[0], &weight.device()))
     }
 
     fn times(x: Tensor<K, 2>, weight: &QuantisedWeight<K>) -> Tensor<K, 2> {
         let ([batch, columns], [count, _]) = (x.dims(), weight.shape());
-        if batch > FEW {
+        if batch <= FEW {
+            return times_few(x, weight);
+        }
+        let panels = panels(count, columns);
+        if panels.len() == 1 {
             return in_pool(batch, [columns, count], || K::product(x, weight.dense().transpose()));
         }
-        let device = x.device();
-        let x = row_by_row(x);
-        let x = rows::<K>(&x);
-        let mut outputs = vec![0.0; count * batch];
-        unpack(weight, |unpack| {
-            let chunks = outputs.par_chunks_mut(16 * batch).enumerate();
-            chunks.for_each(|(chunk, outputs)| {
-                let mut numbers = vec![0.0; columns];
-                for (place, outputs) in outputs.chunks_exact_mut(batch).enumerate() {
-                    unpack(16 * chunk + place, &mut numbers);
+        let (device, mut y) = (x.device(), vec![0.0; batch * count]);
+        Rows::of(weight, |unpacked| {
+            for panel in panels {
+                let part = unpacked.dense::<K>(panel.clone(), &device).transpose();
+                let size = [columns, panel.len()];
+                let part = in_pool(batch, size, || K::product(x.clone(), part));
+                let part = row_by_row(part);
+                let parts = rows::<K>(&part).chunks_exact(panel.len());
+                for (y, part) in y.chunks_exact_mut(count).zip(parts) {
+                    y[panel.clone()].copy_from_slice(part);
+                }
+            }
+        });
+        of_rows(y, [batch, count], &device)
+    }
+}
+
+/// The rows of a large matrix, in parts that are unpacked one after the other. So a table of embeddings is
+/// never there as a whole.
+fn panels(rows: usize, columns: usize) -> Vec<Range<usize>> {
+    /// The most numbers that are unpacked at once.
+    const NUMBERS: usize = 1 << 22;
+
+    let size = (NUMBERS / columns).max(1);
+    (0..rows).step_by(size).map(|start| start..rows.min(start + size)).collect()
+}
+
+/// The rows that a thread unpacks at once.
+const TAKEN: usize = 16;
+
+/// `x·Wᵀ` for few rows of x: each row of the weight is used as soon as it is unpacked.
+fn times_few<K: Cpu>(x: Tensor<K, 2>, weight: &QuantisedWeight<K>) -> Tensor<K, 2> {
+    let ([batch, columns], [count, _], device) = (x.dims(), weight.shape(), x.device());
+    let x = row_by_row(x);
+    let x = rows::<K>(&x);
+    let mut outputs = vec![0.0; count * batch];
+    Rows::of(weight, |unpacked| {
+        outputs.par_chunks_mut(TAKEN * batch).enumerate().for_each(|(chunk, outputs)| {
+            let mut numbers = vec![0.0; columns];
+            Arch::new().dispatch(|| {
+                for (row, outputs) in (TAKEN * chunk..).zip(outputs.chunks_exact_mut(batch)) {
+                    unpacked.unpack(row, &mut numbers);
                     for (output, x) in outputs.iter_mut().zip(x.chunks_exact(columns)) {
                         *output = dot(x, &numbers);
                     }
                 }
             });
         });
-        let y = of_rows::<K, 2>(outputs, [count, batch], &device);
-        if batch == 1 { y.reshape([1, count]) } else { super::rows::transposed(y) }
+    });
+    let y = of_rows::<K, 2>(outputs, [count, batch], &device);
+    if batch == 1 { y.reshape([1, count]) } else { transposed(y) }
+}
+
+/// `dy·W`: `[batch, rows]` to `[batch, columns]`.
+pub(super) fn gradient<K: Cpu>(dy: Tensor<K, 2>, weight: &QuantisedWeight<K>) -> Tensor<K, 2> {
+    let ([batch, _], [count, columns], device) = (dy.dims(), weight.shape(), dy.device());
+    Rows::of(weight, |rows| {
+        let products = panels(count, columns).into_iter().map(|panel| {
+            let dense = rows.dense::<K>(panel.clone(), &device);
+            let dy = dy.clone().narrow(1, panel.start, panel.len());
+            in_pool(batch, [panel.len(), columns], || K::product(dy, dense))
+        });
+        products.reduce(|sum, product| sum + product).expect("there is a row")
+    })
+}
+
+/// The rows of a matrix, to be unpacked one by one.
+struct Rows<'a> {
+    format: Format,
+    bytes: &'a [u8],
+    scales: &'a [f32],
+    minima: Option<&'a [f32]>,
+    columns: usize,
+    /// The blocks of a row.
+    blocks: usize,
+}
+
+impl Rows<'_> {
+    /// What `work` returns for the rows of the matrix.
+    fn of<K: Cpu, R>(weight: &QuantisedWeight<K>, work: impl FnOnce(&Rows) -> R) -> R {
+        let Parts { format, codes, scales, minima } = weight.parts();
+        let ([_, columns], [_, blocks]) = (weight.shape(), scales.dims());
+        let codes = codes.into_primitive();
+        let words = K::words(&codes).expect("they are row by row, as they were made or selected");
+        let (scales, minima) = (row_by_row(scales), minima.map(row_by_row));
+        let bytes = bytemuck::cast_slice(words);
+        let (scales, minima) = (rows::<K>(&scales), minima.as_ref().map(rows::<K>));
+        work(&Rows { format, bytes, scales, minima, columns, blocks })
+    }
+
+    #[inline(always)]
+    fn unpack(&self, row: usize, numbers: &mut [f32]) {
+        let size = self.format.row_bytes(self.columns);
+        let bytes = &self.bytes[row * size..][..size];
+        let blocks = row * self.blocks..(row + 1) * self.blocks;
+        let minima = self.minima.map(|it| &it[blocks.clone()]);
+        self.format.unpack(bytes, &self.scales[blocks], minima, numbers);
+    }
+
+    /// Some of the rows, unpacked.
+    fn dense<K: Cpu>(&self, rows: Range<usize>, device: &K::Device) -> Tensor<K, 2> {
+        let columns = self.columns;
+        let mut dense = vec![0.0; rows.len() * columns];
+        let unpack = |(chunk, numbers): (usize, &mut [f32])| {
+            Arch::new().dispatch(|| {
+                let start = rows.start + TAKEN * chunk;
+                for (row, numbers) in (start..).zip(numbers.chunks_exact_mut(columns)) {
+                    self.unpack(row, numbers);
+                }
+            });
+        };
+        match dense.len() < WORTH_THREADS_MOVED {
+            true => dense.chunks_mut(TAKEN * columns).enumerate().for_each(unpack),
+            false => dense.par_chunks_mut(TAKEN * columns).enumerate().for_each(unpack),
+        }
+        of_rows(dense, [rows.len(), columns], device)
     }
 }
 
-/// Calls `work` with a function that unpacks a row of the matrix.
-fn unpack<K: Cpu>(
-    weight: &QuantisedWeight<K>,
-    work: impl FnOnce(&(dyn Fn(usize, &mut [f32]) + Sync)),
-) {
-    let Parts { format, codes, scales, minima } = weight.parts();
-    let ([count, blocks], codes) = (scales.dims(), codes.into_primitive());
-    let words = K::words(&codes).expect("the words are row by row, as they were made or selected");
-    let bytes: &[u8] = bytemuck::cast_slice(words);
-    let (scales, minima) = (row_by_row(scales), minima.map(row_by_row));
-    let (scales, minima) = (rows::<K>(&scales), minima.as_ref().map(rows::<K>));
-    let row_bytes = bytes.len() / count;
-    work(&|row, numbers| {
-        let bytes = &bytes[row * row_bytes..][..row_bytes];
-        let of_row = row * blocks..(row + 1) * blocks;
-        format.unpack(bytes, &scales[of_row.clone()], minima.map(|it| &it[of_row]), numbers);
-    });
+/// The sum of the products, in as many sums as the processor adds at once.
+#[inline(always)]
+fn dot(left: &[f32], right: &[f32]) -> f32 {
+    const LANES: usize = 32;
+    let mut sums = [0.0; LANES];
+    let (left, left_rest) = left.as_chunks::<LANES>();
+    let (right, right_rest) = right.as_chunks::<LANES>();
+    for (left, right) in left.iter().zip(right) {
+        for ((sum, left), right) in sums.iter_mut().zip(left).zip(right) {
+            *sum += left * right;
+        }
+    }
+    let rest: f32 = left_rest.iter().zip(right_rest).map(|(left, right)| left * right).sum();
+    sums.iter().sum::<f32>() + rest
 }
 
 #[derive(Debug)]
@@ -130,10 +220,7 @@ impl<K: Cpu> Backward<K, 1> for ProductNode {
 
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let weight = ops.state;
-        unary::<K, _>(ops.parents, ops.node, grads, |dy| {
-            let dy: Tensor<K, 2> = tensor(dy);
-            primitive(in_pool(dy.dims()[0], weight.shape(), || K::product(dy, weight.dense())))
-        });
+        unary::<K, _>(ops.parents, ops.node, grads, |dy| primitive(gradient(tensor(dy), &weight)));
     }
 }
 
@@ -159,19 +246,4 @@ pub(super) fn without_autodiff<K: Cpu, C: CheckpointStrategy>(
     weight
         .clone()
         .carried(|float| inner(&float), |int| Tensor::from_primitive(int.into_primitive()))
-}
-
-/// The sum of the products, in as many sums as the processor adds at once.
-fn dot(left: &[f32], right: &[f32]) -> f32 {
-    const LANES: usize = 16;
-    let mut sums = [0.0; LANES];
-    let (left, left_rest) = left.as_chunks::<LANES>();
-    let (right, right_rest) = right.as_chunks::<LANES>();
-    for (left, right) in left.iter().zip(right) {
-        for ((sum, left), right) in sums.iter_mut().zip(left).zip(right) {
-            *sum += left * right;
-        }
-    }
-    let rest: f32 = left_rest.iter().zip(right_rest).map(|(left, right)| left * right).sum();
-    sums.iter().sum::<f32>() + rest
 }

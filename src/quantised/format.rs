@@ -89,25 +89,25 @@ impl Format {
     }
 
     /// Unpacks a row into `numbers`. There is a scale for each block and, in some formats, a smallest number.
+    ///
+    /// It is always inlined, so that a caller that is compiled for wide vectors unpacks with these.
+    #[inline(always)]
     pub fn unpack(self, bytes: &[u8], scales: &[f32], minima: Option<&[f32]>, numbers: &mut [f32]) {
         // Each arm is compiled by itself, so that the loop over the bytes has no decision left in it.
         match (self.levels(), minima) {
             (Levels::Of(levels), _) => {
-                self.unpack_by(bytes, scales, numbers, |code, block| {
-                    levels[usize::from(code & 15)] * scales[block]
-                });
+                let number = |code: u8, scale: f32, _| levels[usize::from(code & 15)] * scale;
+                self.unpack_by(bytes, scales, None, numbers, number);
             }
             (Levels::Minus(zero), None) => {
                 let zero = f32::from(zero);
-                self.unpack_by(bytes, scales, numbers, |code, block| {
-                    (f32::from(code) - zero) * scales[block]
-                });
+                let number = |code: u8, scale: f32, _| (f32::from(code) - zero) * scale;
+                self.unpack_by(bytes, scales, None, numbers, number);
             }
-            (Levels::Minus(zero), Some(minima)) => {
+            (Levels::Minus(zero), minima) => {
                 let zero = f32::from(zero);
-                self.unpack_by(bytes, scales, numbers, |code, block| {
-                    (f32::from(code) - zero) * scales[block] + minima[block]
-                });
+                let number = |code: u8, scale: f32, least| (f32::from(code) - zero) * scale + least;
+                self.unpack_by(bytes, scales, minima, numbers, number);
             }
         }
     }
@@ -117,36 +117,54 @@ impl Format {
         self,
         bytes: &[u8],
         scales: &[f32],
+        minima: Option<&[f32]>,
         numbers: &mut [f32],
-        number: impl Fn(u8, usize) -> f32,
+        number: impl Fn(u8, f32, f32) -> f32,
     ) {
-        let (size, block_bytes, packs_two) = (self.block(), self.block_bytes(), self.bits() == 4);
-        let unpack = |block: usize, bytes: &[u8], numbers: &mut [f32]| match packs_two {
-            false => {
-                for (to, &code) in numbers.iter_mut().zip(bytes) {
-                    *to = number(code, block);
+        let (size, packs_two) = (self.block(), self.bits() == 4);
+        let blocks = numbers.chunks_mut(size).zip(bytes.chunks_exact(self.block_bytes()));
+        for (block, (numbers, bytes)) in blocks.enumerate() {
+            let (scale, least) = (scales[block], minima.map_or(0.0, |it| it[block]));
+            let number = |code| number(code, scale, least);
+            match (packs_two, numbers.len() == size) {
+                (false, _) => bytes_to_numbers(bytes, numbers, number),
+                (true, true) => halves_to_numbers(bytes, numbers, number),
+                (true, false) => {
+                    let mut whole = [0.0; 64];
+                    halves_to_numbers(bytes, &mut whole[..size], number);
+                    numbers.copy_from_slice(&whole[..numbers.len()]);
                 }
             }
-            true => {
-                let groups = numbers.chunks_exact_mut(2 * APART).zip(bytes.chunks_exact(APART));
-                for (numbers, bytes) in groups {
-                    let (lower, upper) = numbers.split_at_mut(APART);
-                    for ((lower, upper), &byte) in lower.iter_mut().zip(upper).zip(bytes) {
-                        *lower = number(byte & 15, block);
-                        *upper = number(byte >> 4, block);
-                    }
-                }
-            }
-        };
-        let blocks = numbers.chunks_mut(size).zip(bytes.chunks_exact(block_bytes));
-        for (block, (numbers, bytes)) in blocks.enumerate().take(scales.len()) {
-            if numbers.len() == size {
-                unpack(block, bytes, numbers);
-            } else {
-                let mut whole = [0.0; 64];
-                unpack(block, bytes, &mut whole[..size]);
-                numbers.copy_from_slice(&whole[..numbers.len()]);
-            }
+        }
+    }
+}
+
+/// The numbers of codes of 8 bits, in groups whose size the compiler knows.
+#[inline(always)]
+fn bytes_to_numbers(bytes: &[u8], numbers: &mut [f32], number: impl Fn(u8) -> f32) {
+    let (groups, rest) = numbers.as_chunks_mut::<APART>();
+    let (codes, rest_codes) = bytes.as_chunks::<APART>();
+    for (numbers, codes) in groups.iter_mut().zip(codes) {
+        for (to, &code) in numbers.iter_mut().zip(codes) {
+            *to = number(code);
+        }
+    }
+    // In a row that ends within a group, the codes go on.
+    let rest_codes = codes.get(groups.len()).map_or(rest_codes, |it| it);
+    for (to, &code) in rest.iter_mut().zip(rest_codes) {
+        *to = number(code);
+    }
+}
+
+/// The same of codes of 4 bits, in whole groups.
+#[inline(always)]
+fn halves_to_numbers(bytes: &[u8], numbers: &mut [f32], number: impl Fn(u8) -> f32) {
+    let groups = numbers.as_chunks_mut::<{ 2 * APART }>().0.iter_mut();
+    for (numbers, bytes) in groups.zip(bytes.as_chunks::<APART>().0) {
+        let (lower, upper) = numbers.split_at_mut(APART);
+        for ((lower, upper), &byte) in lower.iter_mut().zip(upper).zip(bytes) {
+            *lower = number(byte & 15);
+            *upper = number(byte >> 4);
         }
     }
 }

@@ -17,7 +17,7 @@ use burn::{
 };
 use burn_lora::{
     Init, Lora, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding,
-    LoraMhaInput, LoraModule, LoraMultiHeadAttention,
+    LoraMhaInput, LoraModule, LoraMultiHeadAttention, Quantisation,
 };
 use burn_store::{ModuleSnapshot, SafetensorsStore};
 
@@ -59,6 +59,27 @@ impl Family for Mlps {
 
     fn loss<B: Backend>(model: &Mlp<B>) -> Tensor<B, 1> {
         model.forward(Matrix::random(10, 6, 5).tensor([10, 6], &device::<B>())).sin().sum()
+    }
+}
+
+/// The same on a base in 4 bits.
+struct Quantised;
+
+impl Family for Quantised {
+    type Model<B: Backend> = Mlp<B>;
+
+    const ADAPTERS: usize = Mlps::ADAPTERS;
+
+    fn new<B: Backend>(device: &B::Device) -> Mlp<B> {
+        Mlps::new::<B>(device).quantise(Quantisation::Nf4).unwrap().0
+    }
+
+    fn config() -> LoraConfig {
+        Mlps::config()
+    }
+
+    fn loss<B: Backend>(model: &Mlp<B>) -> Tensor<B, 1> {
+        Mlps::loss(model)
     }
 }
 
@@ -272,6 +293,12 @@ fn every_pair_of_trips_after_first_use() {
 fn every_pair_of_trips_of_every_layer() {
     let zoo = Zoos::new::<Train>(&device::<Train>()).attach(&Zoos::config()).unwrap();
     check_pairs::<Zoos>(zoo, 2);
+}
+
+#[test]
+fn every_pair_of_trips_on_a_quantised_base() {
+    let base = Quantised::new::<Train>(&device::<Train>());
+    check_pairs::<Quantised>(base.attach(&Quantised::config()).unwrap(), 2);
 }
 
 #[test]

@@ -9,7 +9,7 @@ use burn::{
 };
 use burn_lora::{
     GgufType, Init, LoraConfig, LoraEmbedding, LoraError, LoraLinear, LoraMhaInput, LoraModule,
-    LoraMultiHeadAttention, Quantisation, QuantiseConfig, QuantisedWeight,
+    LoraMultiHeadAttention, Quantisation, QuantiseConfig, QuantisedWeight, Scaling,
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -403,4 +403,40 @@ fn a_layer_says_what_it_holds() {
     let table = LoraEmbedding::from(EmbeddingConfig::new(5, 64).init::<Plain>(&device::<Plain>()));
     let (table, _) = table.quantise(Quantisation::Nf4).unwrap();
     assert_eq!(table.quantised().unwrap().num_bytes(), 5 * 64 / 2 + 256 + 4);
+}
+
+#[test]
+fn loftq_starts_nearer_to_the_base() {
+    let base = linear::<Train>([130, 40], true, 3);
+    let x: Tensor<Train, 2> = random([6, 130], 2);
+    let expected = base.forward(x.clone()).inner();
+    let error = |layer: &LoraLinear<Train>| {
+        let error = (layer.forward(x.clone()).inner() - expected.clone()).square().sum();
+        f64::from(error.into_scalar()).sqrt()
+    };
+    let (rounded, _) = base.quantise(Quantisation::Nf4).unwrap();
+    for scale in [1.0, 0.25, -3.0] {
+        let config = LoraConfig::new(8, scale).with_scaling(Scaling::Alpha).with_bias(true);
+        let [once, often] =
+            [1, 5].map(|it| base.attach_loftq(Quantisation::Nf4, &config, it).unwrap());
+        // For weights without structure the largest 8 of 40 singular values are about half of the error.
+        assert!(error(&once) < 0.9 * error(&rounded), "{} {}", error(&once), error(&rounded));
+        assert!(error(&often) < error(&once), "{} {}", error(&often), error(&once));
+        assert_eq!(often.adapter().unwrap().scale(), scale);
+
+        // The update is the best approximation of what is missing: its residual has no larger part along it.
+        let adapter = once.adapter().unwrap();
+        let weight = rounded.quantised().unwrap().dense().transpose();
+        assert_identical(
+            once.quantised().unwrap().dense().transpose().inner(),
+            weight.clone().inner(),
+        );
+        let missing = base.base.weight.val().inner() - weight.inner();
+        let rest = missing.clone() - adapter.delta().inner();
+        let norm = |it: Tensor<Plain, 2>| f64::from(it.square().sum().into_scalar());
+        let update = norm(adapter.delta().inner());
+        let gap = norm(missing) - update - norm(rest);
+        assert!(gap.abs() < 1e-4 * update, "{gap}");
+        assert_eq!(once.parameters().trainable, 8 * (130 + 40) + 40);
+    }
 }

@@ -1,0 +1,58 @@
+//! Adapters that start as what rounding took from the weights.
+
+use burn::{
+    module::{Module, Param},
+    tensor::{ElementConversion, Tensor, backend::Backend},
+};
+
+use super::{Lora, LoraModule, QuantiseConfig};
+use crate::{
+    adapter::{LoraAdapter, frozen},
+    config::LoraConfig,
+    error::LoraError,
+};
+
+pub(super) fn attach<B: Backend, M: Module<B>>(
+    model: &M,
+    to: &QuantiseConfig,
+    config: &LoraConfig,
+    iterations: usize,
+) -> Result<Lora<B, M>, LoraError> {
+    assert!(iterations > 0, "LoftQ needs at least one iteration, got 0");
+    // The updates alone: what trains in full is put on by `attach`.
+    let alone = LoraConfig { modules_to_save: Vec::new(), ..config.clone() };
+    let (mut quantised, _) = model.quantise(to.clone())?;
+    let mut updates = quantised.extract(model, &alone)?.adapters;
+    for _ in 1..iterations {
+        let rest = model.switch(&updates.scaled(-1.0))?.merge()?;
+        quantised = rest.quantise(to.clone())?.0;
+        updates = quantised.extract(model, &alone)?.adapters;
+    }
+    let lora = quantised.attach(config)?;
+    Ok(lora.change_layers(move |path, layer| {
+        let (Some(adapter), Some(update)) = (layer.adapter(), updates.get(path)) else { return };
+        let (adapter, update) = (adapter.clone(), update.clone());
+        let is_zero = |factor: &Param<Tensor<B, 2>>| {
+            factor.val().abs().max().into_scalar().elem::<f64>() == 0.0
+        };
+        // Two factors of zero would never learn.
+        if !is_zero(&update.a) {
+            layer.set_adapter(Some(started(adapter, &update)));
+        }
+    }))
+}
+
+/// The adapter with the factors of `update`, whose scale is 1, divided so that its own scale gives the same.
+fn started<B: Backend>(adapter: LoraAdapter<B>, update: &LoraAdapter<B>) -> LoraAdapter<B> {
+    let scale = adapter.scale();
+    let root = scale.abs().sqrt();
+    let put = |param: Param<Tensor<B, 2>>, value: &Param<Tensor<B, 2>>, by: f64| {
+        let value = frozen(value).div_scalar(by);
+        param.map(|it| value.set_require_grad(it.is_require_grad()))
+    };
+    LoraAdapter {
+        a: put(adapter.a, &update.a, root),
+        b: put(adapter.b, &update.b, root * scale.signum()),
+        ..adapter
+    }
+}
