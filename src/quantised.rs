@@ -18,12 +18,14 @@ use burn::{
 };
 
 use crate::error::LoraError;
-use doubled::Doubled;
 use format::{APART, Levels};
 use half::f16;
 use pack::{Packed, pack};
 use words::{bytes, to_words};
 
+pub(crate) use doubled::Doubled;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+pub(crate) use doubled::unpack as unpack_scales;
 pub(crate) use format::Format;
 pub use pack::Quantisation;
 pub(crate) use weight::Weight;
@@ -49,7 +51,7 @@ pub struct QuantisedWeight<B: Backend> {
 
 /// The scales of all blocks.
 #[derive(Clone, Debug)]
-enum Scales<B: Backend> {
+pub(crate) enum Scales<B: Backend> {
     /// `[rows, blocks]`.
     Full(Tensor<B, 2>),
     /// Quantised in turn.
@@ -261,8 +263,8 @@ impl<B: Backend> QuantisedWeight<B> {
     /// The parts from which a CPU backend unpacks a matrix by itself.
     #[cfg(any(feature = "flex", feature = "ndarray"))]
     pub(crate) fn parts(&self) -> Parts<B> {
-        let (codes, minima) = (self.codes.clone(), self.minima.clone());
-        Parts { format: self.format, codes, scales: self.scales(), minima }
+        let (codes, scales) = (self.codes.clone(), self.scales.clone());
+        Parts { format: self.format, codes, scales, minima: self.minima.clone() }
     }
 }
 
@@ -298,8 +300,8 @@ pub(crate) struct Parts<B: Backend> {
     pub format: Format,
     /// `[rows, words]`.
     pub codes: Tensor<B, 2, Int>,
-    /// `[rows, blocks]`, as are `minima`.
-    pub scales: Tensor<B, 2>,
+    pub scales: Scales<B>,
+    /// `[rows, blocks]`.
     pub minima: Option<Tensor<B, 2>>,
 }
 

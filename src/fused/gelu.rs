@@ -18,7 +18,6 @@ use burn::{
     },
     tensor::{DType, Tensor, TensorPrimitive, backend::Backend},
 };
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
@@ -110,13 +109,11 @@ impl<K: Cpu, C: CheckpointStrategy> Gelu for Autodiff<K, C> {
 /// Runs `work` on blocks of both slices, on several threads if they are long.
 fn in_blocks(output: &mut [f32], input: &[f32], work: impl Fn(&mut [f32], &[f32]) + Sync) {
     const BLOCK: usize = 1 << 14;
-    let work = |(output, input): (&mut [f32], &[f32])| {
-        Arch::new().dispatch(|| work(output, input));
-    };
     if output.len() < WORTH_THREADS_MOVED {
-        return work((output, input));
+        return work(output, input);
     }
-    output.par_chunks_mut(BLOCK).zip(input.par_chunks(BLOCK)).for_each(work);
+    let blocks = output.par_chunks_mut(BLOCK).zip(input.par_chunks(BLOCK));
+    blocks.for_each(|(output, input)| work(output, input));
 }
 
 /// The standard normal distribution at one number.

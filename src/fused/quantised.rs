@@ -12,9 +12,8 @@ use burn::{
             ops::{Backward, Ops, OpsKind, unary},
         },
     },
-    tensor::{DType, Tensor, TensorPrimitive, backend::Backend},
+    tensor::{DType, Tensor, TensorPrimitive, backend::Backend, ops::IntTensor},
 };
-use pulp::Arch;
 use rayon::prelude::*;
 
 use super::{
@@ -23,7 +22,7 @@ use super::{
     node::{constant, inner, primitive, tensor},
     rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows, transposed},
 };
-use crate::quantised::{Format, Parts, QuantisedWeight};
+use crate::quantised::{Doubled, Format, Parts, QuantisedWeight, Scales, unpack_scales};
 
 /// With at most so many rows of x, each row of the weight is used as soon as it is unpacked, and never
 /// written to memory.
@@ -116,14 +115,12 @@ fn times_few<K: Cpu>(x: Tensor<K, 2>, weight: &QuantisedWeight<K>) -> Tensor<K, 
     Rows::of(weight, |unpacked| {
         outputs.par_chunks_mut(TAKEN * batch).enumerate().for_each(|(chunk, outputs)| {
             let mut numbers = vec![0.0; columns];
-            Arch::new().dispatch(|| {
-                for (row, outputs) in (TAKEN * chunk..).zip(outputs.chunks_exact_mut(batch)) {
-                    unpacked.unpack(row, &mut numbers);
-                    for (output, x) in outputs.iter_mut().zip(x.chunks_exact(columns)) {
-                        *output = dot(x, &numbers);
-                    }
+            for (row, outputs) in (TAKEN * chunk..).zip(outputs.chunks_exact_mut(batch)) {
+                unpacked.unpack(row, &mut numbers);
+                for (output, x) in outputs.iter_mut().zip(x.chunks_exact(columns)) {
+                    *output = dot(x, &numbers);
                 }
-            });
+            }
         });
     });
     let y = of_rows::<K, 2>(outputs, [count, batch], &device);
@@ -158,16 +155,22 @@ impl Rows<'_> {
     /// What `work` returns for the rows of the matrix.
     fn of<K: Cpu, R>(weight: &QuantisedWeight<K>, work: impl FnOnce(&Rows) -> R) -> R {
         let Parts { format, codes, scales, minima } = weight.parts();
-        let ([_, columns], [_, blocks]) = (weight.shape(), scales.dims());
-        let codes = codes.into_primitive();
-        let words = K::words(&codes).expect("they are row by row, as they were made or selected");
-        let (scales, minima) = (row_by_row(scales), minima.map(row_by_row));
-        let bytes = bytemuck::cast_slice(words);
-        let (scales, minima) = (rows::<K>(&scales), minima.as_ref().map(rows::<K>));
-        work(&Rows { format, bytes, scales, minima, columns, blocks })
+        let [_, columns] = weight.shape();
+        let (codes, minima) = (codes.into_primitive(), minima.map(row_by_row));
+        let (bytes, minima) = (bytes_of::<K>(&codes), minima.as_ref().map(rows::<K>));
+        let work = |scales: &[f32]| {
+            let blocks = columns.div_ceil(format.block());
+            work(&Rows { format, bytes, scales, minima, columns, blocks })
+        };
+        match scales {
+            Scales::Full(scales) => work(rows::<K>(&row_by_row(scales))),
+            Scales::Doubled(Doubled { codes, scales, offset }) => {
+                let codes = codes.into_primitive();
+                work(&unpack_scales(bytes_of::<K>(&codes), rows::<K>(&row_by_row(scales)), offset))
+            }
+        }
     }
 
-    #[inline(always)]
     fn unpack(&self, row: usize, numbers: &mut [f32]) {
         let size = self.format.row_bytes(self.columns);
         let bytes = &self.bytes[row * size..][..size];
@@ -181,12 +184,10 @@ impl Rows<'_> {
         let columns = self.columns;
         let mut dense = vec![0.0; rows.len() * columns];
         let unpack = |(chunk, numbers): (usize, &mut [f32])| {
-            Arch::new().dispatch(|| {
-                let start = rows.start + TAKEN * chunk;
-                for (row, numbers) in (start..).zip(numbers.chunks_exact_mut(columns)) {
-                    self.unpack(row, numbers);
-                }
-            });
+            let start = rows.start + TAKEN * chunk;
+            for (row, numbers) in (start..).zip(numbers.chunks_exact_mut(columns)) {
+                self.unpack(row, numbers);
+            }
         };
         match dense.len() < WORTH_THREADS_MOVED {
             true => dense.chunks_mut(TAKEN * columns).enumerate().for_each(unpack),
@@ -196,8 +197,13 @@ impl Rows<'_> {
     }
 }
 
+/// The bytes of words, in their order.
+fn bytes_of<K: Cpu>(words: &IntTensor<K>) -> &[u8] {
+    let words = K::words(words).expect("they are row by row, as they were made or selected");
+    bytemuck::cast_slice(words)
+}
+
 /// The sum of the products, in as many sums as the processor adds at once.
-#[inline(always)]
 fn dot(left: &[f32], right: &[f32]) -> f32 {
     const LANES: usize = 32;
     let mut sums = [0.0; LANES];

@@ -1,5 +1,7 @@
 //! Scales that are quantised in turn.
 
+use std::sync::LazyLock;
+
 use burn::tensor::{DType, Int, Tensor, TensorData, backend::Backend};
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +16,7 @@ const GROUP: usize = 256;
 /// Scales in 8 bits ("double quantisation", Dettmers et al. 2023): their differences from the mean, in groups
 /// that share a scale in `f32`.
 #[derive(Clone, Debug)]
-pub(super) struct Doubled<B: Backend> {
+pub(crate) struct Doubled<B: Backend> {
     /// Four codes in each word, and the last group filled up: `[groups, words]`.
     pub codes: Tensor<B, 2, Int>,
     /// `[groups, 1]`.
@@ -24,7 +26,7 @@ pub(super) struct Doubled<B: Backend> {
 
 /// What is subtracted before the scales are quantised, and how many scales there are.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(super) struct Offset {
+pub(crate) struct Offset {
     pub mean: f32,
     pub count: usize,
 }
@@ -34,12 +36,12 @@ impl<B: Backend> Doubled<B> {
         let count = scales.len();
         let sum: f64 = scales.iter().copied().map(f64::from).sum();
         let mean = (sum / count.max(1) as f64) as f32;
-        let levels = levels();
+        let levels = &*LEVELS;
         let (mut codes, mut largest) = (Vec::new(), Vec::new());
         for group in scales.chunks(GROUP) {
             let differences = group.iter().map(|it| it - mean);
             let scale = differences.clone().fold(0.0_f32, |scale, it| scale.max(it.abs()));
-            codes.extend(differences.map(|it| nearest(&levels, ratio(it, scale))));
+            codes.extend(differences.map(|it| nearest(levels, ratio(it, scale))));
             largest.push(scale);
         }
         codes.resize(count.next_multiple_of(GROUP), 0);
@@ -54,7 +56,7 @@ impl<B: Backend> Doubled<B> {
     /// The scales again, about: `[count]`.
     pub fn dense(&self) -> Tensor<B, 1> {
         let (Offset { mean, count }, device) = (self.offset, self.scales.device());
-        let levels = TensorData::new(levels().to_vec(), [GROUP]);
+        let levels = TensorData::new(LEVELS.clone(), [GROUP]);
         let levels = Tensor::<B, 1>::from_data(levels, (&device, DType::F32));
         let groups = self.scales.dims()[0];
         let codes = bytes(self.codes.clone().reshape([groups * GROUP / 4]));
@@ -64,9 +66,20 @@ impl<B: Backend> Doubled<B> {
     }
 }
 
+/// The scales again, from the bytes of the codes and the scales of the groups.
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+pub(crate) fn unpack(codes: &[u8], scales: &[f32], offset: Offset) -> Vec<f32> {
+    let Offset { mean, count } = offset;
+    let groups = codes.chunks_exact(GROUP).zip(scales);
+    let numbers = groups.flat_map(|(codes, scale)| {
+        codes.iter().map(move |&code| LEVELS[usize::from(code)] * scale + mean)
+    });
+    numbers.take(count).collect()
+}
+
 /// The 256 levels that bitsandbytes calls dynamic, in ascending order. They lie in seven decades, each with
 /// twice as many as the one below it.
-fn levels() -> Vec<f32> {
+static LEVELS: LazyLock<Vec<f32>> = LazyLock::new(|| {
     let mut levels = vec![0.0, 1.0];
     for decade in 0..7_i32 {
         let count = 1 << decade;
@@ -78,4 +91,4 @@ fn levels() -> Vec<f32> {
     }
     levels.sort_by(f32::total_cmp);
     levels
-}
+});

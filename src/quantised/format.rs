@@ -89,9 +89,6 @@ impl Format {
     }
 
     /// Unpacks a row into `numbers`. There is a scale for each block and, in some formats, a smallest number.
-    ///
-    /// It is always inlined, so that a caller that is compiled for wide vectors unpacks with these.
-    #[inline(always)]
     pub fn unpack(self, bytes: &[u8], scales: &[f32], minima: Option<&[f32]>, numbers: &mut [f32]) {
         // Each arm is compiled by itself, so that the loop over the bytes has no decision left in it.
         match (self.levels(), minima) {
@@ -139,19 +136,17 @@ impl Format {
     }
 }
 
-/// The numbers of codes of 8 bits, in groups whose size the compiler knows.
+/// The numbers of codes of 8 bits. Whole groups are computed before they are written, which the compiler does
+/// with vectors.
 #[inline(always)]
 fn bytes_to_numbers(bytes: &[u8], numbers: &mut [f32], number: impl Fn(u8) -> f32) {
     let (groups, rest) = numbers.as_chunks_mut::<APART>();
-    let (codes, rest_codes) = bytes.as_chunks::<APART>();
+    let codes = bytes.as_chunks::<APART>().0;
     for (numbers, codes) in groups.iter_mut().zip(codes) {
-        for (to, &code) in numbers.iter_mut().zip(codes) {
-            *to = number(code);
-        }
+        *numbers = group(codes, &number);
     }
     // In a row that ends within a group, the codes go on.
-    let rest_codes = codes.get(groups.len()).map_or(rest_codes, |it| it);
-    for (to, &code) in rest.iter_mut().zip(rest_codes) {
+    for (to, &code) in rest.iter_mut().zip(codes.get(groups.len()).into_iter().flatten()) {
         *to = number(code);
     }
 }
@@ -162,9 +157,18 @@ fn halves_to_numbers(bytes: &[u8], numbers: &mut [f32], number: impl Fn(u8) -> f
     let groups = numbers.as_chunks_mut::<{ 2 * APART }>().0.iter_mut();
     for (numbers, bytes) in groups.zip(bytes.as_chunks::<APART>().0) {
         let (lower, upper) = numbers.split_at_mut(APART);
-        for ((lower, upper), &byte) in lower.iter_mut().zip(upper).zip(bytes) {
-            *lower = number(byte & 15);
-            *upper = number(byte >> 4);
-        }
+        lower.copy_from_slice(&group(bytes, |byte| number(byte & 15)));
+        upper.copy_from_slice(&group(bytes, |byte| number(byte >> 4)));
     }
+}
+
+/// A number for each byte.
+#[inline(always)]
+fn group(bytes: &[u8; APART], number: impl Fn(u8) -> f32) -> [f32; APART] {
+    // `map` of arrays is not always inlined, and then much slower.
+    let mut numbers = [0.0; APART];
+    for (to, &byte) in numbers.iter_mut().zip(bytes) {
+        *to = number(byte);
+    }
+    numbers
 }
