@@ -1,5 +1,7 @@
 //! Weights that are held in 4 or 8 bits, and multiplied as if they were not.
 
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod dot;
 mod doubled;
 mod format;
 mod pack;
@@ -23,6 +25,8 @@ use half::f16;
 use pack::{Packed, pack};
 use words::{bytes, to_words};
 
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+pub(crate) use dot::Dot;
 pub(crate) use doubled::Doubled;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 pub(crate) use doubled::unpack as unpack_scales;

@@ -22,10 +22,10 @@ use super::{
     node::{constant, inner, primitive, tensor},
     rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows, transposed},
 };
-use crate::quantised::{Doubled, Format, Parts, QuantisedWeight, Scales, unpack_scales};
+use crate::quantised::{Dot, Doubled, Format, Parts, QuantisedWeight, Scales, unpack_scales};
 
-/// With at most so many rows of x, each row of the weight is used as soon as it is unpacked, and never
-/// written to memory.
+/// At most so many rows of x are multiplied without unpacking the weight to memory. The products are added in
+/// another order then.
 const FEW: usize = 4;
 
 /// The numbers of the matrix; `None` on other backends.
@@ -106,19 +106,20 @@ fn panels(rows: usize, columns: usize) -> Vec<Range<usize>> {
 /// The rows that a thread unpacks at once.
 const TAKEN: usize = 16;
 
-/// `x·Wᵀ` for few rows of x: each row of the weight is used as soon as it is unpacked.
+/// `x·Wᵀ` for few rows of x. The weight is not unpacked, and its bytes are read once.
 fn times_few<K: Cpu>(x: Tensor<K, 2>, weight: &QuantisedWeight<K>) -> Tensor<K, 2> {
     let ([batch, columns], [count, _], device) = (x.dims(), weight.shape(), x.device());
     let x = row_by_row(x);
     let x = rows::<K>(&x);
     let mut outputs = vec![0.0; count * batch];
     Rows::of(weight, |unpacked| {
+        let dot = Dot::new(unpacked.format);
+        let x: Vec<_> = x.chunks_exact(columns).map(|row| dot.vector(row)).collect();
         outputs.par_chunks_mut(TAKEN * batch).enumerate().for_each(|(chunk, outputs)| {
-            let mut numbers = vec![0.0; columns];
             for (row, outputs) in (TAKEN * chunk..).zip(outputs.chunks_exact_mut(batch)) {
-                unpacked.unpack(row, &mut numbers);
-                for (output, x) in outputs.iter_mut().zip(x.chunks_exact(columns)) {
-                    *output = dot(x, &numbers);
+                let (bytes, scales, minima) = unpacked.row(row);
+                for (output, x) in outputs.iter_mut().zip(&x) {
+                    *output = dot.row(bytes, scales, minima, x);
                 }
             }
         });
@@ -171,12 +172,12 @@ impl Rows<'_> {
         }
     }
 
-    fn unpack(&self, row: usize, numbers: &mut [f32]) {
+    /// The bytes, the scales and the smallest numbers of a row.
+    fn row(&self, row: usize) -> (&[u8], &[f32], Option<&[f32]>) {
         let size = self.format.row_bytes(self.columns);
         let bytes = &self.bytes[row * size..][..size];
         let blocks = row * self.blocks..(row + 1) * self.blocks;
-        let minima = self.minima.map(|it| &it[blocks.clone()]);
-        self.format.unpack(bytes, &self.scales[blocks], minima, numbers);
+        (bytes, &self.scales[blocks.clone()], self.minima.map(|it| &it[blocks]))
     }
 
     /// Some of the rows, unpacked.
@@ -186,7 +187,8 @@ impl Rows<'_> {
         let unpack = |(chunk, numbers): (usize, &mut [f32])| {
             let start = rows.start + TAKEN * chunk;
             for (row, numbers) in (start..).zip(numbers.chunks_exact_mut(columns)) {
-                self.unpack(row, numbers);
+                let (bytes, scales, minima) = self.row(row);
+                self.format.unpack(bytes, scales, minima, numbers);
             }
         };
         match dense.len() < WORTH_THREADS_MOVED {
@@ -201,21 +203,6 @@ impl Rows<'_> {
 fn bytes_of<K: Cpu>(words: &IntTensor<K>) -> &[u8] {
     let words = K::words(words).expect("they are row by row, as they were made or selected");
     bytemuck::cast_slice(words)
-}
-
-/// The sum of the products, in as many sums as the processor adds at once.
-fn dot(left: &[f32], right: &[f32]) -> f32 {
-    const LANES: usize = 32;
-    let mut sums = [0.0; LANES];
-    let (left, left_rest) = left.as_chunks::<LANES>();
-    let (right, right_rest) = right.as_chunks::<LANES>();
-    for (left, right) in left.iter().zip(right) {
-        for ((sum, left), right) in sums.iter_mut().zip(left).zip(right) {
-            *sum += left * right;
-        }
-    }
-    let rest: f32 = left_rest.iter().zip(right_rest).map(|(left, right)| left * right).sum();
-    sums.iter().sum::<f32>() + rest
 }
 
 #[derive(Debug)]

@@ -70,11 +70,13 @@ impl<B: Backend> Doubled<B> {
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 pub(crate) fn unpack(codes: &[u8], scales: &[f32], offset: Offset) -> Vec<f32> {
     let Offset { mean, count } = offset;
-    let groups = codes.chunks_exact(GROUP).zip(scales);
-    let numbers = groups.flat_map(|(codes, scale)| {
-        codes.iter().map(move |&code| LEVELS[usize::from(code)] * scale + mean)
-    });
-    numbers.take(count).collect()
+    let levels = &LEVELS[..GROUP];
+    let mut numbers = Vec::with_capacity(codes.len());
+    for (codes, scale) in codes.chunks_exact(GROUP).zip(scales) {
+        numbers.extend(codes.iter().map(|&code| levels[usize::from(code)] * scale + mean));
+    }
+    numbers.truncate(count);
+    numbers
 }
 
 /// The 256 levels that bitsandbytes calls dynamic, in ascending order. They lie in seven decades, each with
