@@ -6,6 +6,8 @@ mod doubled;
 mod format;
 mod pack;
 mod record;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+mod unpack;
 mod weight;
 mod words;
 
@@ -116,7 +118,8 @@ impl<B: Backend> QuantisedWeight<B> {
             return Err(invalid(format!("{columns} columns are no blocks of {block}")));
         }
         let size = head + format.block_bytes();
-        let expected = rows.checked_mul(columns / format.block() * size);
+        let row = (columns / format.block()).checked_mul(size);
+        let expected = row.and_then(|row| row.checked_mul(rows));
         if rows == 0 || expected != Some(data.len()) {
             let found = data.len();
             return Err(invalid(format!("{found} bytes cannot be {rows} x {columns} numbers")));

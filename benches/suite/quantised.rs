@@ -35,7 +35,7 @@ pub fn run() {
         let passes = bases::<Plain>(width).map(|base| {
             let x = x.clone();
             let adapted = base.attach(&config).expect("it can be attached");
-            Box::new(move || drop(forward(&*adapted, x.clone()))) as Work
+            Box::new(move || drop(forward(&adapted, x.clone()))) as Work
         });
         print(&format!("1, {width}"), "forward pass", passes);
     }

@@ -29,7 +29,7 @@ fn surprise_at<B: Backend>(
 }
 
 /// How many targets the head scores at once.
-const CHUNK: usize = 64;
+const CHUNK: usize = 32;
 
 impl<B: Backend> Blocks<B, 3, [Vec<&Text>]> for Llama<B> {
     type Context = Batch<B>;

@@ -97,7 +97,7 @@ impl<K: Cpu> Unpacks for K {
 /// never there as a whole.
 fn panels(rows: usize, columns: usize) -> Vec<Range<usize>> {
     /// The most numbers that are unpacked at once.
-    const NUMBERS: usize = 1 << 22;
+    const NUMBERS: usize = 1 << 21;
 
     let size = (NUMBERS / columns).max(1);
     (0..rows).step_by(size).map(|start| start..rows.min(start + size)).collect()

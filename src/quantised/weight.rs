@@ -14,6 +14,7 @@ pub(crate) enum Weight<B: Backend> {
 
 impl<B: Backend> Weight<B> {
     /// The shape, `[d_input, d_output]`.
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
     pub fn dims(&self) -> [usize; 2] {
         match self {
             Self::Full(weight) => weight.dims(),

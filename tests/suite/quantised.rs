@@ -90,6 +90,7 @@ fn blocks_of_gguf_are_held_to_the_bit() {
             ([7, 95], 0, "95 columns are no blocks of 32"),
             ([7, 96], 1, "bytes cannot be 7 x 96 numbers"),
             ([usize::MAX, 96], 0, "numbers"),
+            ([1, usize::MAX - 31], 0, "numbers"),
             ([0, 96], data.data().len(), "0 bytes cannot be 0 x 96 numbers"),
         ] {
             let error = from(shape, &data.data()[cut..]).unwrap_err().to_string();
@@ -438,5 +439,32 @@ fn loftq_starts_nearer_to_the_base() {
         let gap = norm(missing) - update - norm(rest);
         assert!(gap.abs() < 1e-4 * update, "{gap}");
         assert_eq!(once.parameters().trainable, 8 * (130 + 40) + 40);
+    }
+}
+
+#[test]
+fn a_large_matrix_is_unpacked_in_parts() {
+    // More than 2 million numbers, in several parts, and a last part that is smaller.
+    let [rows, columns] = [4200, 1030];
+    let weight: Tensor<Train, 2> = random([rows, columns], 1);
+    let weight = QuantisedWeight::new(weight, Quantisation::Int8);
+    let layer = |quantised: bool| {
+        let mut layer = linear::<Train>([1, 1], false, 2);
+        layer.base.weight = Param::from_tensor(weight.dense().transpose().detach()).no_grad();
+        if quantised {
+            layer.set_quantised(weight.clone());
+        }
+        layer.attach(&config()).unwrap()
+    };
+    let run = |quantised| {
+        let x = random::<Train, 2>([6, columns], 3).require_grad();
+        let y = layer(quantised).forward(x.clone());
+        let grads = y.clone().sin().sum().backward();
+        [y.inner(), x.grad(&grads).unwrap()]
+    };
+    for (ours, expected) in run(true).into_iter().zip(run(false)) {
+        let [rows, cols] = expected.dims();
+        let data = expected.into_data().convert::<f64>().to_vec::<f64>().unwrap();
+        assert_close(ours, &Matrix { rows, cols, data }, 1e-5);
     }
 }

@@ -16,7 +16,8 @@ use std::{
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use burn_lora::{
-    Backward, Blocks, Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Renaming, segments,
+    Backward, Blocks, Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Quantisation,
+    QuantiseConfig, Renaming, segments,
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde::Deserialize;
@@ -87,6 +88,19 @@ fn vectors_of_minilm_are_those_of_transformers() {
     let path = fixture("minilm/adapter");
     let adapters = of_python(&path);
     assert_embeds(&bert.switch(&adapters).unwrap(), &path.join("expected.json"), 1e-4);
+
+    // Rounding changes the matrices as much as it is known to.
+    for (to, expected) in [(Quantisation::Int8, 0.0064), (Quantisation::Nf4, 0.094)] {
+        let config = QuantiseConfig::from(to).with_excludes(["embeddings.*"]);
+        let (rounded, report) = bert.quantise(config).unwrap();
+        assert_eq!(report.layers.len(), 36);
+        let error = report.layers.iter().map(|it| it.error).sum::<f64>() / 36.0;
+        println!("{to:?}: {:.2} %, {} bytes", 100.0 * error, report.bytes());
+        assert!((error / expected - 1.0).abs() < 0.02, "{to:?}: {error}");
+        let most = if to == Quantisation::Nf4 { 0.145 } else { 0.27 };
+        assert!((report.bytes() as f64) < most * report.bytes_before() as f64);
+        drop(rounded);
+    }
 }
 
 #[test]
