@@ -6,8 +6,7 @@
 //! ```
 //!
 //! Names after `--` choose parts: `-- forward train_step text quantised workers layers growth adapters
-//! files`. `--plots
-//! DIR` draws the growth and the workers.
+//! files`. `--plots DIR` draws the growth and the workers.
 
 // Only a main function.
 #![allow(missing_docs)]

@@ -89,17 +89,15 @@ fn vectors_of_minilm_are_those_of_transformers() {
     let adapters = of_python(&path);
     assert_embeds(&bert.switch(&adapters).unwrap(), &path.join("expected.json"), 1e-4);
 
-    // Rounding changes the matrices as much as it is known to.
+    // Rounding changes the matrices as much as it is known to: all 36 by 0.64 and 9.39 %. Two blocks are enough.
     for (to, expected) in [(Quantisation::Int8, 0.0064), (Quantisation::Nf4, 0.094)] {
-        let config = QuantiseConfig::from(to).with_excludes(["embeddings.*"]);
-        let (rounded, report) = bert.quantise(config).unwrap();
-        assert_eq!(report.layers.len(), 36);
-        let error = report.layers.iter().map(|it| it.error).sum::<f64>() / 36.0;
-        println!("{to:?}: {:.2} %, {} bytes", 100.0 * error, report.bytes());
+        let config = QuantiseConfig::from(to).with_targets([r"blocks\.[05]\..*"]);
+        let (_, report) = bert.quantise(config).unwrap();
+        assert_eq!(report.layers.len(), 12);
+        let error = report.layers.iter().map(|it| it.error).sum::<f64>() / 12.0;
         assert!((error / expected - 1.0).abs() < 0.02, "{to:?}: {error}");
         let most = if to == Quantisation::Nf4 { 0.145 } else { 0.27 };
         assert!((report.bytes() as f64) < most * report.bytes_before() as f64);
-        drop(rounded);
     }
 }
 
