@@ -113,7 +113,7 @@ fn coarseness(to: Quantisation) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(ProptestConfig::with_cases(12))]
 
     #[test]
     fn each_number_is_rounded_to_what_is_near(
