@@ -75,8 +75,8 @@
 //! - [`LoraModule`] and [`Lora`]: what can be done with a model, and with an adapted one. [`Lora::overlay`]
 //!   adapts stock modules as they are.
 //! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
-//!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`], [`gelu`]: for
-//!   models of your own.
+//!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`], [`gelu`]: for models of your own.
+//! - [`QuantiseConfig`], [`QuantisedWeight`]: a base in 4 or 8 bits.
 //! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
 //! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
 //!   time, and in less memory.

@@ -197,8 +197,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     }
 
     /// The model with these weights for the layers at these paths, such as those of a
-    /// [GGUF file](QuantisedWeight::from_gguf). A weight that was never used is not drawn first, so that the
-    /// model never needs memory for it.
+    /// [GGUF file](QuantisedWeight::from_gguf). Weights that were never used are drawn one at a time, and dropped,
+    /// so that the model never needs memory for all of them.
     ///
     /// # Errors
     ///

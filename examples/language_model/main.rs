@@ -148,7 +148,9 @@ fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
 fn run_train(args: &TrainArgs) -> Result<()> {
     let device = Default::default();
     let arguments = json!({
-        "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")), "generated": args.generated, "data": args.data, "sst2": args.sst2, "rank": args.rank, "alpha": args.alpha,
+        "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")),
+        "generated": args.generated, "data": args.data, "sst2": args.sst2,
+        "rank": args.rank, "alpha": args.alpha,
         "targets": args.targets, "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,

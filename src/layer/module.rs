@@ -111,14 +111,12 @@ macro_rules! lora_layer {
                     /// If it has not the shape of the weight, as [`QuantisedWeight`](crate::QuantisedWeight) has it.
                     pub fn set_quantised(&mut self, weight: layer::QuantisedWeight<B>) {
                         let shape = layer::quantised::shape(&weight, &self.layout());
-                        if self.$quantised.is_some() || self.base.$weight.is_initialized() {
-                            let expected = self.weight_shape();
-                            assert!(
-                                shape == expected,
-                                "the quantised weight must be {expected:?} = [d_input, d_output], got \
-                                 {shape:?}"
-                            );
-                        }
+                        let expected = self.weight_shape();
+                        assert!(
+                            shape == expected,
+                            "the quantised weight must be {expected:?} = [d_input, d_output], got \
+                             {shape:?}"
+                        );
                         let weight = weight.to_device(&LoraLayer::device(self));
                         let empty = Tensor::zeros([0, 0], &weight.device());
                         self.base.$weight = Param::initialized(self.base.$weight.id, empty);

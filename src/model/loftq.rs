@@ -44,7 +44,8 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
 
 /// The adapter with the factors of `update`, whose scale is 1, divided so that its own scale gives the same.
 fn started<B: Backend>(adapter: LoraAdapter<B>, update: &LoraAdapter<B>) -> LoraAdapter<B> {
-    let scale = adapter.scale();
+    // A small layer has fewer directions than the adapter was asked for.
+    let scale = adapter.scaling.scale(adapter.alpha, update.rank());
     let root = scale.abs().sqrt();
     let put = |param: Param<Tensor<B, 2>>, value: &Param<Tensor<B, 2>>, by: f64| {
         let value = frozen(value).div_scalar(by);

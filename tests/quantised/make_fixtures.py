@@ -1,6 +1,5 @@
 """Writes matrices that Python's libraries quantised, and what they make of them, for the tests to compare with:
-NF4 by bitsandbytes, whose blocks share scales in 32 bits (`plain`) or in 8 (`doubled`), and blocks of GGUF
-files.
+NF4 by bitsandbytes, with scales that are quantised in turn, and blocks of GGUF files.
 
     python -m venv venv
     venv/bin/pip install bitsandbytes==0.50.2 gguf==0.19.0 torch==2.15.0 safetensors
@@ -25,14 +24,9 @@ tensors = {}
 weight = torch.randn(96, 192) * torch.linspace(0.01, 0.2, 96)[:, None]
 weight[5] = 0
 tensors["weight"] = weight
-for name, double in [("plain", False), ("doubled", True)]:
-    packed, state = bnb.quantize_4bit(
-        weight, quant_type="nf4", blocksize=64, compress_statistics=double
-    )
-    tensors[f"nf4.{name}"] = bnb.dequantize_4bit(packed, state).contiguous()
-    if not double:
-        tensors["nf4.levels"] = state.code.contiguous()
-        tensors["nf4.scales"] = state.absmax.contiguous()
+packed, state = bnb.quantize_4bit(weight, quant_type="nf4", blocksize=64, compress_statistics=True)
+tensors["nf4.doubled"] = bnb.dequantize_4bit(packed, state).contiguous()
+tensors["nf4.levels"] = state.code.reshape(1, 16).contiguous()
 
 blocks = (torch.randn(7, 96) * torch.linspace(0.1, 3, 7)[:, None] + 0.2).numpy()
 for name in ["Q8_0", "Q4_0", "Q4_1"]:
