@@ -15,6 +15,7 @@ pub mod live;
 pub mod mlp;
 pub mod plot;
 pub mod progress;
+pub mod quantise;
 pub mod resume;
 pub mod sst2;
 #[path = "../../src/table.rs"]

@@ -3,9 +3,9 @@
 use std::path::PathBuf;
 
 use burn_lora::Quantisation;
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
 
-use crate::common::{self, Result, workers::WorkersArg};
+use crate::common::{self, Result, quantise::Kind, workers::WorkersArg};
 
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
 /// adapters into its weights.
@@ -39,20 +39,10 @@ pub struct BaseArgs {
     pub quantise: Option<Kind>,
 }
 
-/// What a base is quantised to.
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum Kind {
-    Int8,
-    Nf4,
-}
-
 impl BaseArgs {
     /// What the linear layers are quantised to.
     pub fn quantisation(&self) -> Option<Quantisation> {
-        self.quantise.map(|kind| match kind {
-            Kind::Int8 => Quantisation::Int8,
-            Kind::Nf4 => Quantisation::Nf4,
-        })
+        self.quantise.map(Into::into)
     }
 }
 

@@ -29,7 +29,7 @@ use burn::{
     module::Module,
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraConfig, LoraModule};
+use burn_lora::{LoraConfig, LoraModule, Quantisation, QuantisationReport, QuantiseConfig};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -44,6 +44,7 @@ use common::{
     classifier::{Classifier, Sample, Start, accuracy, logits},
     hub,
     live::during,
+    quantise::Kind,
     table::grouped,
     workers::WorkersArg,
 };
@@ -89,6 +90,10 @@ struct Args {
     /// Also train with LoRA+: the learning rate of B is this multiple of A's
     #[arg(long, value_name = "RATIO", value_parser = common::at_least_one)]
     lora_plus: Option<f64>,
+    /// Also train LoRA on an encoder whose linear layers are held in 8 or 4 bits; several kinds are separated
+    /// by commas
+    #[arg(long, value_name = "KINDS", value_delimiter = ',')]
+    quantise: Vec<Kind>,
     /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
     #[arg(long, value_parser = common::positive)]
     epochs: Option<usize>,
@@ -198,17 +203,17 @@ fn run(args: Args) -> Result<()> {
     let base_accuracy_new = during("testing the base", || accuracy(logits(&base, test), test));
     let base_vectors = embeddings(&base, test);
     let fresh = || base.clone().train::<Train>();
-    let with_adapters = |targets: &[&str]| {
+    let attach = |model: TextClassifier<Train>, targets: &[&str]| {
         let config = config.clone().with_targets(targets.iter().copied());
-        fresh().attach(&config).context("attaching adapters")
+        model.attach(&config).context("attaching adapters")
     };
-    let all_linear = with_adapters(&ALL_LINEAR)?;
+    let all_linear = attach(fresh(), &ALL_LINEAR)?;
     println!("{}\n", all_linear.parameters());
     let adapt = |job: &Job<Text>, name, model, rate| job.adapt(name, model, rate, train, dev, test);
     let full = fresh().train_only(&[".*"]).context("full fine-tuning")?;
     let (full, _) = adapt(&job, "full fine-tuning", full, rate)?;
     let (all, adapted) = adapt(&job, "LoRA, all linear", all_linear.clone(), lora_rate)?;
-    let query_value = with_adapters(&QUERY_VALUE)?;
+    let query_value = attach(fresh(), &QUERY_VALUE)?;
     let (some, _) = adapt(&job, "LoRA, query and value", query_value, lora_rate)?;
     let head = fresh().train_only(&[HEAD]).context("freezing")?;
     let (head, _) = adapt(&job, "head", head, args.head_learning_rate)?;
@@ -216,8 +221,18 @@ fn run(args: Args) -> Result<()> {
     if let Some(lora_plus) = args.lora_plus {
         // Keeps the geometric mean of both learning rates.
         let rate = lora_rate / lora_plus.sqrt();
-        let plus = Job { lora_plus, ..job };
+        let plus = Job { lora_plus, names: job.names.clone(), ..job };
         methods.push(adapt(&plus, "LoRA+, all linear", all_linear, rate)?.0);
+    }
+    for &kind in &args.quantise {
+        let (base, report) = quantise(&base, kind)?;
+        println!("\n{report}\n");
+        let model = attach(base.train::<Train>(), &ALL_LINEAR)?;
+        let name = match kind {
+            Kind::Int8 => "LoRA, all linear, int8",
+            Kind::Nf4 => "LoRA, all linear, NF4",
+        };
+        methods.push(adapt(&job, name, model, lora_rate)?.0);
     }
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the encoder comes back, bit for bit.
@@ -261,6 +276,15 @@ fn run(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// The classifier with the encoder's linear layers in few bits.
+fn quantise(
+    base: &TextClassifier<Plain>,
+    kind: Kind,
+) -> Result<(TextClassifier<Plain>, QuantisationReport)> {
+    let config = QuantiseConfig::from(Quantisation::from(kind)).with_targets(ALL_LINEAR);
+    base.clone().quantise(config).context("quantising the encoder")
+}
+
 /// The learning rates of full fine-tuning and of LoRA.
 fn rates(args: &Args) -> [f64; 2] {
     let [full, lora] = if args.generated { GENERATED } else { PRETRAINED };
@@ -271,10 +295,11 @@ fn rates(args: &Args) -> [f64; 2] {
 /// arguments.
 fn start(args: &Args, epochs: usize) -> Result<Start> {
     let [rate, lora_rate] = rates(args);
+    let kinds: Vec<_> = args.quantise.iter().map(|kind| format!("{kind:?}")).collect();
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
         "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
-        "lora_plus": args.lora_plus, "seed": args.seed, "backend": backend::NAME,
+        "lora_plus": args.lora_plus, "quantise": kinds, "seed": args.seed, "backend": backend::NAME,
         "learning_rate": rate, "lora_learning_rate": lora_rate,
         "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(),
     });

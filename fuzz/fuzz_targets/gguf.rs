@@ -20,6 +20,7 @@ fuzz_target!(|bytes: &[u8]| {
     let path = std::env::temp_dir().join(format!("burn-lora-{}.gguf", std::process::id()));
     fs::write(&path, bytes).expect("the directory can be written");
     let Ok(file) = Gguf::open(&path) else { return };
+    assert!(file.fields.len() <= bytes.len());
     for (name, tensor) in &file.tensors {
         // What is in the file was checked when it was opened.
         let data = file.bytes(name).expect("the file is as long as it says");
