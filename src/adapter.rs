@@ -2,6 +2,7 @@
 //! the same formula for linear layers and convolutions on CPU backends, in fewer passes over memory.
 
 mod layout;
+mod mixed;
 mod module;
 
 use burn::{
@@ -24,6 +25,7 @@ use crate::{
 };
 
 pub(crate) use layout::WeightLayout;
+pub(crate) use mixed::Mixed;
 pub use module::LoraAdapterRecord;
 
 /// A low-rank update of one weight matrix `W: [d_input, d_output]`.

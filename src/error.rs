@@ -69,6 +69,24 @@ pub enum LoraError {
         problem: String,
     },
 
+    /// A model or a set of adapters cannot be used in a batch of several sets.
+    #[error("{what} cannot be part of a mixed batch: {problem}")]
+    NotMixable {
+        /// The model, or the part of the set.
+        what: String,
+        /// Why not, and what to do.
+        problem: String,
+    },
+
+    /// There are no sets of adapters of these names.
+    #[error("there are no adapters called {}; there are {}", quoted(.names), quoted(.available))]
+    UnknownAdapters {
+        /// The names.
+        names: Vec<String>,
+        /// The names that there are.
+        available: Vec<String>,
+    },
+
     /// Layers already carry an adapter, which attaching would throw away.
     #[error("already adapted: {}; detach or merge the adapters first", quoted(.paths))]
     AlreadyAttached {

@@ -16,7 +16,7 @@ use burn::{
 };
 
 use crate::{
-    adapter::{LoraAdapter, WeightLayout, at_least_f32, frozen},
+    adapter::{LoraAdapter, Mixed, WeightLayout, at_least_f32, frozen},
     config::LoraConfig,
     quantised::QuantisedWeight,
 };
@@ -36,6 +36,12 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
     /// base as it is. Panics if the adapter [does not fit](check_fit).
     fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
+
+    /// Takes the adapter off, and has the samples of a batch use these. Panics if one [does not
+    /// fit](check_fit), and in stock modules.
+    fn set_mixed(&mut self, _mixed: Mixed<B>) {
+        unreachable!("a stock module has one adapter for all samples")
+    }
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
     fn weight_shape(&self) -> [usize; 2];

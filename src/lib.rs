@@ -101,6 +101,7 @@ mod model;
 mod pattern;
 mod peft;
 mod quantised;
+mod serve;
 mod table;
 mod train;
 
@@ -124,6 +125,9 @@ pub use model::{LayerReport, Lora, LoraModule, ParameterReport};
 
 // Adapters as values and files.
 pub use adapters::{Approximation, Combination, LoraAdapters, Renaming};
+
+// Many adapters at once.
+pub use serve::{MixedBatch, MultiLora};
 
 // Training.
 pub use train::{AtomicRecorder, Backward, Blocks, LoraPlus, Workers, last_checkpoint, segments};

@@ -5,6 +5,7 @@ mod freeze;
 mod in_full;
 mod loftq;
 mod lora;
+mod mix;
 mod module;
 mod put_on;
 mod quantise;
@@ -26,9 +27,11 @@ use crate::{
 };
 
 pub use lora::Lora;
+pub(crate) use mix::{ByPath, mixed};
 pub use quantise::{QuantisationReport, QuantiseConfig, QuantisedLayer};
+pub(crate) use record::adapters as adapters_of;
 pub use report::{LayerReport, ParameterReport};
-pub(crate) use walk::{Place, Visit, visit};
+pub(crate) use walk::{Place, Visit, draw, visit};
 
 /// What LoRA does with a whole model. There is nothing to implement: every Burn module has these
 /// methods, and they find its LoRA layers wherever these are, in `Vec`, `Option`, arrays, tuples,

@@ -14,7 +14,7 @@ use {
 };
 
 use super::{cat, constant, fixed, module::lora_layer};
-use crate::adapter::{LoraAdapter, WeightLayout, add};
+use crate::adapter::{LoraAdapter, Mixed, WeightLayout, add};
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
 /// spatial dimension.
@@ -23,6 +23,8 @@ pub struct LoraConv1d<B: Backend> {
     /// The pretrained layer.
     pub base: Conv1d<B>,
     adapter: Option<LoraAdapter<B>>,
+    /// The adapters of the samples of a mixed batch.
+    mixed: Option<Mixed<B>>,
 }
 
 /// A drop-in for Burn's [`Conv2d`] that can carry an adapter.
@@ -57,6 +59,8 @@ pub struct LoraConv2d<B: Backend> {
     /// The pretrained layer.
     pub base: Conv2d<B>,
     adapter: Option<LoraAdapter<B>>,
+    /// The adapters of the samples of a mixed batch.
+    mixed: Option<Mixed<B>>,
 }
 
 /// A drop-in for Burn's [`ConvTranspose2d`] that can carry an adapter.
@@ -74,11 +78,17 @@ pub struct LoraConvTranspose2d<B: Backend> {
     /// The pretrained layer.
     pub base: ConvTranspose2d<B>,
     adapter: Option<LoraAdapter<B>>,
+    /// The adapters of the samples of a mixed batch.
+    mixed: Option<Mixed<B>>,
 }
 
 impl<B: Backend> LoraConv1d<B> {
     /// Applies the layer: `[batch, channels_in, length]` to `[batch, channels_out, length_out]`.
     pub fn forward(&self, input: Tensor<B, 3>) -> Tensor<B, 3> {
+        if let Some(mixed) = &self.mixed {
+            let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
+            return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
+        }
         let Conv1d { weight, bias, groups, .. } = &self.base;
         let flat = || {
             let base = self.in_two_dimensions(known(weight), bias.as_ref().map(known));
@@ -134,6 +144,10 @@ impl<B: Backend> LoraConv2d<B> {
     /// Applies the layer: `[batch, channels_in, height, width]` to
     /// `[batch, channels_out, height_out, width_out]`.
     pub fn forward(&self, input: Tensor<B, 4>) -> Tensor<B, 4> {
+        if let Some(mixed) = &self.mixed {
+            let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
+            return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
+        }
         let Conv2d { weight, bias, groups, .. } = &self.base;
         let base = || {
             let (weight, bias) = (known(weight), bias.as_ref().map(known));
@@ -162,6 +176,10 @@ impl<B: Backend> LoraConvTranspose2d<B> {
     /// Applies the layer: `[batch, channels_in, height, width]` to
     /// `[batch, channels_out, height_out, width_out]`.
     pub fn forward(&self, input: Tensor<B, 4>) -> Tensor<B, 4> {
+        if let Some(mixed) = &self.mixed {
+            let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
+            return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
+        }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
         let ConvTranspose2d { weight, bias, groups, .. } = &self.base;
         forward(adapter, weight, bias.as_ref(), *groups, input, |x, weight, bias| {

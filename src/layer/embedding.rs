@@ -5,7 +5,7 @@ use burn::{
 
 use super::module::lora_layer;
 use crate::{
-    adapter::{LoraAdapter, Tie, WeightLayout, add, frozen},
+    adapter::{LoraAdapter, Mixed, Tie, WeightLayout, add, frozen},
     quantised::QuantisedWeight,
 };
 
@@ -36,6 +36,8 @@ pub struct LoraEmbedding<B: Backend> {
     /// The pretrained layer.
     pub base: Embedding<B>,
     adapter: Option<LoraAdapter<B>>,
+    /// The adapters of the samples of a mixed batch.
+    mixed: Option<Mixed<B>>,
     quantised: Option<QuantisedWeight<B>>,
 }
 
@@ -44,21 +46,29 @@ impl<B: Backend> LoraEmbedding<B> {
     pub fn forward(&self, input: Tensor<B, 2, Int>) -> Tensor<B, 3> {
         let [batch, length] = input.dims();
         let [_, d_model] = self.weight_shape();
-        let base = match (&self.quantised, &self.adapter) {
-            (None, None) => return self.base.forward(input),
-            (None, Some(_)) => embedding(frozen(&self.base.weight), input.clone()),
-            (Some(_), _) if batch * length == 0 => {
-                Tensor::zeros([batch, length, d_model], &input.device())
-            }
-            (Some(table), _) => {
+        let is_empty = batch * length == 0;
+        let is_plain = self.adapter.is_none() && self.mixed.is_none();
+        let base = match &self.quantised {
+            None if is_plain => return self.base.forward(input),
+            None => embedding(frozen(&self.base.weight), input.clone()),
+            Some(_) if is_empty => Tensor::zeros([batch, length, d_model], &input.device()),
+            Some(table) => {
                 let rows = table.select(input.clone().reshape([batch * length]));
                 rows.dense().reshape([batch, length, d_model])
             }
         };
-        let Some(adapter) = self.adapter.as_ref().filter(|_| batch * length > 0) else {
+        if is_empty {
             return base;
+        }
+        let update = |adapter: &LoraAdapter<B>, indices: Tensor<B, 2, Int>| {
+            let [batch, length] = indices.dims();
+            adapter.forward_lookup(indices).reshape([batch, length, d_model])
         };
-        add(base, adapter.forward_lookup(input).reshape([batch, length, d_model]))
+        match (&self.mixed, &self.adapter) {
+            (Some(mixed), _) => mixed.add_to(base, &input, update),
+            (None, Some(adapter)) => add(base, update(adapter, input)),
+            (None, None) => base,
+        }
     }
 
     /// Uses the table as an output projection (*tied* weights): the product of each vector with each
@@ -86,14 +96,20 @@ impl<B: Backend> LoraEmbedding<B> {
             return Tensor::zeros([batch, length, n_embedding], &hidden.device());
         }
         let hidden = hidden.reshape([batch * length, d_model]);
-        let logits = match &self.adapter {
-            None => self.projected(hidden, self.base.weight.val()),
-            Some(adapter) => {
+        let update = |base, adapter: &LoraAdapter<B>, hidden| match adapter.tie {
+            Tie::Leaves => base,
+            _ => add(base, adapter.forward_transposed(hidden)),
+        };
+        let logits = match (&self.mixed, &self.adapter) {
+            (None, None) => self.projected(hidden, self.base.weight.val()),
+            (Some(mixed), _) => {
+                mixed.check(batch);
                 let base = self.projected(hidden.clone(), frozen(&self.base.weight));
-                match adapter.tie {
-                    Tie::Leaves => base,
-                    _ => add(base, adapter.forward_transposed(hidden)),
-                }
+                mixed.change(base, &hidden, update)
+            }
+            (None, Some(adapter)) => {
+                let base = self.projected(hidden.clone(), frozen(&self.base.weight));
+                update(base, adapter, hidden)
             }
         };
         logits.reshape([batch, length, n_embedding])

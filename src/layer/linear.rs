@@ -6,7 +6,7 @@ use burn::{
 
 use super::module::lora_layer;
 use crate::{
-    adapter::{LoraAdapter, WeightLayout, frozen},
+    adapter::{LoraAdapter, Mixed, WeightLayout, frozen},
     quantised::{QuantisedWeight, Weight},
 };
 
@@ -43,6 +43,8 @@ pub struct LoraLinear<B: Backend> {
     /// The pretrained layer.
     pub base: Linear<B>,
     adapter: Option<LoraAdapter<B>>,
+    /// The adapters of the samples of a mixed batch.
+    mixed: Option<Mixed<B>>,
     quantised: Option<QuantisedWeight<B>>,
 }
 
@@ -59,6 +61,9 @@ impl<B: Backend> LoraLinear<B> {
             shape[D - 1] == d_input,
             "LoraLinear expects an input of [..., {d_input}], got {shape:?}"
         );
+        if let Some(mixed) = &self.mixed {
+            mixed.check(shape[0]);
+        }
         shape[D - 1] = d_output;
         let rows = shape[..D - 1].iter().product();
         if rows == 0 {
@@ -76,14 +81,20 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        if let Some(mixed) = &self.mixed {
+            return mixed.add_to(self.unadapted(x.clone()), &x, LoraAdapter::forward);
+        }
+        let Some(adapter) = &self.adapter else { return self.unadapted(x) };
         let quantised = self.quantised.clone().map(Weight::Quantised);
-        match (&self.adapter, quantised) {
-            (None, None) => self.base.forward(x),
-            (None, Some(weight)) => weight.forward(x, self.base.bias.as_ref().map(Param::val)),
-            (Some(adapter), quantised) => {
-                let weight = quantised.unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
-                adapter.forward_on(x, weight, self.base.bias.as_ref().map(frozen))
-            }
+        let weight = quantised.unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
+        adapter.forward_on(x, weight, self.base.bias.as_ref().map(frozen))
+    }
+
+    /// The output of the base alone.
+    fn unadapted(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+        match self.quantised.clone().map(Weight::Quantised) {
+            None => self.base.forward(x),
+            Some(weight) => weight.forward(x, self.base.bias.as_ref().map(Param::val)),
         }
     }
 

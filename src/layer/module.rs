@@ -3,7 +3,7 @@
 //! frozen.
 
 /// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
-/// `base` and `adapter`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
+/// `base`, `adapter` and `mixed`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
 /// dimensions. The next arguments name the base's parameters. The record holds these and the adapter.
 /// The last argument is the field of the quantised weight, in layers that can have one.
 macro_rules! lora_layer {
@@ -26,7 +26,7 @@ macro_rules! lora_layer {
             };
 
             use crate::{
-                adapter::{LoraAdapter, LoraAdapterRecord, WeightLayout, frozen},
+                adapter::{LoraAdapter, LoraAdapterRecord, Mixed, WeightLayout, frozen},
                 config::LoraConfig,
                 layer::{
                     self, LoraLayer,
@@ -86,7 +86,7 @@ macro_rules! lora_layer {
                     adapter: Option<LoraAdapter<B>>,
                     $($quantised: Option<layer::QuantisedWeight<B>>,)?
                 ) -> Self {
-                    let mut layer = Self { base, adapter: None $(, $quantised)? };
+                    let mut layer = Self { base, adapter: None, mixed: None $(, $quantised)? };
                     layer.set_adapter(adapter);
                     layer
                 }
@@ -129,7 +129,7 @@ macro_rules! lora_layer {
             impl<B: Backend> From<$Base<B>> for $Layer<B> {
                 /// The layer without an adapter; nothing is copied or frozen.
                 fn from(base: $Base<B>) -> Self {
-                    Self { base, adapter: None $(, $quantised: None)? }
+                    Self { base, adapter: None, mixed: None $(, $quantised: None)? }
                 }
             }
 
@@ -150,6 +150,14 @@ macro_rules! lora_layer {
 
                 fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
                     self.set_adapter(adapter);
+                }
+
+                fn set_mixed(&mut self, mixed: Mixed<B>) {
+                    for adapter in mixed.adapters() {
+                        layer::check_fit(self, adapter);
+                    }
+                    self.adapter = None;
+                    self.mixed = Some(mixed);
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
@@ -242,19 +250,21 @@ macro_rules! lora_layer {
                 }
 
                 fn fork(self, device: &B::Device) -> Self {
-                    Self::assemble(
+                    let layer = Self::assemble(
                         self.base.fork(device),
                         self.adapter.fork(device),
                         $(self.$quantised.map(|it| it.to_device(device)),)?
-                    )
+                    );
+                    Self { mixed: self.mixed.map(|it| it.to_device(device)), ..layer }
                 }
 
                 fn to_device(self, device: &B::Device) -> Self {
-                    Self::assemble(
+                    let layer = Self::assemble(
                         self.base.to_device(device),
                         self.adapter.to_device(device),
                         $(self.$quantised.map(|it| it.to_device(device)),)?
-                    )
+                    );
+                    Self { mixed: self.mixed.map(|it| it.to_device(device)), ..layer }
                 }
 
                 fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
@@ -327,11 +337,13 @@ macro_rules! lora_layer {
                     $Layer {
                         base: self.base.valid(),
                         adapter: self.adapter.valid(),
+                        mixed: None,
                         $($quantised: self.$quantised.as_ref().map(layer::QuantisedWeight::valid),)?
                     }
                 }
 
                 fn from_inner(module: Self::InnerModule) -> Self {
+                    assert!(module.mixed.is_none(), "a model for a mixed batch does not train");
                     Self::assemble(
                         AutodiffModule::from_inner(module.base),
                         AutodiffModule::from_inner(module.adapter),
@@ -349,6 +361,7 @@ macro_rules! lora_layer {
                     Self {
                         base: self.base.clone(),
                         adapter: self.adapter.clone(),
+                        mixed: self.mixed.clone(),
                         $($quantised: self.$quantised.clone(),)?
                     }
                 }

@@ -51,7 +51,7 @@ pub struct ParameterRecord<B: Backend> {
 }
 
 /// The adapters in the model, by the paths of their layers.
-pub(super) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, LoraAdapter<B>)> {
+pub(crate) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, LoraAdapter<B>)> {
     let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
         Some((path.to_owned(), layer.adapter()?.clone()))
     });

@@ -251,7 +251,7 @@ pub(crate) fn params<B: Backend, M: Module<B>>(model: &M) -> Vec<Seen> {
 
 /// Draws the values of the parameters that were never used, so that clones of the model agree from
 /// here on. Returns the paths of running statistics.
-pub(super) fn draw<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
+pub(crate) fn draw<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
     struct Drawer(BTreeSet<String>);
     impl<B: Backend> Visit<B> for Drawer {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {

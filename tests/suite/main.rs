@@ -23,6 +23,7 @@ mod learner;
 mod loading;
 mod lora_plus;
 mod merging;
+mod mixed;
 mod overlay;
 mod peft;
 mod program;

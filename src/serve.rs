@@ -1,0 +1,5 @@
+//! Many sets of adapters in use at once.
+
+mod multi;
+
+pub use multi::{MixedBatch, MultiLora};
