@@ -7,7 +7,8 @@ mod renaming;
 
 use std::{collections::BTreeMap, fmt};
 
-use burn::tensor::{ElementConversion, Tensor, backend::Backend};
+use burn::tensor::{ElementConversion, Tensor, TensorData, backend::Backend};
+use sha2::{Digest, Sha256};
 
 use crate::{
     adapter::LoraAdapter,
@@ -136,6 +137,31 @@ impl<B: Backend> LoraAdapters<B> {
         let adapters = adapters.map(|it| it.num_trainable() * it.a.dtype().size());
         let extras = self.extras.values().map(|it| it.num_elements() * it.values.dtype().size());
         adapters.chain(extras).sum()
+    }
+}
+
+impl<B: Backend> LoraAdapters<B> {
+    /// 32 hexadecimal digits that distinguish this set from others: the same for the same layers, scales and
+    /// bits, wherever they are. It is the beginning of a SHA-256.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut add = |name: &str, numbers: &TensorData| {
+            hash.update(format!("{name} {:?} {:?}\n", numbers.shape, numbers.dtype));
+            hash.update(numbers.as_bytes());
+        };
+        for (path, adapter) in self.iter() {
+            // The digits of a float tell it exactly.
+            let name = format!("{path} {:?} {:?}", adapter.scale(), adapter.tie);
+            add(&name, &adapter.a.val().into_data());
+            add("b", &adapter.b.val().into_data());
+            if let Some(bias) = &adapter.bias {
+                add("bias", &bias.val().into_data());
+            }
+        }
+        for (name, extra) in &self.extras {
+            add(&format!("{name} {:?}", extra.shape), &extra.values.to_data());
+        }
+        hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 }
 

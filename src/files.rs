@@ -6,6 +6,9 @@ use std::{
     path::Path,
 };
 
+#[cfg(not(unix))]
+use std::time::SystemTime;
+
 use tempfile::{Builder, TempDir};
 
 /// A hidden directory in `dir` for files that are not complete. It is removed in the end, with what is
@@ -14,16 +17,22 @@ pub(crate) fn unfinished_in(dir: &Path) -> io::Result<TempDir> {
     Builder::new().prefix(".unfinished-").tempdir_in(dir)
 }
 
+#[cfg(unix)]
+pub(crate) type Identity = (u64, u64);
+
+#[cfg(not(unix))]
+pub(crate) type Identity = (Option<SystemTime>, Option<SystemTime>);
+
 /// What an open file has in common with no other file at that time.
 #[cfg(unix)]
-pub(crate) fn identity(file: &Metadata) -> impl PartialEq + use<> {
+pub(crate) fn identity(file: &Metadata) -> Identity {
     use std::os::unix::fs::MetadataExt;
     (file.dev(), file.ino())
 }
 
 /// What an open file most likely has in common with no other file.
 #[cfg(not(unix))]
-pub(crate) fn identity(file: &Metadata) -> impl PartialEq + use<> {
+pub(crate) fn identity(file: &Metadata) -> Identity {
     (file.created().ok(), file.modified().ok())
 }
 

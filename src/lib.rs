@@ -127,7 +127,7 @@ pub use model::{LayerReport, Lora, LoraModule, ParameterReport};
 pub use adapters::{Approximation, Combination, LoraAdapters, Renaming};
 
 // Many adapters at once.
-pub use serve::{MixedBatch, MultiLora};
+pub use serve::{AdapterStore, MixedBatch, MultiLora, StoredAdapters};
 
 // Training.
 pub use train::{AtomicRecorder, Backward, Blocks, LoraPlus, Workers, last_checkpoint, segments};

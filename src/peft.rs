@@ -20,6 +20,9 @@ use mlx::MlxConfig;
 const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
+/// The files that a set is read from.
+pub(crate) const FILES: [&str; 3] = [CONFIG, WEIGHTS, mlx::WEIGHTS];
+
 impl<B: Backend> LoraAdapters<B> {
     /// Reads a directory written by [`save`](Self::save), by Python's PEFT library, or by mlx-lm
     /// (`adapters.safetensors`).

@@ -5,8 +5,8 @@
 //! cargo bench --bench suite --no-default-features --features flex
 //! ```
 //!
-//! Names after `--` choose parts: `-- forward train_step text quantised workers layers growth adapters
-//! files`. `--plots DIR` draws the growth and the workers.
+//! Names after `--` choose parts: `-- forward train_step text quantised mixed workers layers growth
+//! adapters files`. `--plots DIR` draws the growth and the workers.
 
 // Only a main function.
 #![allow(missing_docs)]
@@ -20,6 +20,7 @@ mod growth;
 mod layers;
 mod measure;
 mod minilm;
+mod mixed;
 mod models;
 mod quantised;
 mod smollm2;
@@ -62,11 +63,12 @@ impl Args {
 /// A part's name, and what runs it.
 type Part = (&'static str, fn(&Args));
 
-const PARTS: [Part; 9] = [
+const PARTS: [Part; 10] = [
     ("forward", |_| forward::run()),
     ("train_step", |_| train_step::run()),
     ("text", |_| text::run()),
     ("quantised", |_| quantised::run()),
+    ("mixed", |_| mixed::run()),
     ("workers", |args| workers::run(args.plot("workers.svg").as_deref())),
     ("layers", |_| layers::run()),
     ("growth", |args| growth::run(args.plot("growth.svg").as_deref())),

@@ -31,5 +31,6 @@ mod quantised;
 mod resuming;
 mod sizes;
 mod steps;
+mod store;
 mod text;
 mod whole_model;
