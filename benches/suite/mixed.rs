@@ -31,15 +31,19 @@ pub fn run() {
             let set = adapted.expect("it can be attached").adapters();
             models.insert(sample.to_string(), &set).expect("it fits");
         }
-        let x = Tensor::random([samples, tokens, width], Distribution::Default, &device);
+        let x =
+            Tensor::<Plain, 3>::random([samples, tokens, width], Distribution::Default, &device);
         let names: Vec<_> = (0..samples).map(|it| Some(it.to_string())).collect();
         let works = [vec![None; samples], vec![Some("0".to_owned()); samples], names];
         let works = works.map(|names| {
             let (batch, x) = (models.batch(&names).expect("all are there"), x.clone());
             Box::new(move || {
-                drop(batch.run(x.clone(), |layers, x| {
-                    layers.iter().fold(x, |x, layer| layer.forward(x))
-                }));
+                drop(batch.run(
+                    x.clone(),
+                    |layers: &Vec<LoraLinear<Plain>>, x: Tensor<Plain, 3>| {
+                        layers.iter().fold(x, |x, layer| layer.forward(x))
+                    },
+                ));
             }) as Work
         });
         let times = medians(works.into());

@@ -6,6 +6,9 @@ use burn::{
 };
 
 use super::{LoraAdapter, add};
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use crate::fused;
+use crate::quantised::Weight;
 
 /// The adapters of one layer for the samples of a batch, which are sorted by adapter.
 #[derive(Clone, Debug)]
@@ -59,6 +62,44 @@ impl<B: Backend> Mixed<B> {
             "a mixed batch of {samples} samples: the first dimension of each layer's input must be a multiple \
              of {samples}, the same for each sample, got {size}"
         );
+    }
+
+    /// The output of a linear layer with the update of each sample's adapter: `[rows, d_input]` to
+    /// `[rows, d_output]`.
+    pub fn forward_on(
+        &self,
+        x: Tensor<B, 2>,
+        weight: Weight<B>,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Tensor<B, 2> {
+        #[cfg(any(feature = "flex", feature = "ndarray"))]
+        if let Some(y) = self.in_one_operation(&x, &weight, &bias) {
+            return y;
+        }
+        self.add_to(weight.forward(x.clone(), bias), &x, LoraAdapter::forward)
+    }
+
+    /// The same as one operation; `None` where Burn's operations are used.
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    fn in_one_operation(
+        &self,
+        x: &Tensor<B, 2>,
+        weight: &Weight<B>,
+        bias: &Option<Tensor<B, 1>>,
+    ) -> Option<Tensor<B, 2>> {
+        if !fused::computes_on::<B>() {
+            return None;
+        }
+        let update = |adapter: &LoraAdapter<B>| fused::Update {
+            a: adapter.a.val(),
+            b: adapter.b.val(),
+            bias: adapter.bias_delta(),
+            scale: adapter.scale(),
+        };
+        let groups = self.parts(x.dims()[0]).map(|(_, rows, adapter)| (rows, adapter.map(update)));
+        let groups = groups.collect();
+        let layer = fused::MixedLayer { weight: weight.clone(), bias: bias.clone(), groups };
+        fused::forward_mixed(x, &layer)
     }
 
     /// The output of the base with the update of each sample's adapter added. The first dimension of both

@@ -16,6 +16,7 @@ use super::{
     gelu::{self, Gelu},
     heads::{self, Heads},
     linear::{self, Fused},
+    mixed::{self, Mixes},
     patches::Window,
     quantised::{self, Unpacks},
 };
@@ -53,17 +54,19 @@ pub(super) struct Way {
     backend: fn() -> TypeId,
     pub linear: fn(&dyn Any, &dyn Any) -> Computed,
     pub conv: fn(&dyn Any, &dyn Any, Window) -> Computed,
+    pub mixed: fn(&dyn Any, &dyn Any) -> Computed,
     pub heads: fn(&dyn Any) -> Computed,
     pub gelu: fn(&dyn Any) -> Computed,
     pub dense: fn(&dyn Any) -> Computed,
     pub times_quantised: fn(&dyn Any, &dyn Any) -> Computed,
 }
 
-const fn way<K: Convolves + Fused + Gelu + Heads + Unpacks>() -> Way {
+const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Unpacks>() -> Way {
     Way {
         backend: TypeId::of::<K>,
         linear: linear::run_on::<K>,
         conv: conv::run_on::<K>,
+        mixed: mixed::run_on::<K>,
         heads: heads::run_on::<K>,
         gelu: gelu::run_on::<K>,
         dense: quantised::dense_on::<K>,

@@ -44,7 +44,7 @@ pub(super) fn add_product<K: Cpu>(
     Tensor::from_primitive(TensorPrimitive::Float(y))
 }
 
-fn add_rows(y: &mut [f32], bias: Option<&[f32]>, left: &[f32], right: DMatrixView<f32>) {
+pub(super) fn add_rows(y: &mut [f32], bias: Option<&[f32]>, left: &[f32], right: DMatrixView<f32>) {
     let (columns, rank) = right.shape();
     if let Some(bias) = bias {
         for row in y.chunks_exact_mut(columns) {

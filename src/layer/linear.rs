@@ -81,20 +81,17 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        if let Some(mixed) = &self.mixed {
-            return mixed.add_to(self.unadapted(x.clone()), &x, LoraAdapter::forward);
-        }
-        let Some(adapter) = &self.adapter else { return self.unadapted(x) };
-        let quantised = self.quantised.clone().map(Weight::Quantised);
-        let weight = quantised.unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
-        adapter.forward_on(x, weight, self.base.bias.as_ref().map(frozen))
-    }
-
-    /// The output of the base alone.
-    fn unadapted(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        match self.quantised.clone().map(Weight::Quantised) {
-            None => self.base.forward(x),
-            Some(weight) => weight.forward(x, self.base.bias.as_ref().map(Param::val)),
+        let quantised = || self.quantised.clone().map(Weight::Quantised);
+        // Constants, whatever the flags of the base say.
+        let weight = || quantised().unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
+        let bias = || self.base.bias.as_ref().map(frozen);
+        match (&self.mixed, &self.adapter, quantised()) {
+            (Some(mixed), ..) => mixed.forward_on(x, weight(), bias()),
+            (None, Some(adapter), _) => adapter.forward_on(x, weight(), bias()),
+            (None, None, None) => self.base.forward(x),
+            (None, None, Some(weight)) => {
+                weight.forward(x, self.base.bias.as_ref().map(Param::val))
+            }
         }
     }
 

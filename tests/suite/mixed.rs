@@ -131,28 +131,27 @@ fn a_layer_computes_the_formula_for_each_sample() {
     let base = linear([5, 3]);
     let (weight, bias) = (Matrix::random(5, 3, 1), Matrix::random(1, 3, 2));
     let mut models = MultiLora::new(base).unwrap();
-    let mut deltas = BTreeMap::new();
-    for (name, rank, alpha) in [("a", 1, 0.7), ("b", 4, 5.0)] {
-        let (a, b) =
-            (Matrix::random(5, rank, rank as u64 + 5), Matrix::random(rank, 3, rank as u64 + 9));
-        deltas.insert(name, a.times(&b).scaled(alpha / rank as f64));
+    let mut updates = BTreeMap::new();
+    for (name, rank, alpha) in [("a", 1, 0.7), ("b", 9, 5.0)] {
+        let seed = rank as u64;
+        let (a, b) = (Matrix::random(5, rank, seed + 5), Matrix::random(rank, 3, seed + 9));
+        let own = Matrix::random(1, 3, seed + 13);
+        let scale = alpha / rank as f64;
+        updates.insert(name, (a.times(&b).scaled(scale), own.scaled(scale)));
         let to = &device::<Plain>();
-        let adapter = LoraAdapter::new(
-            a.tensor([5, rank], to),
-            b.tensor([rank, 3], to),
-            alpha,
-            Scaling::AlphaOverRank,
-        );
+        let (a, b) = (a.tensor([5, rank], to), b.tensor([rank, 3], to));
+        let mut adapter = LoraAdapter::new(a, b, alpha, Scaling::AlphaOverRank);
+        adapter.bias = Some(Param::from_tensor(own.tensor([3], to)));
         models.insert(name, &LoraAdapters::new([("", adapter)])).unwrap();
     }
     let x = Matrix::random(4, 5, 30);
     let names = [Some("b"), None, Some("a"), Some("b")];
     let expected = Matrix::from_fn(4, 3, |row, col| {
-        let full = match names[row] {
-            Some(name) => weight.plus(&deltas[name]),
-            None => weight.clone(),
-        };
-        x.times(&full).plus_row(&bias).at(row, col)
+        let y = x.times(&weight).plus_row(&bias);
+        match names[row].map(|name| &updates[name]) {
+            Some((delta, own)) => y.plus(&x.times(delta)).plus_row(own).at(row, col),
+            None => y.at(row, col),
+        }
     });
     let batch = models.batch(&names).unwrap();
     assert_eq!(batch.order(), [1, 2, 0, 3]);
