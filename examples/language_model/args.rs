@@ -1,6 +1,6 @@
 //! The arguments of the commands.
 
-use std::path::PathBuf;
+use std::{net::IpAddr, path::PathBuf};
 
 use burn_lora::Quantisation;
 use clap::{Parser, Subcommand};
@@ -25,6 +25,8 @@ pub enum Command {
     Generate(GenerateArgs),
     /// Write the model with adapters in its weights, as a Hugging Face directory
     Merge(MergeArgs),
+    /// Answer over HTTP, in OpenAI's protocol, with many adapters at once
+    Serve(ServeArgs),
 }
 
 /// The model that adapters are put on.
@@ -175,6 +177,37 @@ pub struct MergeArgs {
     /// Directory for the merged model
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+}
+
+#[derive(Parser, Debug)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// Directory with a directory of adapters for each name; they are loaded when they are asked for, and again
+    /// when they change
+    #[arg(long, value_name = "DIR")]
+    pub adapters: Option<PathBuf>,
+    /// Memory for adapters in MiB; those that were not asked for for the longest time go first
+    #[arg(long, value_name = "MIB", default_value = "1024", value_parser = common::positive)]
+    pub adapter_memory: usize,
+    /// Address to listen at; 0.0.0.0 lets other computers in
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen at; 0 takes a free one
+    #[arg(long, default_value = "8000")]
+    pub port: u16,
+    /// File with the token that clients must send; otherwise none is needed
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Greatest number of texts that are written at once
+    #[arg(long, default_value = "32", value_parser = common::positive)]
+    pub batch: usize,
+    /// Greatest number of requests that wait; more are refused
+    #[arg(long, default_value = "256", value_parser = common::positive)]
+    pub queue: usize,
+    /// Greatest number of tokens of an answer
+    #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = common::positive)]
+    pub max_tokens: usize,
 }
 
 /// Parses a temperature.

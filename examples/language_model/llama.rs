@@ -100,9 +100,56 @@ struct Rotation<B: Backend> {
 /// The keys and values of the tokens that were read, so that they are not computed again for the next.
 #[derive(Clone, Debug)]
 pub struct Cache<B: Backend> {
-    /// For each layer, the keys and the values: `[batch, length, key_value_heads · head_dim]`.
+    /// For each layer, the keys and the values: `[batch, length, key_value_heads · head_dim]`. Shorter texts
+    /// are filled up at their beginning, so that all go on at the same place.
     layers: Vec<Option<[Tensor<B, 3>; 2]>>,
-    length: usize,
+    /// The length of each text.
+    lengths: Vec<usize>,
+}
+
+impl<B: Backend> Cache<B> {
+    /// The texts of all caches in one, in their order. Panics if one is empty.
+    pub fn join(caches: &[Self]) -> Self {
+        let lengths: Vec<_> = caches.iter().flat_map(|it| it.lengths.clone()).collect();
+        let total = caches.iter().map(Self::length).max().unwrap_or(0);
+        let filled = |cache: &Self, layer: usize, part: usize| {
+            let part = cache.layers[layer].as_ref().expect("texts were read")[part].clone();
+            let [batch, length, width] = part.dims();
+            match total - length {
+                0 => part,
+                missing => {
+                    let blank = Tensor::zeros([batch, missing, width], &part.device());
+                    Tensor::cat(vec![blank, part], 1)
+                }
+            }
+        };
+        let joined = |layer| {
+            let parts = |part| caches.iter().map(|it| filled(it, layer, part)).collect();
+            Some([0, 1].map(|part| Tensor::cat(parts(part), 0)))
+        };
+        let depth = caches.first().map_or(0, |it| it.layers.len());
+        Self { layers: (0..depth).map(joined).collect(), lengths }
+    }
+
+    /// The cache of these texts alone, in this order.
+    pub fn select(self, texts: &[usize]) -> Self {
+        let lengths: Vec<_> = texts.iter().map(|&text| self.lengths[text]).collect();
+        let (total, needed) = (self.length(), lengths.iter().copied().max().unwrap_or(0));
+        let indices: Vec<_> = texts.iter().map(|&text| text as i32).collect();
+        let layers = self.layers.into_iter().map(|layer| {
+            let chosen = |part: Tensor<B, 3>| {
+                let indices = Tensor::<B, 1, Int>::from_ints(&*indices, &part.device());
+                part.select(0, indices).narrow(1, total - needed, needed)
+            };
+            layer.map(|parts| parts.map(chosen))
+        });
+        Self { layers: layers.collect(), lengths }
+    }
+
+    /// The length of the longest text.
+    fn length(&self) -> usize {
+        self.lengths.iter().copied().max().unwrap_or(0)
+    }
 }
 
 impl LlamaConfig {
@@ -183,19 +230,26 @@ impl<B: Backend> Llama<B> {
 
     /// An empty cache.
     pub fn cache(&self) -> Cache<B> {
-        Cache { layers: vec![None; self.depth()], length: 0 }
+        Cache { layers: vec![None; self.depth()], lengths: Vec::new() }
     }
 
-    /// Reads on after the tokens in the cache: `[batch, length]` to the scores of the token after the
-    /// last, `[batch, vocab_size]`.
+    /// Reads on after the texts in the cache: `[batch, length]` to the scores of the token after the last of
+    /// each, `[batch, vocab_size]`.
     pub fn read(&self, ids: Tensor<B, 2, Int>, cache: &mut Cache<B>) -> Tensor<B, 2> {
-        let [_, length] = ids.dims();
-        let places = self.places(cache.length, length, &ids.device());
+        let [batch, length] = ids.dims();
+        let past = cache.length();
+        cache.lengths.resize(batch, 0);
+        let positions = cache.lengths.iter().map(|&read| (read..read + length).collect());
+        let positions: Vec<Vec<_>> = positions.collect();
+        // Only what fills up a text at its beginning is not seen, and what comes later.
+        let blank: Vec<_> = cache.lengths.iter().map(|read| past - read).collect();
+        let sees = |text: usize, row: usize, col: usize| col >= blank[text] && col <= past + row;
+        let places = self.placed(&positions, past + length, sees, &ids.device());
         let mut x = self.embed(ids);
         for (layer, cached) in self.model.layers.iter().zip(&mut cache.layers) {
             x = layer.forward(x, &places, &mut Some(cached));
         }
-        cache.length += length;
+        cache.lengths.iter_mut().for_each(|read| *read += length);
         let last = x.narrow(1, length - 1, 1);
         self.logits(last).squeeze_dim(1)
     }

@@ -1,5 +1,5 @@
-//! Fine-tunes a language model with LoRA, evaluates it, lets it answer, and merges the adapters into its
-//! weights.
+//! Fine-tunes a language model with LoRA, evaluates it, lets it answer, merges the adapters into its
+//! weights, and serves many of them at once.
 //!
 //! ```text
 //! alias lm='cargo run --release --example language_model --no-default-features --features flex,text --'
@@ -7,6 +7,7 @@
 //! lm evaluate --model MODEL --data DATA/test.jsonl --adapter out/language_model/adapter
 //! lm generate --model MODEL --adapter out/language_model/adapter --prompt "What is LoRA?"
 //! lm merge --model MODEL --adapter out/language_model/adapter --out merged
+//! lm serve --model MODEL --adapters out
 //! ```
 //!
 //! Without files and network, `train --generated` makes a small model for itself, in
@@ -33,6 +34,7 @@ mod merged;
 mod pretrained;
 mod report;
 mod reviews;
+mod serve;
 #[cfg(test)]
 mod tests;
 mod train;
@@ -54,7 +56,7 @@ use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
 
-use args::{Args, Command, EvaluateArgs, GenerateArgs, MergeArgs, TrainArgs};
+use args::{Args, Command, EvaluateArgs, GenerateArgs, MergeArgs, ServeArgs, TrainArgs};
 use chat::Chat;
 use common::{
     Context, Result, arguments,
@@ -97,6 +99,7 @@ fn main() -> ExitCode {
         Command::Evaluate(args) => run_evaluate(&args),
         Command::Generate(args) => run_generate(&args),
         Command::Merge(args) => run_merge(&args),
+        Command::Serve(args) => run_serve(&args),
     })
 }
 
@@ -324,4 +327,10 @@ fn run_merge(args: &MergeArgs) -> Result<()> {
     merged::save(&merged.dequantise(), &chat, &model, &args.out)?;
     println!("The merged model is in {}.", args.out.display());
     Ok(())
+}
+
+fn run_serve(args: &ServeArgs) -> Result<()> {
+    let model = find(&args.base.model)?;
+    let (llama, chat) = read::<Plain>(&model, args.base.quantisation(), &Default::default())?;
+    serve::serve(args, llama, chat)
 }
