@@ -44,7 +44,7 @@ impl<B: Backend> Mixed<B> {
         self.groups.iter().filter_map(|group| group.adapter.as_deref())
     }
 
-    pub fn to_device(self, device: &B::Device) -> Self {
+    pub fn fork(self, device: &B::Device) -> Self {
         let moved = |group: Group<B>| Group {
             adapter: group.adapter.map(|it| Box::new(it.fork(device))),
             ..group

@@ -255,7 +255,7 @@ macro_rules! lora_layer {
                         self.adapter.fork(device),
                         $(self.$quantised.map(|it| it.to_device(device)),)?
                     );
-                    Self { mixed: self.mixed.map(|it| it.to_device(device)), ..layer }
+                    Self { mixed: self.mixed.map(|it| it.fork(device)), ..layer }
                 }
 
                 fn to_device(self, device: &B::Device) -> Self {
@@ -264,7 +264,7 @@ macro_rules! lora_layer {
                         self.adapter.to_device(device),
                         $(self.$quantised.map(|it| it.to_device(device)),)?
                     );
-                    Self { mixed: self.mixed.map(|it| it.to_device(device)), ..layer }
+                    Self { mixed: self.mixed.map(|it| it.fork(device)), ..layer }
                 }
 
                 fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {

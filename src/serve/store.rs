@@ -180,7 +180,7 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
             Ok(file) => within(&file),
             Err(_) => true,
         };
-        (within(&dir) && dir.is_dir() && peft::FILES.iter().all(|it| is_inside(&it))).then_some(dir)
+        (within(&dir) && dir.is_dir() && peft::FILES.iter().all(is_inside)).then_some(dir)
     }
 
     fn stamp(&self, dir: &Path) -> Stamp {
@@ -188,7 +188,7 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
             let file = fs::metadata(dir.join(file)).ok()?;
             Some((identity(&file), file.len(), file.modified().ok()))
         };
-        Stamp(peft::FILES.iter().map(|file| stamp(&file)).collect())
+        Stamp(peft::FILES.iter().map(stamp).collect())
     }
 
     fn load(

@@ -30,7 +30,7 @@ use crate::{
     oracle::{Matrix, assert_close},
     peft::TempDir,
 };
-use llama::Llama;
+use llama::{Cache, Llama};
 
 const MODELS: [&str; 7] = ["llama2", "llama3", "smollm2", "biases", "mistral", "qwen2", "qwen3"];
 
@@ -85,6 +85,42 @@ fn scores_are_those_of_transformers() {
         let stored = if name == "mistral" { Some("BF16") } else { None };
         assert_eq!(loaded.stored.as_deref(), stored, "{name}");
         assert_computes(&loaded.llama, fixture(name).join("expected.json"));
+    }
+}
+
+/// Texts of several lengths, which come and go, go on together as each would alone.
+#[test]
+fn texts_in_one_cache_do_not_see_each_other() {
+    for name in ["smollm2", "qwen3", "llama3"] {
+        let llama = tiny(name);
+        let begins: [&[i32]; 3] = [&[3, 1, 4], &[1, 5, 9, 2, 6, 5], &[7]];
+        let begun = begins.map(|begin| {
+            let mut cache = llama.cache();
+            llama.read(ids(&[begin]), &mut cache);
+            cache
+        });
+        let alone = |text: usize, next: &[i32]| {
+            let mut cache = begun[text].clone();
+            let read = |&id| llama.read(ids(&[&[id]]), &mut cache);
+            next.iter().map(read).last().unwrap()
+        };
+        let assert_near = |actual: Tensor<Plain, 2>, expected: Tensor<Plain, 2>| {
+            let difference = (actual - expected).abs().max().into_scalar();
+            assert!(difference < 1e-5, "{name}: {difference}");
+        };
+        let mut cache = Cache::join(&begun);
+        let scores = llama.read(ids(&[&[8], &[2], &[3]]), &mut cache);
+        for (text, next) in [8, 2, 3].into_iter().enumerate() {
+            assert_near(scores.clone().narrow(0, text, 1), alone(text, &[next]));
+        }
+        // The longest leaves, and a new one comes.
+        let mut cache = Cache::join(&[cache.select(&[2, 0]), begun[1].clone()]);
+        let scores = llama.read(ids(&[&[6], &[4], &[2]]), &mut cache);
+        for (row, (text, next)) in
+            [(2, vec![3, 6]), (0, vec![8, 4]), (1, vec![2])].iter().enumerate()
+        {
+            assert_near(scores.clone().narrow(0, row, 1), alone(*text, next));
+        }
     }
 }
 
