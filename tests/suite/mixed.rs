@@ -85,7 +85,7 @@ fn set(model: &Everything<Plain>, rank: usize, seed: u64, layers: u32) -> LoraAd
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(ProptestConfig::with_cases(6))]
 
     #[test]
     fn each_sample_is_as_if_alone(
