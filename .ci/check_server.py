@@ -33,6 +33,8 @@ def stream(model, stop_after=None):
             pieces.append(part.choices[0].delta.content or "")
             reason = part.choices[0].finish_reason or reason
             if stop_after and len(pieces) >= stop_after:
+                begun = "".join(pieces)
+                assert begun and expected[model][0].startswith(begun), (model, begun)
                 return None
     assert reason == "stop", reason
     assert len(fingerprints) == 1, fingerprints
@@ -80,6 +82,7 @@ assert drawn[0] == drawn[1], drawn
 for error, more in [
     (openai.NotFoundError, {"model": "nobody"}),
     (openai.NotFoundError, {"model": "../polite"}),
+    (openai.BadRequestError, {"logprobs": True}),
     (openai.BadRequestError, {"max_tokens": -1}),
     (openai.BadRequestError, {"temperature": "hot"}),
     (openai.BadRequestError, {"messages": []}),
@@ -113,7 +116,7 @@ def keep_asking(index):
         turn += 1
         model = ["base", "plain", "polite"][turn % 3]
         try:
-            answer = stream(model, stop_after=2 if turn % 10 == 0 else None)
+            answer = stream(model, stop_after=3 if turn % 10 == 0 else None)
             if answer is None:
                 counts["hung up"] += 1
             else:
@@ -153,7 +156,7 @@ answers, done = Counter(), threading.Event()
 
 
 def ask_current():
-    while not failures and (sum(answers.values()) < 1000 or not done.is_set()):
+    while not failures and not done.is_set():
         try:
             answer = ask("current")
             answers[answer.choices[0].message.content, answer.system_fingerprint] += 1
@@ -164,15 +167,17 @@ def ask_current():
 threads = [threading.Thread(target=ask_current) for _ in range(16)]
 for thread in threads:
     thread.start()
-for turn in range(100):
-    time.sleep(0.02)
-    spare.symlink_to(["polite", "plain"][turn % 2])
+replaced = 0
+while not failures and (replaced < 100 or sum(answers.values()) < 1000):
+    time.sleep(0.04)
+    spare.symlink_to(["polite", "plain"][replaced % 2])
     os.replace(spare, link)
+    replaced += 1
 done.set()
 for thread in threads:
     thread.join()
 link.unlink()
 if failures:
     raise failures[0]
-print(f"{sum(answers.values())} answers while a set was replaced 100 times: {dict(answers)}")
+print(f"{sum(answers.values())} answers while a set was replaced {replaced} times: {dict(answers)}")
 assert set(answers) == {expected["plain"], expected["polite"]}, answers

@@ -77,6 +77,7 @@
 //! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
 //!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`], [`gelu`]: for models of your own.
 //! - [`QuantiseConfig`], [`QuantisedWeight`]: a base in 4 or 8 bits.
+//! - [`MultiLora`], [`AdapterStore`]: many sets of adapters at once, and from directories.
 //! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
 //! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
 //!   time, and in less memory.

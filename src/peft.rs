@@ -17,7 +17,7 @@ use crate::{adapters::LoraAdapters, error::LoraError};
 use config::PeftConfig;
 use mlx::MlxConfig;
 
-const CONFIG: &str = "adapter_config.json";
+pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
 
 /// The files that a set is read from.

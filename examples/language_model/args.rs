@@ -208,6 +208,10 @@ pub struct ServeArgs {
     /// Greatest number of tokens of an answer
     #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = common::positive)]
     pub max_tokens: usize,
+    /// Greatest number of tokens of a prompt and its answer; at most as many as the model can read. The memory
+    /// for a prompt grows with the square of its length, and all texts of a batch take as much as the longest
+    #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = common::positive)]
+    pub max_length: usize,
 }
 
 /// Parses a temperature.

@@ -203,6 +203,11 @@ impl<B: Backend> Llama<B> {
         self.model.embed_tokens.forward(ids)
     }
 
+    /// The number of tokens that it knows.
+    pub fn words(&self) -> usize {
+        self.model.embed_tokens.weight_shape()[0]
+    }
+
     /// The number of layers.
     pub fn depth(&self) -> usize {
         self.model.layers.len()

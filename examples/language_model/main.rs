@@ -7,7 +7,7 @@
 //! lm evaluate --model MODEL --data DATA/test.jsonl --adapter out/language_model/adapter
 //! lm generate --model MODEL --adapter out/language_model/adapter --prompt "What is LoRA?"
 //! lm merge --model MODEL --adapter out/language_model/adapter --out merged
-//! lm serve --model MODEL --adapters out
+//! lm serve --model MODEL --adapters out/language_model # the model `adapter`
 //! ```
 //!
 //! Without files and network, `train --generated` makes a small model for itself, in

@@ -42,13 +42,13 @@ pub fn serve(args: &ServeArgs, llama: Llama<Plain>, chat: Chat) -> Result<()> {
 
     let metrics = Arc::new(Metrics::default());
     let (queue, jobs) = mpsc::channel(args.queue);
-    let longest = llama.longest;
+    let (longest, words) = (llama.longest.min(args.max_length), llama.words());
     let (chat, limit) = (Arc::new(chat), args.max_tokens);
     let engine = Engine::new(llama, chat.clone(), args.batch, metrics.clone())?;
     let engine = thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run(jobs));
     let engine = engine.context("starting a thread")?;
 
-    let server = Server { chat, store, queue, metrics, longest, limit, token };
+    let server = Server { chat, store, queue, metrics, longest, words, limit, token };
     let runtime = Runtime::new().context("starting the server")?;
     runtime.block_on(async {
         let address = SocketAddr::new(args.host, args.port);
@@ -63,8 +63,18 @@ pub fn serve(args: &ServeArgs, llama: Llama<Plain>, chat: Chat) -> Result<()> {
     engine.join().map_err(|_| "the engine has panicked".to_owned())
 }
 
-/// Waits for Ctrl-C, or a request of the system to end.
+/// Waits for the first request to end. At a second one the program ends at once, whatever is under way.
 async fn stopped() {
+    signalled().await;
+    eprintln!("ending, when the answers that were begun are complete; once more to end at once");
+    tokio::spawn(async {
+        signalled().await;
+        std::process::exit(130);
+    });
+}
+
+/// Waits for Ctrl-C, or a request of the system to end.
+async fn signalled() {
     #[cfg(unix)]
     if let Ok(mut terminate) = signal::unix::signal(signal::unix::SignalKind::terminate()) {
         tokio::select! {

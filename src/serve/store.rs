@@ -39,7 +39,8 @@ const ATTEMPTS: usize = 20;
 ///
 /// A set is loaded when it is asked for the first time, and again when its files have changed. It is loaded
 /// as a whole, or the old one stays, and [`problems`](Self::problems) tells why. What was handed out stays as it
-/// is, for as long as it is in use: no lock is held meanwhile.
+/// is, for as long as it is in use: no lock is held meanwhile. A set that was dropped to make room has nothing to
+/// stay in its place.
 ///
 /// Only directories directly below the root are read, which hold the files of PEFT or mlx-lm. Hidden ones, and
 /// links out of the root, are none.
@@ -125,7 +126,9 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
             let (names, available) = (vec![name.to_owned()], self.list());
             return Err(LoraError::UnknownAdapters { names, available });
         };
-        if let Some(set) = self.resident().current(name, &self.stamp(&dir)) {
+        // Before the lock is taken: a disk may be slow.
+        let stamp = self.stamp(&dir);
+        if let Some(set) = self.resident().current(name, &stamp) {
             return Ok(set);
         }
         let mut base = unpoisoned(&self.base);
@@ -140,11 +143,13 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
         }
     }
 
-    /// The names of the directories that may hold adapters, in alphabetical order.
+    /// The names of the directories that hold adapters, in alphabetical order.
     pub fn list(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        let mut names: Vec<_> = names.filter(|name| self.find(name).is_some()).collect();
+        let holds_adapters =
+            |name: &String| self.find(name).is_some_and(|dir| dir.join(peft::CONFIG).is_file());
+        let mut names: Vec<_> = names.filter(holds_adapters).collect();
         names.sort();
         names
     }

@@ -74,6 +74,7 @@ fn assert_computes(llama: &Llama<Plain>, expected: PathBuf) {
     let places = llama.places(0, texts[0].len(), &device::<Plain>());
     let logits = llama.logits(llama.hidden(ids(&texts), &places));
     let (rows, cols) = (expected.logits.len(), expected.logits[0].len());
+    assert_eq!(llama.words(), cols);
     let expected = Matrix { rows, cols, data: expected.logits.concat() };
     assert_close(logits.reshape([rows, cols]), &expected, 2e-5);
 }

@@ -1,7 +1,12 @@
 //! Answers many requests at once: each step adds a token to every text that is under way. A finished text
 //! leaves, and the next request takes its place.
 
-use std::{collections::BTreeSet, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeSet,
+    panic::{AssertUnwindSafe, catch_unwind},
+    sync::Arc,
+    time::Instant,
+};
 
 use burn::tensor::{Int, Tensor, TensorData};
 use burn_lora::{MixedBatch, MultiLora, StoredAdapters};
@@ -92,25 +97,24 @@ impl Engine {
                     Some(job) => Some(job),
                     None => return,
                 },
-                rows if rows < self.batch => jobs.try_recv().ok(),
+                rows if rows < self.batch => waiting(&mut jobs),
                 _ => None,
             };
-            self.metrics.queue.set(jobs.len());
             if let Some(job) = job.filter(|job| !job.answer.is_closed()) {
                 let answer = job.answer.clone();
-                if let Err(problem) = self.begin(job) {
+                if let Err(problem) = caught(|| self.begin(job)) {
                     let _ = answer.send(Event::Failed(problem));
                 }
             }
             if !self.rows.is_empty()
-                && let Err(problem) = self.step()
+                && let Err(problem) = caught(|| self.step())
             {
                 for row in self.rows.drain(..) {
                     let _ = row.answer.send(Event::Failed(problem.clone()));
                 }
                 self.keep(&[]);
             }
-            self.metrics.batch.set(self.rows.len());
+            self.metrics.batch(self.rows.len());
         }
     }
 
@@ -160,6 +164,7 @@ impl Engine {
                 self.models.batch(&sets).map_err(|error| error.to_string())?
             }
         };
+        // A panic from here on leaves the cache behind, which is then dropped with all rows.
         let next: Vec<_> = self.rows.iter().map(|row| [row.next]).collect();
         let next: Vec<_> = next.iter().map(|it| &it[..]).collect();
         let cache = self.cache.as_mut().expect("there are rows");
@@ -196,6 +201,18 @@ impl Engine {
             self.models.remove(&name);
         }
     }
+}
+
+/// The next request in the queue that somebody still waits for.
+fn waiting(jobs: &mut Receiver<Job>) -> Option<Job> {
+    std::iter::from_fn(|| jobs.try_recv().ok()).find(|job| !job.answer.is_closed())
+}
+
+/// The result of the work. A panic is an error of the requests that it was for, and of no others.
+fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
+    let panicked =
+        |_| Err("the engine has panicked; its message is in the server's log".to_owned());
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(panicked)
 }
 
 impl Row {

@@ -9,7 +9,10 @@ use std::{
 use axum::{
     Router,
     body::Bytes,
-    extract::{DefaultBodyLimit, Path, State, rejection::BytesRejection},
+    extract::{
+        DefaultBodyLimit, Path, State,
+        rejection::{BytesRejection, PathRejection},
+    },
     http::{HeaderMap, StatusCode, header},
     response::{
         IntoResponse, Response,
@@ -33,6 +36,9 @@ use crate::{chat::Chat, common::backend::Plain, llama::Llama};
 /// The largest body of a request, in bytes.
 const LARGEST: usize = 1 << 20;
 
+/// The status in the log of a request whose client did not wait.
+const GONE: u16 = 499;
+
 /// What the addresses have in common.
 pub struct Server {
     pub chat: Arc<Chat>,
@@ -41,6 +47,8 @@ pub struct Server {
     pub metrics: Arc<Metrics>,
     /// The length of the longest text that the model reads, in tokens.
     pub longest: usize,
+    /// The number of tokens that the model knows.
+    pub words: usize,
     /// The greatest number of new tokens.
     pub limit: usize,
     /// The hash of the token that clients must send.
@@ -57,6 +65,9 @@ pub fn routes(server: Server) -> Router {
         .route("/v1/completions", post(completion))
         .route("/metrics", get(metrics))
         .fallback(async || respond(Err(Fault::new(404, "there is nothing at this address"))))
+        .method_not_allowed_fallback(async || {
+            respond(Err(Fault::new(405, "this address takes another method")))
+        })
         .layer(DefaultBodyLimit::max(LARGEST))
         .with_state(Arc::new(server))
 }
@@ -65,7 +76,14 @@ async fn models(State(server): Shared, headers: HeaderMap) -> Response {
     respond(server.check(&headers).map(|()| protocol::models(&server.names(), protocol::now())))
 }
 
-async fn model(State(server): Shared, Path(name): Path<String>, headers: HeaderMap) -> Response {
+async fn model(
+    State(server): Shared,
+    name: Result<Path<String>, PathRejection>,
+    headers: HeaderMap,
+) -> Response {
+    let Ok(Path(name)) = name else {
+        return respond(Err(Fault::unknown_model("there is no such model")));
+    };
     respond(server.check(&headers).and_then(|()| {
         match server.names().contains(&name) || name == BASE {
             true => Ok(protocol::model(&name, protocol::now())),
@@ -80,7 +98,8 @@ async fn metrics(State(server): Shared, headers: HeaderMap) -> Response {
     }
     let resident = server.store.as_ref().map_or(vec![], AdapterStore::resident_bytes);
     let bytes = resident.iter().map(|(_, bytes)| bytes).sum();
-    let text = server.metrics.text(resident.len(), bytes);
+    let queue = server.queue.max_capacity() - server.queue.capacity();
+    let text = server.metrics.text(queue, resident.len(), bytes);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
@@ -128,7 +147,9 @@ impl Server {
     fn check(&self, headers: &HeaderMap) -> Result<(), Fault> {
         let Some(expected) = &self.token else { return Ok(()) };
         let sent = headers.get(header::AUTHORIZATION).and_then(|it| it.to_str().ok());
-        let sent = sent.and_then(|it| it.strip_prefix("Bearer ")).unwrap_or_default();
+        let sent = sent.and_then(|it| it.split_once(' '));
+        let sent = sent.filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
+        let sent = sent.map_or("", |(_, token)| token);
         match <[u8; 32]>::from(Sha256::digest(sent)) == *expected {
             true => Ok(()),
             false => Err(Fault::new(401, "a token is needed: `Authorization: Bearer TOKEN`")),
@@ -136,7 +157,10 @@ impl Server {
     }
 
     fn names(&self) -> Vec<String> {
-        self.store.as_ref().map_or(vec![], AdapterStore::list)
+        let mut names = self.store.as_ref().map_or(vec![], AdapterStore::list);
+        // The base answers under this name, whatever is in the directory.
+        names.retain(|name| name != BASE);
+        names
     }
 
     /// Reads a request, and puts it into the queue.
@@ -153,7 +177,8 @@ impl Server {
             (BASE, _) => None,
             (name, Some(store)) => Some(store.get(name).map_err(|error| match error {
                 LoraError::UnknownAdapters { .. } => Fault::unknown_model(error.to_string()),
-                error => Fault::new(500, error.to_string()),
+                // Not one of the server's own: clients repeat those.
+                error => Fault::new(422, error.to_string()),
             })?),
             (name, None) => {
                 return Err(Fault::unknown_model(format!("there is no model `{name}`")));
@@ -167,6 +192,9 @@ impl Server {
             }
             Input::Text(text) => self.chat.encode(&text, true).map_err(refused)?,
         };
+        if prompt.iter().any(|&id| id as usize >= self.words) {
+            return Err(refused("the prompt has a token that the model does not know".to_owned()));
+        }
         let room = self.longest.saturating_sub(prompt.len());
         if prompt.is_empty() || room == 0 {
             let message = format!(
@@ -303,7 +331,7 @@ impl Log {
 
     fn end(&mut self, status: u16, what: &str) {
         self.ended = true;
-        if status >= 400 {
+        if status >= 400 && status != GONE {
             self.server.metrics.errors.add(1);
         }
         let kind = if self.kind == Kind::Chat { "chat" } else { "completion" };
@@ -319,7 +347,7 @@ impl Drop for Log {
     fn drop(&mut self) {
         if !self.ended {
             self.server.metrics.abandoned.add(1);
-            self.end(499, "the client went away");
+            self.end(GONE, "the client went away");
         }
     }
 }

@@ -8,10 +8,8 @@ use std::{
 
 #[derive(Default)]
 pub struct Metrics {
-    /// Requests that wait.
-    pub queue: Number,
     /// Texts that are under way.
-    pub batch: Number,
+    batch: Number,
     pub requests: Number,
     /// Requests that were refused, or failed.
     pub errors: Number,
@@ -47,8 +45,16 @@ impl Metrics {
         self.speed.set((1000.0 * tokens as f64 / time.as_secs_f64()) as usize);
     }
 
-    /// All numbers, with those of the adapters in memory.
-    pub fn text(&self, adapters: usize, adapter_bytes: usize) -> String {
+    /// Notes how many texts are under way.
+    pub fn batch(&self, texts: usize) {
+        self.batch.set(texts);
+        if texts == 0 {
+            self.speed.set(0);
+        }
+    }
+
+    /// All numbers, with those of the queue and of the adapters in memory.
+    pub fn text(&self, queue: usize, adapters: usize, adapter_bytes: usize) -> String {
         let mut text = String::new();
         let counters = [
             ("requests", "Requests that were answered or refused", &self.requests),
@@ -61,7 +67,7 @@ impl Metrics {
             push(&mut text, &format!("{name}_total"), "counter", help, number.get() as f64);
         }
         let gauges = [
-            ("queue", "Requests that wait", self.queue.get() as f64),
+            ("queue", "Requests that wait", queue as f64),
             ("batch_size", "Texts that are under way", self.batch.get() as f64),
             ("tokens_per_second", "In the last step", self.speed.get() as f64 / 1000.0),
             ("adapters_resident", "Sets of adapters in memory", adapters as f64),

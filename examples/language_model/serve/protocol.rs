@@ -78,7 +78,7 @@ struct Sent {
 #[derive(Debug, Deserialize)]
 struct SentMessage {
     role: String,
-    content: Content,
+    content: Option<Content>,
 }
 
 #[derive(Debug, Deserialize)]
@@ -131,17 +131,20 @@ pub enum Input {
 }
 
 /// Fields that would change the answer.
-const UNSUPPORTED: [&str; 11] = [
+const UNSUPPORTED: [&str; 14] = [
     "best_of",
     "echo",
     "frequency_penalty",
     "functions",
     "logit_bias",
     "logprobs",
+    "min_p",
     "presence_penalty",
+    "repetition_penalty",
     "response_format",
     "suffix",
     "tools",
+    "top_k",
     "top_logprobs",
 ];
 
@@ -159,6 +162,9 @@ impl Request {
         let input = match kind {
             Kind::Chat => Input::Messages(messages(sent.messages)?),
             Kind::Completion => Input::Text(match sent.prompt {
+                Some(Value::Array(texts)) if texts.len() == 1 && texts[0].is_string() => {
+                    texts[0].as_str().unwrap_or_default().to_owned()
+                }
                 Some(Value::String(text)) if !text.is_empty() => text,
                 Some(Value::String(_)) => return Err(Fault::of("prompt", "`prompt` is empty")),
                 Some(_) => {
@@ -211,8 +217,11 @@ impl Request {
 fn means_nothing(field: &str, value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
+        // As a number, it asks for those of the chosen tokens at least.
+        Value::Number(_) if field == "logprobs" => false,
         Value::Number(number) => {
-            number.as_f64() == Some(if field == "best_of" { 1.0 } else { 0.0 })
+            let is_one = ["best_of", "repetition_penalty"].contains(&field);
+            number.as_f64() == Some(if is_one { 1.0 } else { 0.0 })
         }
         Value::Array(values) => values.is_empty(),
         Value::Object(values) => values.is_empty() || values.get("type") == Some(&json!("text")),
@@ -226,12 +235,18 @@ fn messages(sent: Option<Vec<SentMessage>>) -> Result<Vec<Message>, Fault> {
     let sent = sent.filter(|it| !it.is_empty());
     let sent = sent.ok_or_else(|| fault("`messages` are missing".to_owned()))?;
     let message = |SentMessage { role, content }| {
-        if !["system", "user", "assistant"].contains(&&*role) {
-            return Err(fault(format!("`{role}` is none of the roles system, user, assistant")));
-        }
+        let role = match &*role {
+            "developer" => "system".to_owned(),
+            "system" | "user" | "assistant" => role,
+            _ => {
+                let roles = "system, developer, user, assistant";
+                return Err(fault(format!("`{role}` is none of the roles {roles}")));
+            }
+        };
         let content = match content {
-            Content::Text(text) => text,
-            Content::Parts(parts) => {
+            None => String::new(),
+            Some(Content::Text(text)) => text,
+            Some(Content::Parts(parts)) => {
                 let texts = parts.into_iter().map(|part| match part {
                     Part { text: Some(text), kind } if kind == "text" => Ok(text),
                     part => Err(fault(format!("`{}` is not supported: only text is", part.kind))),
