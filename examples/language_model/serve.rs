@@ -1,9 +1,9 @@
 //! Serves one base and many adapters over HTTP, in OpenAI's protocol.
 //!
 //! ```text
-//! request ─► api: read and checked ─► queue ─► engine: one step for all texts at once ─► api: tokens as text
-//!                     │                            │
-//!                     └── store: the adapters ─────┘
+//! request ─► http: read and checked ─► queue ─► engine: one step for all texts at once ─► http: the answer
+//!                      │                            │
+//!                      └── store: the adapters ─────┘
 //! ```
 //!
 //! Start reading with [`engine`], which answers, and [`http`], which speaks.
