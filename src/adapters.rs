@@ -138,9 +138,7 @@ impl<B: Backend> LoraAdapters<B> {
         let extras = self.extras.values().map(|it| it.num_elements() * it.values.dtype().size());
         adapters.chain(extras).sum()
     }
-}
 
-impl<B: Backend> LoraAdapters<B> {
     /// 32 hexadecimal digits that distinguish this set from others: the same for the same layers, scales and
     /// bits, wherever they are. It is the beginning of a SHA-256.
     pub fn fingerprint(&self) -> String {

@@ -14,7 +14,7 @@ use burn::{
 use burn_lora::{
     Init, LoraAdapter, LoraAdapters, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d,
     LoraEmbedding, LoraError, LoraLinear, LoraMhaInput, LoraModule, LoraMultiHeadAttention,
-    MultiLora, Quantisation, Scaling,
+    MixedBatch, MultiLora, Quantisation, Scaling,
 };
 use proptest::prelude::*;
 
@@ -278,30 +278,28 @@ fn what_cannot_be_mixed_is_refused() {
     MultiLora::new(training.valid()).unwrap();
 }
 
-#[test]
-#[should_panic(expected = "a mixed batch of 2 samples: expected [2, ..], got [3, 6]")]
-fn a_batch_of_another_size_is_refused() {
+/// A batch of two samples: one with adapters, and one without.
+fn pair() -> MixedBatch<Mlp<Plain>> {
     let (base, [set, _]) = two();
     let mut models = MultiLora::new(base).unwrap();
     models.insert("one", &set).unwrap();
-    models.batch(&[Some("one"), None]).unwrap().sorted(rows(3));
+    models.batch(&[Some("one"), None]).unwrap()
+}
+
+#[test]
+#[should_panic(expected = "a mixed batch of 2 samples: expected [2, ..], got [3, 6]")]
+fn a_batch_of_another_size_is_refused() {
+    pair().sorted(rows(3));
 }
 
 #[test]
 #[should_panic(expected = "must be a multiple of 2, the same for each sample, got 3")]
 fn a_layer_that_mixes_samples_up_is_refused() {
-    let (base, [set, _]) = two();
-    let mut models = MultiLora::new(base).unwrap();
-    models.insert("one", &set).unwrap();
-    models.batch(&[Some("one"), None]).unwrap().model().forward(rows(3));
+    pair().model().forward(rows(3));
 }
 
 #[test]
 #[should_panic(expected = "a model for a mixed batch does not train")]
 fn a_mixed_model_does_not_train() {
-    let (base, [set, _]) = two();
-    let mut models = MultiLora::new(base).unwrap();
-    models.insert("one", &set).unwrap();
-    let batch = models.batch(&[Some("one"), None]).unwrap();
-    let _ = Mlp::<Train>::from_inner(batch.model().clone());
+    let _ = Mlp::<Train>::from_inner(pair().model().clone());
 }
