@@ -22,7 +22,7 @@ use burn_lora::{
 use burn_store::{ModuleSnapshot, SafetensorsStore};
 
 use crate::{
-    model::{Mlp, Plain, Train, device},
+    model::{Mlp, Plain, Train, device, filled},
     oracle::{Matrix, bits},
 };
 
@@ -127,20 +127,6 @@ impl Family for Zoos {
         let image = model.up.forward(model.square.forward(image));
         rows.sin().sum() + image.sin().sum()
     }
-}
-
-/// The model with weights that are the same each time.
-fn filled<B: Backend, M: Module<B>>(model: M) -> M {
-    struct Fill(u64);
-    impl<B: Backend> ModuleMapper<B> for Fill {
-        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-            self.0 += 1;
-            let (dims, device) = (param.dims(), param.device());
-            let values = Matrix::random(1, dims.iter().product(), self.0);
-            param.map(|it| values.tensor(dims, &device).set_require_grad(it.is_require_grad()))
-        }
-    }
-    model.map(&mut Fill(0))
 }
 
 /// An adapted model of the family.

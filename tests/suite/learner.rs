@@ -23,7 +23,7 @@ use burn::{
 use burn_lora::{Lora, LoraConfig, LoraModule};
 
 use crate::{
-    model::{Mlp, Plain, Train, device},
+    model::{Mlp, Plain, Train, device, filled},
     oracle::{Matrix, assert_identical, bits},
 };
 
@@ -103,7 +103,7 @@ fn train(
 #[test]
 fn the_learner_trains_adapters_alone_and_resumes() {
     let dir = std::env::temp_dir().join(format!("burn-lora-learner-{}", std::process::id()));
-    let model = Mlp::<Train>::new(&device::<Train>());
+    let model = filled(Mlp::<Train>::new(&device::<Train>()));
     let adapted = model.attach(&LoraConfig::new(2, 3.0)).unwrap();
     let x = Matrix::random(9, 6, 8);
     let loss = |model: &Mlp<Plain>| {

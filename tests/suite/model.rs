@@ -1,13 +1,16 @@
 //! The models that the tests adapt.
 
 use burn::{
-    module::{Module, Param},
+    module::{Module, ModuleMapper, Param},
     nn::{LayerNorm, LayerNormConfig, Linear, LinearConfig},
     tensor::{Tensor, activation::relu, backend::Backend},
 };
 use burn_lora::LoraLinear;
 
-use crate::{backend, oracle::Problem};
+use crate::{
+    backend,
+    oracle::{Matrix, Problem},
+};
 
 pub type Train = backend::Train;
 pub type Plain = backend::Plain;
@@ -70,6 +73,20 @@ impl<B: Backend> From<PlainMlp<B>> for Mlp<B> {
     }
 }
 
+/// The model with weights that are the same each time.
+pub fn filled<B: Backend, M: Module<B>>(model: M) -> M {
+    struct Fill(u64);
+    impl<B: Backend> ModuleMapper<B> for Fill {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
+            self.0 += 1;
+            let (dims, device) = (param.dims(), param.device());
+            let values = Matrix::random(1, dims.iter().product(), self.0);
+            param.map(|it| values.tensor(dims, &device).set_require_grad(it.is_require_grad()))
+        }
+    }
+    model.map(&mut Fill(0))
+}
+
 /// A layer with the weights and the adapter of `problem`. `alpha` and `scaling` must give its scale.
 pub fn layer<B: Backend>(
     problem: &Problem,
@@ -78,7 +95,7 @@ pub fn layer<B: Backend>(
 ) -> LoraLinear<B> {
     let device = device::<B>();
     let [d_input, rank, d_output] = [problem.a.rows, problem.a.cols, problem.b.cols];
-    let row = |it: &crate::oracle::Matrix| Param::from_tensor(it.tensor([d_output], &device));
+    let row = |it: &Matrix| Param::from_tensor(it.tensor([d_output], &device));
     let base = Linear {
         weight: Param::from_tensor(problem.w.tensor([d_input, d_output], &device)),
         bias: problem.bias.as_ref().map(row),
