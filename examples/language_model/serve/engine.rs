@@ -26,6 +26,8 @@ pub struct Job {
     /// The adapters; `None` for the base alone.
     pub set: Option<Arc<StoredAdapters<Plain>>>,
     pub prompt: Vec<u32>,
+    /// Whether the answer goes on with the text of the prompt, and is not a text of its own.
+    pub continues: bool,
     /// The greatest number of new tokens.
     pub limit: usize,
     pub sampling: Sampling,
@@ -132,10 +134,14 @@ impl Engine {
         let mut cache = model.model().cache();
         let scores = read(model.model(), &[&job.prompt], &mut cache);
         self.metrics.prompt_tokens.add(job.prompt.len());
+        let text = match job.continues {
+            true => Growing::after(&job.prompt, job.stops, &self.chat)?,
+            false => Growing::new(job.stops),
+        };
         let mut row = Row {
             set,
             next: 0,
-            text: Growing::new(job.stops),
+            text,
             limit: job.limit,
             sampling: job.sampling,
             rng: StdRng::seed_from_u64(job.seed),

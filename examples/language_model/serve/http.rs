@@ -221,7 +221,8 @@ impl Server {
         let tokens = prompt.len();
         let seed = request.seed.unwrap_or(random);
         let (sampling, stops) = (request.sampling, request.stops);
-        let job = Job { set, prompt, limit, sampling, seed, stops, answer };
+        let continues = kind != Kind::Chat;
+        let job = Job { set, prompt, continues, limit, sampling, seed, stops, answer };
         self.queue.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => Fault::new(429, "too many requests wait; try again later"),
             TrySendError::Closed(_) => Fault::new(503, "the server is about to end"),

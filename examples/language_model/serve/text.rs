@@ -2,8 +2,15 @@
 
 use crate::{chat::Chat, common::Result};
 
+/// How many tokens of the text before are decoded with the answer.
+const CONTEXT: usize = 8;
+
 /// The text of an answer, up to one of the texts at which it ends.
 pub struct Growing {
+    /// The end of the text that the answer goes on with, and how its tokens are decoded. Some tokenizers drop the
+    /// space before the first word of what they decode: alone, an answer would lose it.
+    before: Vec<u32>,
+    prefix: String,
     ids: Vec<u32>,
     text: String,
     stops: Vec<String>,
@@ -13,7 +20,15 @@ pub struct Growing {
 
 impl Growing {
     pub fn new(stops: Vec<String>) -> Self {
-        Self { ids: Vec::new(), text: String::new(), stops, shown: 0 }
+        let (before, prefix) = Default::default();
+        Self { before, prefix, ids: Vec::new(), text: String::new(), stops, shown: 0 }
+    }
+
+    /// An answer that goes on with the text `prompt`.
+    pub fn after(prompt: &[u32], stops: Vec<String>, chat: &Chat) -> Result<Self> {
+        let before = prompt[prompt.len().saturating_sub(CONTEXT)..].to_vec();
+        let prefix = chat.decode(&before)?;
+        Ok(Self { before, prefix, ..Self::new(stops) })
     }
 
     /// The number of tokens.
@@ -24,7 +39,12 @@ impl Growing {
     /// Adds a token. Returns whether the text has come to one of its ends, which is cut off.
     pub fn push(&mut self, id: u32, chat: &Chat) -> Result<bool> {
         self.ids.push(id);
-        self.set(chat.decode(&self.ids)?);
+        let text = chat.decode(&[&*self.before, &self.ids].concat())?;
+        self.set(match text.strip_prefix(&self.prefix) {
+            Some(text) => text.to_owned(),
+            // The first token completes a character that the prompt began.
+            None => chat.decode(&self.ids)?,
+        });
         let ends = self.stops.iter().filter_map(|stop| self.text.find(stop));
         let end = ends.min();
         if let Some(end) = end {
@@ -67,6 +87,8 @@ fn overlap(text: &str, stop: &str) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use tokenizers::{Tokenizer, decoders::metaspace::Metaspace, models::wordlevel::WordLevel};
+
     use super::*;
 
     /// The pieces of a text that grows to these texts, one after the other.
@@ -90,5 +112,24 @@ mod tests {
     fn what_may_become_an_end_is_held_back() {
         let stops = ["\n\nQ", "END"];
         assert_eq!(pieces(&stops, &["a\n", "a\n\n", "a\n\nb E"]), ["a", "", "\n\nb ", "E"]);
+    }
+
+    /// Tokens as those of SentencePiece: the first word loses its space.
+    #[test]
+    fn an_answer_keeps_the_space_after_its_prompt() {
+        let words = ["▁The", "▁dog", "s", "</s>"].map(str::to_owned);
+        let vocabulary = words.into_iter().zip(0..).collect();
+        let words = WordLevel::builder().vocab(vocabulary).unk_token("s".to_owned());
+        let mut tokenizer = Tokenizer::new(words.build().unwrap());
+        tokenizer.with_decoder(Some(Metaspace::default()));
+        let chat = Chat::new(tokenizer, "", "</s>").unwrap();
+
+        let mut alone = Growing::new(Vec::new());
+        let mut after = Growing::after(&[0], Vec::new(), &chat).unwrap();
+        for (id, [expected, expected_after]) in [(1, ["dog", " dog"]), (2, ["s", "s"])] {
+            alone.push(id, &chat).unwrap();
+            after.push(id, &chat).unwrap();
+            assert_eq!([alone.piece(), after.piece()], [expected, expected_after]);
+        }
     }
 }
