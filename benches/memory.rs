@@ -29,10 +29,10 @@ use burn::{
     nn::LinearConfig,
     tensor::{Distribution, Tensor},
 };
-use burn_lora::{Lora, LoraConfig, LoraLinear, LoraModule};
+use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule};
 use peak_alloc::PeakAlloc;
 
-use backend::Train;
+use backend::{Plain, Train};
 use suite::{
     layers,
     measure::{self, print_header, print_row},
@@ -54,6 +54,7 @@ fn main() -> ExitCode {
     peak();
     text();
     language_model();
+    resident();
     other_layers();
     ExitCode::SUCCESS
 }
@@ -173,6 +174,32 @@ fn language_model() {
         let ratio = format!("{:.3}", peak / plain);
         print_row(&[method.to_owned(), format!("{:.1}", peak / 1e6), ratio]);
     }
+    println!();
+}
+
+/// What sets of adapters take in memory, beside the bytes of their parameters.
+fn resident() {
+    const SETS: usize = 100;
+    let device = Default::default();
+    let dir = tempfile::tempdir().expect("there is room for a directory");
+    let config = LoraConfig::peft(8, 16.0).with_targets(smollm2::LAYERS);
+    let adapted = smollm2::base::<Train>(&device).attach(&config).expect("it has these layers");
+    adapted.adapters().save(dir.path()).expect("there is room for a set");
+    let load = || LoraAdapters::<Plain>::load(dir.path(), &device).expect("it was just saved");
+    let bytes = SETS * load().num_bytes();
+    let before = MEMORY.current_usage();
+    let sets: Vec<_> = (0..SETS).map(|_| load()).collect();
+    let held = MEMORY.current_usage() - before;
+    print_header(
+        "Adapters in memory, of all linear layers of SmolLM2-135M, rank 8",
+        &["sets", "parameters, MB", "held, MB", "ratio"],
+    );
+    print_row(&[
+        sets.len().to_string(),
+        format!("{:.1}", bytes as f64 / 1e6),
+        format!("{:.1}", held as f64 / 1e6),
+        format!("{:.3}", held as f64 / bytes as f64),
+    ]);
     println!();
 }
 
