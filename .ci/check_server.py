@@ -75,6 +75,8 @@ usage = [part for part in ask("base", stream=True, stream_options={"include_usag
 assert usage.completion_tokens > 0
 text = client.completions.create(model="polite", prompt="The dog", temperature=0, max_tokens=3)
 assert text.object == "text_completion" and text.usage.completion_tokens <= 3
+# It goes on with the text, space included.
+assert text.choices[0].text.startswith(" "), text
 drawn = [ask("base", temperature=1.5, seed=seed).choices[0].message.content for seed in [1, 1]]
 assert drawn[0] == drawn[1], drawn
 
@@ -104,6 +106,12 @@ for body, status in [(b"{", 400), (b"", 400), (b"[1]", 400), (b"x" * 10_000_000,
     answer = connection.getresponse()
     assert answer.status == status, (body[:10], answer.status)
     assert json.loads(answer.read())["error"]["message"]
+
+# A body that never comes is waited for while the others are answered, and then refused.
+never = http.client.HTTPConnection(url.split("/")[2], timeout=60)
+never.putrequest("POST", "/v1/chat/completions")
+never.putheader("Content-Length", "10")
+never.endheaders(b"{")
 
 # Many clients at once, of whom every tenth hangs up.
 counts, failures = Counter(), []
@@ -181,3 +189,7 @@ if failures:
     raise failures[0]
 print(f"{sum(answers.values())} answers while a set was replaced {replaced} times: {dict(answers)}")
 assert set(answers) == {expected["plain"], expected["polite"]}, answers
+
+answer = never.getresponse()
+assert answer.status == 408, answer.status
+assert json.loads(answer.read())["error"]["message"]

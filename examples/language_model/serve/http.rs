@@ -9,10 +9,7 @@ use std::{
 use axum::{
     Router,
     body::Bytes,
-    extract::{
-        DefaultBodyLimit, Path, State,
-        rejection::{BytesRejection, PathRejection},
-    },
+    extract::{self, DefaultBodyLimit, FromRequest, Path, State, rejection::PathRejection},
     http::{HeaderMap, StatusCode, header},
     response::{
         IntoResponse, Response,
@@ -24,7 +21,10 @@ use burn_lora::{AdapterStore, LoraError};
 use futures_util::stream;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use tokio::sync::mpsc::{self, UnboundedReceiver, error::TrySendError};
+use tokio::{
+    sync::mpsc::{self, UnboundedReceiver, error::TrySendError},
+    time::timeout,
+};
 
 use super::{
     engine::{Event, Job},
@@ -35,6 +35,9 @@ use crate::{chat::Chat, common::backend::Plain, llama::Llama};
 
 /// The largest body of a request, in bytes.
 const LARGEST: usize = 1 << 20;
+
+/// How long a body may take to arrive.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// The status in the log of a request whose client did not wait.
 const GONE: u16 = 499;
@@ -103,20 +106,27 @@ async fn metrics(State(server): Shared, headers: HeaderMap) -> Response {
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
 }
 
-type Body = Result<Bytes, BytesRejection>;
-
-async fn chat(server: Shared, headers: HeaderMap, body: Body) -> Response {
-    answer(server, headers, body, Kind::Chat).await
+async fn chat(server: Shared, headers: HeaderMap, request: extract::Request) -> Response {
+    answer(server, headers, request, Kind::Chat).await
 }
 
-async fn completion(server: Shared, headers: HeaderMap, body: Body) -> Response {
-    answer(server, headers, body, Kind::Completion).await
+async fn completion(server: Shared, headers: HeaderMap, request: extract::Request) -> Response {
+    answer(server, headers, request, Kind::Completion).await
 }
 
-async fn answer(State(server): Shared, headers: HeaderMap, body: Body, kind: Kind) -> Response {
+async fn answer(
+    State(server): Shared,
+    headers: HeaderMap,
+    request: extract::Request,
+    kind: Kind,
+) -> Response {
     let mut log = Log::new(server.clone(), kind);
+    let body = match server.check(&headers) {
+        Ok(()) => body(request).await,
+        Err(fault) => Err(fault),
+    };
     // Reading adapters and splitting texts into tokens takes its time, in which other requests are served.
-    let prepared = tokio::task::spawn_blocking(move || server.prepare(&headers, body, kind)).await;
+    let prepared = tokio::task::spawn_blocking(move || server.prepare(&body?, kind)).await;
     let prepared = prepared.unwrap_or_else(|_| Err(Fault::new(500, "this request made us panic")));
     let answering = match prepared {
         Ok(answering) => answering,
@@ -130,6 +140,20 @@ async fn answer(State(server): Shared, headers: HeaderMap, body: Body, kind: Kin
         answering.head.model, answering.head.fingerprint, answering.prompt,
     );
     if answering.stream { streamed(answering, log) } else { whole(answering, log).await }
+}
+
+/// The body of the request, which may not keep others waiting for ever, nor the end of the server.
+async fn body(request: extract::Request) -> Result<Bytes, Fault> {
+    let Ok(read) = timeout(PATIENCE, Bytes::from_request(request, &())).await else {
+        let message = format!("the body did not arrive within {} s", PATIENCE.as_secs());
+        return Err(Fault::new(408, message));
+    };
+    read.map_err(|error| match error.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            Fault::new(413, format!("the body has more than {LARGEST} bytes"))
+        }
+        status => Fault::new(status.as_u16(), error.body_text()),
+    })
 }
 
 /// A request that is in the queue.
@@ -164,15 +188,8 @@ impl Server {
     }
 
     /// Reads a request, and puts it into the queue.
-    fn prepare(&self, headers: &HeaderMap, body: Body, kind: Kind) -> Result<Answering, Fault> {
-        self.check(headers)?;
-        let body = body.map_err(|error| match error.status() {
-            StatusCode::PAYLOAD_TOO_LARGE => {
-                Fault::new(413, format!("the body has more than {LARGEST} bytes"))
-            }
-            status => Fault::new(status.as_u16(), error.body_text()),
-        })?;
-        let request = Request::parse(kind, &body)?;
+    fn prepare(&self, body: &[u8], kind: Kind) -> Result<Answering, Fault> {
+        let request = Request::parse(kind, body)?;
         let set = match (&*request.model, &self.store) {
             (BASE, _) => None,
             (name, Some(store)) => Some(store.get(name).map_err(|error| match error {
