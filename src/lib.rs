@@ -137,7 +137,19 @@ pub use train::{AtomicRecorder, Backward, Blocks, LoraPlus, Workers, last_checkp
 #[doc = include_str!("../docs/first-steps.md")]
 pub mod first_steps {}
 
-/// So that the programs in the README are compiled and run as those here are.
+/// So that the programs in the README and in the guide are compiled and run as those here are.
 #[cfg(doctest)]
-#[doc = include_str!("../README.md")]
-mod readme {}
+mod pages {
+    #[doc = include_str!("../README.md")]
+    mod readme {}
+    #[doc = include_str!("../docs/guide/what-lora-is.md")]
+    mod what_lora_is {}
+    #[doc = include_str!("../docs/guide/first-adapter.md")]
+    mod first_adapter {}
+    #[doc = include_str!("../docs/guide/choosing.md")]
+    mod choosing {}
+    #[doc = include_str!("../docs/guide/many-tasks.md")]
+    mod many_tasks {}
+    #[doc = include_str!("../docs/guide/coming-from-peft.md")]
+    mod coming_from_peft {}
+}
