@@ -48,10 +48,15 @@ impl Live {
 
     /// Shows how far the training is, the loss, and the time that is left.
     pub fn update(&mut self, position: &Position, loss: f64) {
+        self.show(position, format_args!("loss {loss:.4}"));
+    }
+
+    /// Shows how far the training is, what it has reached, and the time that is left.
+    pub fn show(&mut self, position: &Position, reached: impl Display) {
         let Position { part, of_part, of_all } = position;
         let left = self.start.elapsed().mul_f64((1.0 - of_all).max(0.0) / of_all.max(1e-9));
         let percent = 100.0 * of_part;
-        let message = format!("{percent:3.0} %  loss {loss:.4}  {} left", duration(left));
+        let message = format!("{percent:3.0} %  {reached}  {} left", duration(left));
         if !self.bar.is_hidden() {
             self.bar.set_prefix(format!("{:<24} {part}", self.name));
             self.bar.set_message(message);

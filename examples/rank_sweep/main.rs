@@ -1,0 +1,228 @@
+//! Sweeps over rank, scaling, layers, alpha and initial values: what each does to the accuracy and the cost
+//! of an adapter, next to full fine-tuning.
+//!
+//! ```text
+//! cargo run --release --example rank_sweep -- --generated
+//! cargo run --release --example rank_sweep -- --data mnist --sweep rank,scaling
+//! cargo run --release --example rank_sweep --no-default-features --features flex,text -- --task text \
+//!     --sweep rank,layers --seeds 1
+//! ```
+//!
+//! The second task, text, takes ten times as long for each point.
+//!
+//! Start reading with [`lab`], which trains and measures, and [`sweeps`].
+
+// The example `text_classification` uses all of these modules, and this one some.
+#[cfg(feature = "text")]
+#[allow(dead_code)]
+#[path = "../text_classification/bert.rs"]
+mod bert;
+#[path = "../common/mod.rs"]
+mod common;
+mod digits;
+#[cfg(feature = "text")]
+#[path = "../text_classification/grammar.rs"]
+mod grammar;
+mod lab;
+#[cfg(feature = "text")]
+#[allow(dead_code)]
+#[path = "../text_classification/model.rs"]
+mod model;
+mod report;
+#[cfg(feature = "text")]
+mod sentences;
+mod spread;
+mod sweeps;
+mod task;
+#[cfg(feature = "text")]
+#[allow(dead_code)]
+#[path = "../text_classification/text.rs"]
+mod text;
+mod train;
+mod weights;
+
+use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
+
+use burn::module::Module;
+use clap::{Parser, ValueEnum};
+use mimalloc::MiMalloc;
+use serde_json::{Map, json};
+
+use common::{
+    Context, Result, backend,
+    classifier::{Learns, accuracy, logits},
+    live::during,
+    table::grouped,
+    workers::WorkersArg,
+};
+use lab::Lab;
+use sweeps::{alpha, initialisation, layers, rank, scaling, singular_values};
+use task::Task;
+
+/// Reuses the memory of large tensors: every training step allocates them again.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
+
+/// Sweep over rank, scaling, layers, alpha and initial values of adapters, and compare with full
+/// fine-tuning.
+#[derive(Parser, Debug)]
+struct Args {
+    /// The task that a base is adapted to; `text` needs the cargo feature of this name
+    #[arg(long, value_enum, default_value = "digits")]
+    task: TaskName,
+    /// Directory with MNIST's four IDX files, raw or .gz; otherwise the cache, or a download
+    #[arg(long, value_name = "DIR", conflicts_with = "generated")]
+    data: Option<PathBuf>,
+    /// Use drawn digits, which need no files and no network
+    #[arg(long)]
+    generated: bool,
+    /// What to compare, with commas between; everything by default
+    #[arg(long, value_enum, value_name = "SWEEPS", value_delimiter = ',')]
+    sweep: Vec<Sweep>,
+    /// Rank of the adapters where it is not compared
+    #[arg(long, default_value = "8", value_parser = common::positive)]
+    rank: usize,
+    /// Scale of the adapters at this rank: their update is multiplied by alpha/rank
+    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    alpha: f64,
+    /// Learning rate of full fine-tuning, which falls to zero along a cosine; by default one that
+    /// suits the task
+    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    learning_rate: Option<f64>,
+    /// Learning rate of LoRA
+    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    lora_learning_rate: Option<f64>,
+    /// Passes over the samples, for each training
+    #[arg(long, value_parser = common::positive)]
+    epochs: Option<usize>,
+    /// Number of samples to train on
+    #[arg(long, value_name = "N", default_value = "4000", value_parser = common::positive)]
+    train_size: usize,
+    /// Number of trainings for each point, which differ in the adapters' values and the order of the samples
+    #[arg(long, value_name = "N", default_value = "3", value_parser = common::positive)]
+    seeds: usize,
+    #[command(flatten)]
+    workers: WorkersArg,
+    /// Seed of the base and of generated samples, and first seed of the trainings
+    #[arg(long, default_value = "42")]
+    seed: u64,
+    /// Directory for the figures, summary.json and the base's logs
+    #[arg(long, value_name = "DIR", default_value = "out/rank_sweep")]
+    out: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum TaskName {
+    /// Rotated digits, as in the example mnist
+    Digits,
+    /// Generated sentences, as in the example text_classification
+    #[cfg(feature = "text")]
+    Text,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Sweep {
+    Rank,
+    Scaling,
+    Layers,
+    Alpha,
+    Initialisation,
+    SingularValues,
+}
+
+fn main() -> ExitCode {
+    common::main(run)
+}
+
+fn run(args: Args) -> Result<()> {
+    fs::create_dir_all(&args.out).context(args.out.display())?;
+    match args.task {
+        TaskName::Digits => compare(&args, digits::task(&args)?),
+        #[cfg(feature = "text")]
+        TaskName::Text => compare(&args, sentences::task(&args)?),
+    }
+}
+
+/// Runs the sweeps that were asked for, and prints their tables at the end.
+fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
+    let start = Instant::now();
+    let seeds = (0..args.seeds as u64).map(|index| args.seed + index).collect();
+    let mut lab = Lab::new(task, seeds, args.workers.count(), args.rank, args.alpha);
+    let task = &lab.task;
+    let base_accuracy = lab.base_accuracy();
+    println!(
+        "\nThe base recognises {base_accuracy:.2} % of the new task. Adapting on {} samples ({}), testing on \
+         {}, with the {} backend. Trainings for each point: {}, of {} epochs.\n",
+        grouped(task.train.len()),
+        task.dataset,
+        grouped(task.test.len()),
+        backend::NAME,
+        args.seeds,
+        task.epochs,
+    );
+    let mut summary = json!({
+        "task": args.task.to_possible_value().map(|it| it.get_name().to_owned()),
+        "dataset": task.dataset,
+        "backend": backend::NAME,
+        "rank": args.rank,
+        "alpha": args.alpha,
+        "learning_rate": task.learning_rate,
+        "lora_learning_rate": task.lora_learning_rate,
+        "seed": args.seed,
+        "seeds": args.seeds,
+        "train_size": task.train.len(),
+        "test_size": task.test.len(),
+        "epochs": task.epochs,
+        "parameters": lab.base.num_params(),
+        "base_accuracy_old": during("testing the base", || {
+            let old = &task.old_test;
+            (!old.is_empty()).then(|| accuracy(logits(&lab.base, old), old))
+        }),
+        "base_accuracy_new": base_accuracy,
+    });
+
+    let (full, tuned) = lab.full()?;
+    let (mut reports, mut results, mut files) = (Vec::new(), Map::new(), Vec::new());
+    let chosen = if args.sweep.is_empty() { Sweep::value_variants() } else { &args.sweep };
+    for &sweep in chosen {
+        let name = sweep.name();
+        let figure = args.out.join(format!("{name}.svg"));
+        let report = match sweep {
+            Sweep::Rank => rank::run(&mut lab, &full, &figure)?,
+            Sweep::Scaling => scaling::run(&mut lab, &full, &figure)?,
+            Sweep::Layers => layers::run(&mut lab, &full, &figure)?,
+            Sweep::Alpha => alpha::run(&mut lab, &full, &figure)?,
+            Sweep::Initialisation => initialisation::run(&lab, &figure)?,
+            Sweep::SingularValues => singular_values::run(&lab, &tuned[0], &figure)?,
+        };
+        results.insert(name, report.values);
+        reports.push((report.title, report.table));
+        files.push(figure);
+    }
+    let seconds = start.elapsed().as_secs_f64();
+    for (title, table) in reports {
+        println!("\n{title}\n\n{table}");
+    }
+    summary["full"] = json!(full);
+    summary["sweeps"] = results.into();
+    summary["seconds"] = json!(seconds);
+    let path = args.out.join("summary.json");
+    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
+    fs::write(&path, json + "\n").context(path.display())?;
+    files.push(path);
+    let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
+    println!(
+        "\nBehind a mean, the brackets have the lowest and the highest of {} trainings.",
+        args.seeds
+    );
+    println!("The sweeps took {seconds:.0} s. Wrote {}", files.join(", "));
+    Ok(())
+}
+
+impl Sweep {
+    /// The name of its figure and of its part of the summary.
+    fn name(self) -> String {
+        let value = self.to_possible_value().expect("no sweep is hidden");
+        value.get_name().replace('-', "_")
+    }
+}

@@ -1,0 +1,82 @@
+//! The generated task of the example `text_classification`: an encoder that predicts missing words is
+//! adapted to tell positive sentences from negative ones.
+
+use burn::{
+    module::{AutodiffModule, Module},
+    tensor::{Tensor, backend::Backend},
+};
+use burn_lora::LoraModule;
+
+use crate::{
+    Args,
+    bert::Tokens,
+    common::{
+        Context, Result,
+        backend::{Plain, Train},
+        classifier::{Classifier, Recipe, fit},
+    },
+    grammar::{self, Language},
+    model::{ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier},
+    task::Task,
+};
+
+const BASE_EPOCHS: usize = 5;
+const BASE_LEARNING_RATE: f64 = 2e-3;
+
+const LEARNING_RATE: f64 = 1e-3;
+const LORA_LEARNING_RATE: f64 = 2e-3;
+
+/// Sets of layers: those of attention, and those of the feed-forward networks.
+const SETS: &[(&str, &[&str])] = &[
+    ("all linear", &ALL_LINEAR),
+    ("query, value", &QUERY_VALUE),
+    ("attention", &["query", "key", "value", "output"]),
+    ("feed-forward", &["expand", "contract"]),
+];
+
+impl<B: Backend> Classifier<B> for TextClassifier<B> {
+    type Sample = Text;
+
+    fn logits(&self, tokens: Tokens<B>) -> Tensor<B, 2> {
+        self.forward(&tokens)
+    }
+}
+
+pub fn task(args: &Args) -> Result<Task<TextClassifier<Train>>> {
+    if let Some(dir) = &args.data {
+        return Err(format!("{}: the task text has generated sentences only", dir.display()));
+    }
+    let Language { tokenizer, config: sizes, clozes, clozes_test } = grammar::language(args.seed)?;
+    let device = Default::default();
+    Plain::seed(&device, args.seed);
+    let base = TextClassifier::new(sizes.init::<Train>(&device), &sizes, sizes.vocab_size, &device);
+    let base = base.train_only(&[".*"]).context("pretraining")?;
+    let recipe = Recipe {
+        name: "base: missing words",
+        learning_rate: BASE_LEARNING_RATE,
+        epochs: BASE_EPOCHS,
+        seed: args.seed,
+        lora_plus: 1.0,
+        workers: args.workers.count(),
+        start: None,
+        logs: &args.out.join("logs"),
+    };
+    let (base, _) = fit(&recipe, base, &clozes, &clozes_test)?;
+    let base = TextClassifier::new(base.into_inner().bert, &sizes, 2, &device);
+    // Draws the values of the new head, so that all trainings begin with the same.
+    let base = base.train::<Train>().valid().train::<Train>();
+    let texts = grammar::texts(&tokenizer, args.seed)?;
+    Ok(Task {
+        dataset: "generated",
+        base,
+        train: texts.train.into_iter().take(args.train_size).collect(),
+        test: texts.test,
+        old_test: vec![],
+        in_full: &[HEAD],
+        targets: &ALL_LINEAR,
+        sets: SETS,
+        learning_rate: args.learning_rate.unwrap_or(LEARNING_RATE),
+        lora_learning_rate: args.lora_learning_rate.unwrap_or(LORA_LEARNING_RATE),
+        epochs: args.epochs.unwrap_or(4),
+    })
+}

@@ -1,0 +1,8 @@
+//! The sweeps, one a file.
+
+pub mod alpha;
+pub mod initialisation;
+pub mod layers;
+pub mod rank;
+pub mod scaling;
+pub mod singular_values;
