@@ -16,7 +16,10 @@ pub mod mlp;
 pub mod plot;
 pub mod progress;
 pub mod quantise;
+pub mod recogniser;
 pub mod resume;
+#[cfg(feature = "audio")]
+pub mod speech;
 pub mod sst2;
 #[path = "../../src/table.rs"]
 pub mod table;
