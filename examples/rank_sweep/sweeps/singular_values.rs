@@ -18,6 +18,9 @@ use crate::{
 /// The ranks whose share of the energy is in the table.
 const SHOWN: [usize; 5] = [1, 4, 8, 16, 64];
 
+/// The number of weights in the figure: those that change most.
+const DRAWN: usize = 5;
+
 /// The change of one weight.
 #[derive(Serialize)]
 struct Change {
@@ -35,12 +38,15 @@ pub fn run<M: Learns>(lab: &Lab<M>, tuned: &M::InnerModule, figure: &Path) -> Re
         let changes = lab.changes(tuned).into_iter();
         changes.map(|(layer, change)| Change::of(layer, change)).collect()
     });
+    let mut drawn: Vec<_> = changes.iter().collect();
+    drawn.sort_by(|a, b| b.singular_values[0].total_cmp(&a.singular_values[0]));
+    drawn.truncate(DRAWN);
     let curves = |y: fn(&Change) -> Vec<f64>| {
         let curve = |values: Vec<f64>| {
             let points = values.into_iter().enumerate();
             Curve { points: points.map(|(at, it)| (at as f64 + 1.0, it)).collect(), ends: vec![] }
         };
-        changes.iter().map(|it| (it.layer.as_str(), curve(y(it)))).collect::<Vec<_>>()
+        drawn.iter().map(|it| (it.layer.as_str(), curve(y(it)))).collect::<Vec<_>>()
     };
     let values = Diagram {
         title: "Singular values of the change",
