@@ -1,6 +1,6 @@
 //! Learns from reward alone: a policy gradient (REINFORCE, Williams 1992) with the reward to go, a
-//! baseline for each time step, and the clipped steps of PPO (Schulman et al. 2017), which get more out
-//! of each episode.
+//! baseline for each time step, and the clipped steps and the entropy of PPO (Schulman et al. 2017), which
+//! get more out of each episode.
 
 use burn::{
     module::AutodiffModule,
@@ -30,6 +30,9 @@ const DISCOUNT: f64 = 0.99;
 /// How far the ratio of an action's probabilities may move in the steps for one batch. It is more than the
 /// usual 0.2: a policy that was trained before is sure of itself, and has to change its mind.
 const CLIP: f64 = 0.5;
+/// How much an uncertain policy is preferred. A policy that is sure of the wrong push never tries the other,
+/// and so learns nothing.
+const ENTROPY: f64 = 0.02;
 /// The episodes whose mean return is a policy's.
 const TEST_EPISODES: usize = 50;
 
@@ -189,12 +192,15 @@ impl Batch {
         Self { states, actions, advantages, before: Tensor::from_inner(before) }
     }
 
-    /// The expected advantage, as far as the probabilities have not moved too much, with the sign of a loss.
+    /// The expected advantage, as far as the probabilities have not moved too much, and the entropy of the
+    /// policy, with the sign of a loss.
     fn loss(&self, policy: &Policy<Train>) -> Tensor<Train, 1> {
-        let now = log_softmax(policy.logits(&self.states), 1).gather(1, self.actions.clone());
+        let all = log_softmax(policy.logits(&self.states), 1);
+        let entropy = -(all.clone().exp() * all.clone()).sum_dim(1).mean();
+        let now = all.gather(1, self.actions.clone());
         let ratio = (now - self.before.clone()).exp();
         let clipped = ratio.clone().clamp(1.0 - CLIP, 1.0 + CLIP);
         let [free, clipped] = [ratio, clipped].map(|ratio| ratio * self.advantages.clone());
-        -free.min_pair(clipped).mean()
+        -free.min_pair(clipped).mean() - entropy * ENTROPY
     }
 }
