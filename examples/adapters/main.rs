@@ -33,6 +33,7 @@ use common::{
     plot::{Panel, SeriesLabelPosition, draw},
     table::{grouped, table},
     workers::WorkersArg,
+    write_summary,
 };
 
 /// Counts every allocation, to show what adapters add to a base in memory.
@@ -312,9 +313,7 @@ fn run(args: Args) -> Result<()> {
         resident_bytes_with_64,
         accuracies: results.collect(),
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     println!("Wrote {} and {}", figure.display(), path.display());
     Ok(())
 }

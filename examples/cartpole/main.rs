@@ -31,6 +31,7 @@ use common::{
     file_name,
     live::during,
     table::grouped,
+    write_summary,
 };
 use physics::{Physics, State};
 use policy::Policy;
@@ -203,9 +204,7 @@ fn run(args: Args) -> Result<()> {
         base_restored_exactly,
         seconds: start.elapsed().as_secs_f64(),
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", figure.display(), path.display(), adapters.display());
     Ok(())

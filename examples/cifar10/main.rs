@@ -22,12 +22,13 @@ use serde::Serialize;
 
 use common::{
     Context, Result,
-    adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
+    adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
     live::during,
     table::grouped,
     workers::WorkersArg,
+    write_summary,
 };
 use data::{Photos, negative};
 use model::Cnn;
@@ -99,8 +100,8 @@ struct Summary {
     base_accuracy_old: f64,
     base_accuracy_new: f64,
     methods: Vec<Method>,
-    max_abs_logit_diff_merged: f64,
-    base_restored_exactly: bool,
+    #[serde(flatten)]
+    ending: Ending,
 }
 
 fn main() -> ExitCode {
@@ -165,18 +166,7 @@ fn run(args: Args) -> Result<()> {
     let (last, _) = job.adapt("last layer", last, args.lora_learning_rate, new, test, test)?;
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
-    let merged = adapted.merge().context("merging")?;
-    let max_abs_logit_diff_merged =
-        largest_difference(logits(&merged, test), logits(&*adapted, test));
-    let restored = logits(&adapted.detach(), &photos.test);
-    let base_restored_exactly = bits(restored) == bits(base_logits);
-    let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!(
-        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
-    );
-    println!(
-        "Without them, the model computes {exactly} what the base does: {base_accuracy_old:.2} %.\n"
-    );
+    let ending = job.end(adapted, test, base_logits)?;
 
     let methods = vec![full, lora, last];
     println!("{}\n", results(&methods));
@@ -197,12 +187,9 @@ fn run(args: Args) -> Result<()> {
         base_accuracy_old,
         base_accuracy_new,
         methods,
-        max_abs_logit_diff_merged,
-        base_restored_exactly,
+        ending,
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use burn::tensor::Tensor;
+use burn::{module::Module, tensor::Tensor};
 use burn_lora::{Lora, LoraAdapters, ParameterReport, Renaming};
 use serde::Serialize;
 
@@ -35,6 +35,13 @@ pub struct Method {
     pub bytes: u64,
     #[serde(skip)]
     pub history: History,
+}
+
+/// What becomes of the outputs when the adapters are merged, and when they are taken off.
+#[derive(Serialize)]
+pub struct Ending {
+    pub max_abs_logit_diff_merged: f64,
+    pub base_restored_exactly: bool,
 }
 
 /// The settings that all trainings of an example share.
@@ -109,6 +116,30 @@ impl<S: Sample> Job<'_, S> {
             history,
         };
         Ok((method, model))
+    }
+
+    /// Merges the adapters, and takes them off, and says what this changes: next to nothing on the new task, and
+    /// nothing at all of what the base computed of the old one.
+    pub fn end<M: Module<Plain> + Classifier<Plain, Sample = S>>(
+        &self,
+        adapted: Lora<Plain, M>,
+        new_test: &[S],
+        base_logits: Tensor<Plain, 2>,
+    ) -> Result<Ending> {
+        let merged = adapted.merge().context("merging")?;
+        let max_abs_logit_diff_merged =
+            largest_difference(logits(&merged, new_test), logits(&*adapted, new_test));
+        let restored = logits(&adapted.detach(), self.old_test);
+        let base_restored_exactly = bits(restored) == bits(base_logits.clone());
+        let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
+        let base_accuracy = accuracy(base_logits, self.old_test);
+        println!(
+            "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
+        );
+        println!(
+            "Without them, the model computes {exactly} what the base does: {base_accuracy:.2} %.\n"
+        );
+        Ok(Ending { max_abs_logit_diff_merged, base_restored_exactly })
     }
 
     /// Saves the adapters under their names in Python, and returns the size of the files.

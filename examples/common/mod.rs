@@ -25,9 +25,14 @@ pub mod sst2;
 pub mod table;
 pub mod workers;
 
-use std::{fs, path::Path, process::ExitCode};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::Parser;
+use serde::Serialize;
 
 /// A result whose error is a message for the user.
 pub type Result<T> = std::result::Result<T, String>;
@@ -111,6 +116,14 @@ pub fn positive(text: &str) -> Result<usize> {
 /// The name as that of a file or directory.
 pub fn file_name(name: &str) -> String {
     name.replace([' ', ':', ','], "-")
+}
+
+/// Writes `summary.json` into the directory, and returns its path.
+pub fn write_summary(dir: &Path, summary: &impl Serialize) -> Result<PathBuf> {
+    let path = dir.join("summary.json");
+    let json = serde_json::to_string_pretty(summary).context(path.display())?;
+    fs::write(&path, json + "\n").context(path.display())?;
+    Ok(path)
 }
 
 /// The sum of the sizes of a directory's files.

@@ -33,7 +33,7 @@ use serde::Serialize;
 
 use common::{
     Context, Result,
-    adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
+    adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
     classifier::{Sample, accuracy, logits},
     digits::rotate,
@@ -41,6 +41,7 @@ use common::{
     recogniser::Recogniser,
     table::grouped,
     workers::WorkersArg,
+    write_summary,
 };
 use model::{DIGITS, FUSION, Matcher};
 use pairs::pairs;
@@ -136,8 +137,8 @@ struct Summary {
     base_accuracy_old: f64,
     base_accuracy_new: f64,
     methods: Vec<Method>,
-    max_abs_logit_diff_merged: f64,
-    base_restored_exactly: bool,
+    #[serde(flatten)]
+    ending: Ending,
 }
 
 fn main() -> ExitCode {
@@ -233,18 +234,7 @@ fn run(args: Args) -> Result<()> {
     let (frozen, _) = adapt("frozen encoders", frozen, args.head_learning_rate)?;
 
     // 4. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
-    let merged = adapted.merge().context("merging")?;
-    let max_abs_logit_diff_merged =
-        largest_difference(logits(&merged, &new_test), logits(&*adapted, &new_test));
-    let restored = logits(&adapted.detach(), &old_test);
-    let base_restored_exactly = bits(restored) == bits(base_logits);
-    let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!(
-        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
-    );
-    println!(
-        "Without them, the model computes {exactly} what the base does: {base_accuracy_old:.2} %.\n"
-    );
+    let ending = job(&args, args.epochs, &old_test).end(adapted, &new_test, base_logits)?;
 
     let methods = vec![full, lora, frozen];
     println!("{}\n", results(&methods));
@@ -273,12 +263,9 @@ fn run(args: Args) -> Result<()> {
         base_accuracy_old,
         base_accuracy_new,
         methods,
-        max_abs_logit_diff_merged,
-        base_restored_exactly,
+        ending,
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())

@@ -28,6 +28,7 @@ use common::{
     mlp::Mlp,
     table::grouped,
     workers::WorkersArg,
+    write_summary,
 };
 
 /// Reuses the memory of large tensors: every training step allocates them again.
@@ -205,9 +206,7 @@ fn run(args: Args) -> Result<()> {
         max_abs_logit_diff_merged,
         base_restored_exactly,
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())

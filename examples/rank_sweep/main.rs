@@ -54,6 +54,7 @@ use common::{
     live::during,
     table::grouped,
     workers::WorkersArg,
+    write_summary,
 };
 use lab::Lab;
 use sweeps::{alpha, initialisation, layers, rank, scaling, singular_values};
@@ -206,9 +207,7 @@ fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
     summary["full"] = json!(full);
     summary["sweeps"] = results.into();
     summary["seconds"] = json!(seconds);
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     files.push(path);
     let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
     println!(

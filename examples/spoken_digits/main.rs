@@ -27,7 +27,7 @@ use serde::Serialize;
 
 use common::{
     Context, Result,
-    adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
+    adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
     live::during,
@@ -35,6 +35,7 @@ use common::{
     speech::Recordings,
     table::grouped,
     workers::WorkersArg,
+    write_summary,
 };
 use split::Split;
 
@@ -109,8 +110,8 @@ struct Summary {
     base_accuracy_old: f64,
     base_accuracy_new: f64,
     methods: Vec<Method>,
-    max_abs_logit_diff_merged: f64,
-    base_restored_exactly: bool,
+    #[serde(flatten)]
+    ending: Ending,
 }
 
 fn main() -> ExitCode {
@@ -186,18 +187,7 @@ fn run(args: Args) -> Result<()> {
         job.adapt("last layer", last, args.lora_learning_rate, &new, &new_test, &new_test)?;
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
-    let merged = adapted.merge().context("merging")?;
-    let max_abs_logit_diff_merged =
-        largest_difference(logits(&merged, &new_test), logits(&*adapted, &new_test));
-    let restored = logits(&adapted.detach(), &old_test);
-    let base_restored_exactly = bits(restored) == bits(base_logits);
-    let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!(
-        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
-    );
-    println!(
-        "Without them, the model computes {exactly} what the base does: {base_accuracy_old:.2} %.\n"
-    );
+    let ending = job.end(adapted, &new_test, base_logits)?;
 
     let methods = vec![full, lora, last];
     println!("{}\n", results(&methods));
@@ -221,13 +211,10 @@ fn run(args: Args) -> Result<()> {
         base_accuracy_old,
         base_accuracy_new,
         methods,
-        max_abs_logit_diff_merged,
-        base_restored_exactly,
+        ending,
         targets: args.targets,
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())

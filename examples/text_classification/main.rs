@@ -47,6 +47,7 @@ use common::{
     quantise::Kind,
     table::grouped,
     workers::WorkersArg,
+    write_summary,
 };
 use grammar::Language;
 use model::{ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier};
@@ -268,9 +269,7 @@ fn run(args: Args) -> Result<()> {
         base_restored_exactly,
         model_bytes: size_of::<f32>() * base.bert.num_params(),
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     let adapters = args.out.join("adapters");
     println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
     Ok(())

@@ -29,6 +29,7 @@ use common::{
     backend::{self, Plain, Train},
     live::{Live, Position, during},
     table::{grouped, table},
+    write_summary,
 };
 use model::{LENGTH, Layered, SYMBOLS, Stock};
 
@@ -222,9 +223,7 @@ fn run(args: Args) -> Result<()> {
         max_abs_logit_diff,
         base_restored_exactly,
     };
-    let path = args.out.join("summary.json");
-    let json = serde_json::to_string_pretty(&summary).context(path.display())?;
-    fs::write(&path, json + "\n").context(path.display())?;
+    let path = write_summary(&args.out, &summary)?;
     println!("Wrote {}", path.display());
     Ok(())
 }
