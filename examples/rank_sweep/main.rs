@@ -12,7 +12,7 @@
 //!
 //! Start reading with [`lab`], which trains and measures, and [`sweeps`].
 
-// The example `text_classification` uses all of these modules, and this one some.
+// The example `text_classification` exchanges adapters with Python, too.
 #[cfg(feature = "text")]
 #[allow(dead_code)]
 #[path = "../text_classification/bert.rs"]
@@ -24,6 +24,7 @@ mod digits;
 #[path = "../text_classification/grammar.rs"]
 mod grammar;
 mod lab;
+// The example `text_classification` exchanges adapters with Python, too.
 #[cfg(feature = "text")]
 #[allow(dead_code)]
 #[path = "../text_classification/model.rs"]
@@ -34,6 +35,7 @@ mod sentences;
 mod spread;
 mod sweeps;
 mod task;
+// The example `text_classification` reads texts from files, too.
 #[cfg(feature = "text")]
 #[allow(dead_code)]
 #[path = "../text_classification/text.rs"]
