@@ -1,32 +1,39 @@
 //! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `crate::fused` computes
 //! the same formula for linear layers and convolutions on CPU backends, in fewer passes over memory.
 
+mod conv;
+mod dora;
+mod init;
 mod layout;
 mod mixed;
 mod module;
+mod tensors;
+mod training;
 
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use burn::tensor::DType;
 use burn::{
-    module::{Module, Param},
+    module::Param,
     nn::{Dropout, DropoutConfig},
     tensor::{
-        DType, FloatDType, Int, Tensor, TensorData,
+        Int, Tensor,
         backend::Backend,
         module::{embedding, linear},
     },
 };
-use rand::{RngExt, SeedableRng, rngs::StdRng};
-use rand_distr::{Normal, StandardNormal, Uniform};
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::fused;
-use crate::{
-    config::{Init, LoraConfig, Scaling},
-    quantised::Weight,
-};
+use crate::{config::Scaling, quantised::Weight};
+
+use tensors::{cast, trainable};
+use training::Training;
 
 pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
+pub(crate) use module::FROZEN;
 pub use module::LoraAdapterRecord;
+pub(crate) use tensors::{add, at_least_f32, frozen};
 
 /// A low-rank update of one weight matrix `W: [d_input, d_output]`.
 ///
@@ -75,6 +82,11 @@ pub struct LoraAdapter<B: Backend> {
     pub scaling: Scaling,
     /// The dropout on the adapter's input. It is active on autodiff backends only.
     pub dropout: Dropout,
+    /// The magnitudes of [DoRA](crate::LoraConfig::dora), one for each column of the adapted weight:
+    /// `[d_output]`.
+    pub magnitude: Option<Param<Tensor<B, 1>>>,
+    /// What of A and B trains, and from where.
+    pub(crate) training: Training<B>,
     /// How the layer that the adapter was made for stores its weight.
     pub(crate) layout: WeightLayout,
     /// What the adapter does to a head that is the same table as the embedding.
@@ -113,70 +125,17 @@ impl<B: Backend> LoraAdapter<B> {
         let dropout = DropoutConfig::new(0.0).init();
         let (a, b) = (trainable(a), trainable(b));
         let (layout, tie) = (WeightLayout::Matrix, Tie::default());
-        Self { a, b, bias: None, alpha, scaling, dropout, layout, tie }
+        let (bias, magnitude, training) = (None, None, Training::default());
+        Self { a, b, bias, alpha, scaling, dropout, magnitude, training, layout, tie }
     }
 
-    /// A fresh adapter for a weight `[d_input, d_output]`, with initial values as `config` says. Fields
-    /// of `config` that concern a whole model, such as the targets, are ignored.
-    ///
-    /// The factors are drawn on the host from the seed alone, so they are the same on every backend.
-    ///
-    /// # Panics
-    ///
-    /// If the rank is 0 or the dropout is not a probability.
-    pub fn init(config: &LoraConfig, shape: [usize; 2], device: &B::Device) -> LoraAdapter<B> {
-        Self::init_for(config, WeightLayout::Matrix, shape, device)
-    }
-
-    /// A fresh adapter for a weight of the given layout.
-    pub(crate) fn init_for(
-        config: &LoraConfig,
-        layout: WeightLayout,
-        [d_input, d_output]: [usize; 2],
-        device: &B::Device,
-    ) -> LoraAdapter<B> {
-        let rank = config.rank;
-        let mut rng = StdRng::seed_from_u64(config.seed);
-        let mut uniform = |shape: [usize; 2], fan_in: usize| {
-            let bound = 1.0 / (fan_in as f32).sqrt();
-            let range = Uniform::new_inclusive(-bound, bound).expect("the bound is finite");
-            random(shape, || rng.sample(range), device)
-        };
-        let (a, b) = match (&layout, config.init) {
-            (WeightLayout::Embedding, init) => {
-                let mut normal = |shape| random(shape, || rng.sample(StandardNormal), device);
-                let b = normal([rank, d_output]);
-                let a = match init {
-                    Init::RandomBoth => normal([d_input, rank]),
-                    _ => Tensor::zeros([d_input, rank], device),
-                };
-                (a, b)
-            }
-            (_, Init::KaimingUniform) => {
-                (uniform([d_input, rank], d_input), Tensor::zeros([rank, d_output], device))
-            }
-            (_, Init::Gaussian) => {
-                let normal = Normal::new(0.0, 1.0 / rank as f32).expect("the deviation is finite");
-                let a = random([d_input, rank], || rng.sample(normal), device);
-                (a, Tensor::zeros([rank, d_output], device))
-            }
-            (_, Init::RandomBoth) => {
-                (uniform([d_input, rank], d_input), uniform([rank, d_output], rank))
-            }
-        };
-        Self {
-            layout,
-            bias: config.bias.then(|| trainable(Tensor::zeros([d_output], device))),
-            dropout: DropoutConfig::new(config.dropout).init(),
-            ..Self::new(a, b, config.alpha, config.scaling)
-        }
-    }
-
-    /// The update of the output, `s·((x·A)·B + bias)`: `[batch, d_input]` to `[batch, d_output]`.
+    /// The update of the output, `s·((x·A)·B + bias)`: `[batch, d_input]` to `[batch, d_output]`. What
+    /// magnitudes change is not in it.
     pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let x = cast(x, self.a.dtype());
-        let hidden = self.dropout.forward(x).matmul(self.a.val()).mul_scalar(self.scale());
-        linear(hidden, self.b.val(), self.bias_delta())
+        let [a, b] = self.factors();
+        let hidden = self.dropout.forward(x).matmul(a).mul_scalar(self.scale());
+        linear(hidden, b, self.bias_delta())
     }
 
     /// The output of a linear layer with the update, `x·W + b + s·((x·A)·B + bias)`, where the base's
@@ -187,6 +146,13 @@ impl<B: Backend> LoraAdapter<B> {
         weight: Weight<B>,
         bias: Option<Tensor<B, 1>>,
     ) -> Tensor<B, 2> {
+        if self.magnitude.is_some() {
+            let matrix = weight.matrix();
+            return self.forward_normalised(x, matrix, bias, |x, adapter| match adapter {
+                Some(adapter) => adapter.forward_on(x, weight.clone(), None),
+                None => weight.forward(x, None),
+            });
+        }
         #[cfg(any(feature = "flex", feature = "ndarray"))]
         if let Some(y) = self.in_one_operation(&x, &weight, &bias) {
             return y;
@@ -202,7 +168,7 @@ impl<B: Backend> LoraAdapter<B> {
         weight: &Weight<B>,
         bias: &Option<Tensor<B, 1>>,
     ) -> Option<Tensor<B, 2>> {
-        let (a, b, scale) = (self.a.val(), self.b.val(), self.scale());
+        let ([a, b], scale) = (self.factors(), self.scale());
         let in_f32 = [x, &a, &b].iter().all(|it| it.dtype() == DType::F32);
         if !fused::computes_on::<B>() || !in_f32 {
             return None;
@@ -216,56 +182,29 @@ impl<B: Backend> LoraAdapter<B> {
     /// The update of the output of an embedding, where each index selects one row of the weight:
     /// `[batch, length]` to `[batch · length, d_output]`.
     pub(crate) fn forward_lookup(&self, indices: Tensor<B, 2, Int>) -> Tensor<B, 2> {
-        let hidden = embedding(self.a.val(), indices).flatten::<2>(0, 1).mul_scalar(self.scale());
-        hidden.matmul(self.b.val())
+        let [a, b] = self.factors();
+        embedding(a, indices).flatten::<2>(0, 1).mul_scalar(self.scale()).matmul(b)
     }
 
     /// The update of the output where the weight is used transposed, `s·(x·Bᵀ)·Aᵀ`:
     /// `[batch, d_output]` to `[batch, d_input]`.
     pub(crate) fn forward_transposed(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let x = cast(x, self.b.dtype());
-        let hidden = x.matmul(self.b.val().transpose()).mul_scalar(self.scale());
-        hidden.matmul(self.a.val().transpose())
-    }
-
-    /// The update of the output of a convolution: `[batch, channels_in, ..]` to
-    /// `[batch, channels_out, ..]`. `times_a` multiplies each patch of x with A, which gives
-    /// `[batch, groups · rank, ..]`. B is then applied at each position.
-    pub(crate) fn forward_conv<const D: usize>(
-        &self,
-        x: Tensor<B, D>,
-        groups: usize,
-        times_a: impl FnOnce(Tensor<B, D>, Tensor<B, 2>) -> Tensor<B, D>,
-    ) -> Tensor<B, D> {
-        let x = cast(x, self.a.dtype());
-        let hidden = times_a(self.dropout.forward(x), self.a.val()).mul_scalar(self.scale());
-        let mut shape = hidden.dims();
-        let (rank, columns) = (self.rank(), self.b.dims()[1]);
-        let (batch, places) = (shape[0], shape[2..].iter().product::<usize>());
-        // B has a column for each output channel of all groups. In a transposed convolution it has
-        // only the columns of one group, and all groups share them.
-        let transposed = matches!(self.layout, WeightLayout::ConvTranspose { .. });
-        let b_groups = if transposed { 1 } else { groups };
-        shape[1] = groups * columns / b_groups;
-        // Reshaped before it is permuted: Burn's wgpu backend reshapes a transposed vector wrongly.
-        let b = self.b.val().reshape([1, rank, b_groups, columns / b_groups]);
-        let b = b.permute([0, 2, 3, 1]);
-        let mut y = b.matmul(hidden.reshape([batch, groups, rank, places]));
-        if let Some(bias) = self.bias_delta() {
-            y = y + bias.reshape([1, b_groups, columns / b_groups, 1]);
-        }
-        y.reshape(shape)
+        let [a, b] = self.factors();
+        let x = cast(x, b.dtype());
+        x.matmul(b.transpose()).mul_scalar(self.scale()).matmul(a.transpose())
     }
 
     /// The update of the weight, `ΔW = s·A·B`: `[d_input, d_output]`, as part of the autodiff graph.
     pub(crate) fn product(&self) -> Tensor<B, 2> {
-        self.a.val().mul_scalar(self.scale()).matmul(self.b.val())
+        let [a, b] = self.factors();
+        a.mul_scalar(self.scale()).matmul(b)
     }
 
     /// The update of the weight, `ΔW = s·A·B`: `[d_input, d_output]`, detached from the autodiff
-    /// graph. Factors in half precision are multiplied, and returned, in `f32`.
+    /// graph. Factors in half precision are multiplied, and returned, in `f32`. What magnitudes change is
+    /// not in it.
     pub fn delta(&self) -> Tensor<B, 2> {
-        let [a, b] = [&self.a, &self.b].map(|factor| at_least_f32(frozen(factor)));
+        let [a, b] = self.constant_factors().map(at_least_f32);
         a.mul_scalar(self.scale()).matmul(b)
     }
 
@@ -302,51 +241,12 @@ impl<B: Backend> LoraAdapter<B> {
         [self.a.dims()[0], self.b.dims()[1]]
     }
 
-    /// The number of parameters: `rank·(d_input + d_output)`, plus `d_output` with a bias.
+    /// The number of parameters that train: `rank·(d_input + d_output)`, plus `d_output` with a bias or
+    /// magnitudes, without A if that is frozen.
     pub fn num_trainable(&self) -> usize {
-        Module::num_params(self)
+        let a = if self.training.freezes_a { 0 } else { self.a.shape().num_elements() };
+        let vectors = [&self.bias, &self.magnitude].into_iter().flatten();
+        let vectors = vectors.map(|it| it.shape().num_elements()).sum::<usize>();
+        a + self.b.shape().num_elements() + vectors
     }
-}
-
-/// The tensor in another precision. Gradients are cast back.
-fn cast<B: Backend, const D: usize>(tensor: Tensor<B, D>, dtype: DType) -> Tensor<B, D> {
-    if tensor.dtype() == dtype { tensor } else { tensor.cast(FloatDType::from(dtype)) }
-}
-
-/// The output of the base plus the adapter's update. If the base is in another precision than the
-/// adapter, the sum is formed in the adapter's, and returned in the base's, as in PEFT.
-pub(crate) fn add<B: Backend, const D: usize>(
-    base: Tensor<B, D>,
-    update: Tensor<B, D>,
-) -> Tensor<B, D> {
-    let dtype = base.dtype();
-    cast(cast(base, update.dtype()) + update, dtype)
-}
-
-/// The tensor as a trainable parameter. `detach` makes it a leaf of the autodiff graph.
-fn trainable<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Param<Tensor<B, D>> {
-    Param::from_tensor(tensor.detach())
-}
-
-/// The parameter's value as a constant. `detach` alone is not enough, because Burn keeps the
-/// `require_grad` flag of a detached tensor.
-pub(crate) fn frozen<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Tensor<B, D> {
-    param.val().detach().set_require_grad(false)
-}
-
-/// The tensor, cast to `f32` if it is in half precision. Merging in half precision would round twice.
-pub(crate) fn at_least_f32<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Tensor<B, D> {
-    match tensor.dtype() {
-        DType::F16 | DType::BF16 => tensor.cast(FloatDType::F32),
-        _ => tensor,
-    }
-}
-
-fn random<B: Backend>(
-    shape: [usize; 2],
-    mut draw: impl FnMut() -> f32,
-    device: &B::Device,
-) -> Tensor<B, 2> {
-    let values: Vec<f32> = (0..shape[0] * shape[1]).map(|_| draw()).collect();
-    Tensor::from_data(TensorData::new(values, shape), device)
 }

@@ -111,6 +111,15 @@ impl<B: Backend> LoraAdapters<B> {
         is_bias || within_any(&self.modules_to_save, name)
     }
 
+    /// The same updates by A and B alone, as files have them.
+    pub(crate) fn standalone(&self) -> Self {
+        let mut set = self.clone();
+        for adapter in set.adapters.values_mut() {
+            **adapter = adapter.standalone();
+        }
+        set
+    }
+
     fn name_in_file(&self, path: &str) -> String {
         self.names_in_file.iter().fold(path.to_owned(), |path, names| names.apply(&path))
     }
@@ -150,10 +159,13 @@ impl<B: Backend> LoraAdapters<B> {
         for (path, adapter) in self.iter() {
             // The digits of a float tell it exactly.
             let name = format!("{path} {:?} {:?}", adapter.scale(), adapter.tie);
-            add(&name, &adapter.a.val().into_data());
-            add("b", &adapter.b.val().into_data());
-            if let Some(bias) = &adapter.bias {
-                add("bias", &bias.val().into_data());
+            let [a, b] = adapter.factors();
+            add(&name, &a.into_data());
+            add("b", &b.into_data());
+            for (name, vector) in [("bias", &adapter.bias), ("magnitude", &adapter.magnitude)] {
+                if let Some(vector) = vector {
+                    add(name, &vector.val().into_data());
+                }
             }
         }
         for (name, extra) in &self.extras {

@@ -1,5 +1,6 @@
 //! The configuration of adapters.
 
+mod init;
 mod targets;
 
 use std::fmt;
@@ -8,6 +9,8 @@ use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
 use crate::{error::LoraError, pattern::Pattern};
+
+pub use init::Init;
 
 /// The rule that turns `alpha` and the rank into the scale `s` of the update `s·A·B`.
 ///
@@ -46,23 +49,6 @@ impl fmt::Display for Scaling {
     }
 }
 
-/// How a fresh adapter's factors are drawn. Except with [`RandomBoth`](Self::RandomBoth), B starts at
-/// zero, so that a fresh adapter changes nothing. On a [`LoraEmbedding`](crate::LoraEmbedding), A starts
-/// at zero instead, and B is drawn from the normal distribution.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Init {
-    /// A from the uniform distribution on `±1/√d_input`, as PEFT and the authors' loralib do.
-    #[default]
-    KaimingUniform,
-    /// A from the normal distribution with standard deviation `1/rank`: PEFT's `"gaussian"`.
-    Gaussian,
-    /// A as with [`KaimingUniform`](Self::KaimingUniform), and B from the uniform distribution on
-    /// `±1/√rank`: PEFT's `init_lora_weights=False`. Such an adapter changes the output from the
-    /// start. It is meant for tests.
-    RandomBoth,
-}
-
 /// The configuration of adapters: their ranks, their initial values, and which layers get one.
 ///
 /// It is plain data. It can be built in code, or read from JSON with Burn's [`Config::load`].
@@ -96,6 +82,17 @@ pub struct LoraConfig {
     /// `lora_bias`. Default: false.
     #[serde(default)]
     pub bias: bool,
+    /// Whether the adapters have magnitudes, as in DoRA
+    /// ([Liu et al. 2024](https://arxiv.org/abs/2402.09353)): a length for each column of the adapted
+    /// weight, which trains with A and B. A step takes more time, and not every set can be combined or
+    /// served in mixed batches then. It excludes [`bias`](Self::bias). Default: false.
+    #[serde(default)]
+    pub dora: bool,
+    /// Whether A stays as it was drawn and only B trains, as in LoRA-FA
+    /// ([Zhang et al. 2023](https://arxiv.org/abs/2308.03303)). Not for embeddings, whose A starts at
+    /// zero. Default: false.
+    #[serde(default)]
+    pub freeze_a: bool,
     /// The target modules, which are the layers to adapt: names or regular expressions that match a
     /// layer's whole path, or whole segments at the end of the path. If empty, every layer that can
     /// carry an adapter is a target. Default: empty.
@@ -137,6 +134,8 @@ impl LoraConfig {
             init: Init::default(),
             dropout: 0.0,
             bias: false,
+            dora: false,
+            freeze_a: false,
             targets: Vec::new(),
             excludes: Vec::new(),
             rank_pattern: Vec::new(),
@@ -183,6 +182,18 @@ impl LoraConfig {
     /// Sets whether the adapter has a bias.
     pub fn with_bias(mut self, bias: bool) -> Self {
         self.bias = bias;
+        self
+    }
+
+    /// Sets whether the adapters have the magnitudes of DoRA.
+    pub fn with_dora(mut self, dora: bool) -> Self {
+        self.dora = dora;
+        self
+    }
+
+    /// Sets whether A stays as it was drawn, as in LoRA-FA.
+    pub fn with_freeze_a(mut self, freeze_a: bool) -> Self {
+        self.freeze_a = freeze_a;
         self
     }
 
@@ -253,6 +264,13 @@ impl LoraConfig {
         if let Some((path, alpha)) = self.alpha_pattern.iter().find(|(_, a)| !a.is_finite()) {
             return invalid("alpha_pattern", format!("gives `{path}` alpha {alpha}, not finite"));
         }
+        if self.dora && self.bias {
+            return invalid(
+                "bias",
+                "is set, and adapters with DoRA's magnitudes have none".to_owned(),
+            );
+        }
+        self.check_init().or_else(|(field, problem)| invalid(field, problem))?;
         for patterns in [&self.targets, &self.excludes, &self.modules_to_save] {
             Pattern::all(patterns)?;
         }

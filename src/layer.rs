@@ -126,7 +126,7 @@ impl LoraConfig {
 /// A fresh adapter for the layer.
 pub(crate) fn fresh<B: Backend>(config: &LoraConfig, layer: &dyn LoraLayer<B>) -> LoraAdapter<B> {
     let (layout, shape) = (layer.weight_layout(), layer.weight_shape());
-    LoraAdapter::init_for(config, layout, shape, &layer.device())
+    LoraAdapter::init_on(config, layout, shape, &layer.device(), || layer.weight_matrix())
 }
 
 /// Panics unless the adapter can be put on the layer.

@@ -93,6 +93,7 @@
 mod adapter;
 mod adapters;
 mod config;
+mod decomposition;
 mod error;
 mod files;
 #[cfg(any(feature = "flex", feature = "ndarray"))]

@@ -90,7 +90,9 @@ impl<B: Backend> LoraAdapters<B> {
     /// dropout probability for all adapters: the largest one is written.
     ///
     /// The adapter of an embedding that was made here also updates a head that is the same table, so
-    /// `ensure_weight_tying` is written. Weights are written as PyTorch's `Linear` has them: in Python,
+    /// `ensure_weight_tying` is written. Adapters that started as a part of the weight
+    /// ([`Init::Pissa`](crate::Init::Pissa)) are written with twice their rank, so that they fit the original
+    /// base. Weights are written as PyTorch's `Linear` has them: in Python,
     /// transpose one that belongs to a `Conv1D`.
     ///
     /// # Errors
@@ -98,12 +100,12 @@ impl<B: Backend> LoraAdapters<B> {
     /// If something cannot be expressed in PEFT's format, or a file cannot be written. An existing
     /// directory then stays as it was.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), LoraError> {
-        let dir = dir.as_ref();
-        let config = config::write(self, &dir.join(CONFIG).display().to_string())?;
+        let (set, dir) = (&self.standalone(), dir.as_ref());
+        let config = config::write(set, &dir.join(CONFIG).display().to_string())?;
         directory::replace(dir, |unfinished| {
             fs::write(unfinished.join(CONFIG), &config)
                 .map_err(|source| LoraError::Io { path: unfinished.join(CONFIG), source })?;
-            tensors::write(self, &unfinished.join(WEIGHTS), &dir.join(WEIGHTS))
+            tensors::write(set, &unfinished.join(WEIGHTS), &dir.join(WEIGHTS))
         })
     }
 }

@@ -90,11 +90,9 @@ impl<B: Backend> Mixed<B> {
         if !fused::computes_on::<B>() {
             return None;
         }
-        let update = |adapter: &LoraAdapter<B>| fused::Update {
-            a: adapter.a.val(),
-            b: adapter.b.val(),
-            bias: adapter.bias_delta(),
-            scale: adapter.scale(),
+        let update = |adapter: &LoraAdapter<B>| {
+            let ([a, b], scale) = (adapter.factors(), adapter.scale());
+            fused::Update { a, b, bias: adapter.bias_delta(), scale }
         };
         let groups = self.parts(x.dims()[0]).map(|(_, rows, adapter)| (rows, adapter.map(update)));
         let groups = groups.collect();

@@ -16,7 +16,7 @@ use burn::{
     },
 };
 
-use super::{LoraAdapter, Tie, WeightLayout};
+use super::{LoraAdapter, Tie, Training, WeightLayout};
 use crate::config::Scaling;
 
 /// The record of a [`LoraAdapter`]. It holds every value that the adapter computes with.
@@ -34,6 +34,14 @@ pub struct LoraAdapterRecord<B: Backend> {
     pub scaling: Scaling,
     /// The probability of dropout.
     pub dropout: f64,
+    /// The magnitudes, if the adapter has them: `[d_output]`.
+    pub magnitude: Option<Param<Tensor<B, 1>>>,
+    /// Whether A does not train.
+    pub freezes_a: bool,
+    /// The initial A, if the adapter started as a part of the weight: `[d_input, rank]`.
+    pub start_a: Option<Tensor<B, 2>>,
+    /// The initial B, if the adapter started as a part of the weight: `[rank, d_output]`.
+    pub start_b: Option<Tensor<B, 2>>,
     /// Whether the adapter of an embedding leaves a head alone that is the same table.
     pub leaves_head: bool,
 }
@@ -52,13 +60,23 @@ impl<B: Backend> Record<B> for Scaling {
 
 const CONTAINER: &str = "Struct:LoraAdapter";
 
+/// The container name of a factor that does not train. No struct can have this name.
+pub(crate) const FROZEN: &str = "burn-lora frozen factor";
+
+impl<B: Backend> LoraAdapter<B> {
+    fn container_of_a(&self) -> &'static str {
+        if self.training.freezes_a { FROZEN } else { CONTAINER }
+    }
+}
+
 impl<B: Backend> Module<B> for LoraAdapter<B> {
     type Record = LoraAdapterRecord<B>;
 
     fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
         let devices = self.a.collect_devices(devices);
         let devices = self.b.collect_devices(devices);
-        self.bias.collect_devices(devices)
+        let devices = self.bias.collect_devices(devices);
+        self.magnitude.collect_devices(devices)
     }
 
     fn fork(self, device: &B::Device) -> Self {
@@ -66,6 +84,8 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
             a: self.a.fork(device),
             b: self.b.fork(device),
             bias: self.bias.fork(device),
+            magnitude: self.magnitude.fork(device),
+            training: self.training.fork(device),
             ..self
         }
     }
@@ -77,28 +97,35 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
     }
 
     fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
-        visitor.enter_module("a", CONTAINER);
+        visitor.enter_module("a", self.container_of_a());
         self.a.visit(visitor);
-        visitor.exit_module("a", CONTAINER);
+        visitor.exit_module("a", self.container_of_a());
         visitor.enter_module("b", CONTAINER);
         self.b.visit(visitor);
         visitor.exit_module("b", CONTAINER);
         visitor.enter_module("bias", CONTAINER);
         self.bias.visit(visitor);
         visitor.exit_module("bias", CONTAINER);
+        visitor.enter_module("magnitude", CONTAINER);
+        self.magnitude.visit(visitor);
+        visitor.exit_module("magnitude", CONTAINER);
     }
 
     fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
-        mapper.enter_module("a", CONTAINER);
+        let container = self.container_of_a();
+        mapper.enter_module("a", container);
         let a = Module::map(self.a, mapper);
-        mapper.exit_module("a", CONTAINER);
+        mapper.exit_module("a", container);
         mapper.enter_module("b", CONTAINER);
         let b = Module::map(self.b, mapper);
         mapper.exit_module("b", CONTAINER);
         mapper.enter_module("bias", CONTAINER);
         let bias = Module::map(self.bias, mapper);
         mapper.exit_module("bias", CONTAINER);
-        Self { a, b, bias, ..self }
+        mapper.enter_module("magnitude", CONTAINER);
+        let magnitude = Module::map(self.magnitude, mapper);
+        mapper.exit_module("magnitude", CONTAINER);
+        Self { a, b, bias, magnitude, ..self }
     }
 
     /// Replaces everything but the layout by the record's values, including the rank and the scaling.
@@ -108,6 +135,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
     }
 
     fn into_record(self) -> Self::Record {
+        let (start_a, start_b) = self.training.start.map(|[a, b]| (a, b)).unzip();
         LoraAdapterRecord {
             a: self.a.into_record(),
             b: self.b.into_record(),
@@ -115,6 +143,10 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
             alpha: self.alpha,
             scaling: self.scaling,
             dropout: self.dropout.prob,
+            magnitude: self.magnitude.into_record(),
+            freezes_a: self.training.freezes_a,
+            start_a,
+            start_b,
             leaves_head: self.tie == Tie::Leaves,
         }
     }
@@ -123,6 +155,7 @@ impl<B: Backend> Module<B> for LoraAdapter<B> {
 impl<B: Backend> LoraAdapter<B> {
     /// The adapter that `record` describes, on `device`. The layer that gets it sets its layout.
     pub(crate) fn from_record(record: LoraAdapterRecord<B>, device: &B::Device) -> Self {
+        let start = record.start_a.zip(record.start_b).map(|(a, b)| [a, b]);
         Self {
             a: trainable_param(record.a, device),
             b: trainable_param(record.b, device),
@@ -130,6 +163,8 @@ impl<B: Backend> LoraAdapter<B> {
             alpha: record.alpha,
             scaling: record.scaling,
             dropout: Dropout { prob: record.dropout },
+            magnitude: record.magnitude.map(|it| trainable_param(it, device)),
+            training: Training { freezes_a: record.freezes_a, start }.fork(device),
             layout: WeightLayout::Matrix,
             tie: if record.leaves_head { Tie::Leaves } else { Tie::default() },
         }
@@ -156,6 +191,8 @@ impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
             alpha: self.alpha,
             scaling: self.scaling,
             dropout: self.dropout.clone(),
+            magnitude: self.magnitude.valid(),
+            training: self.training.valid(),
             layout: self.layout.clone(),
             tie: self.tie,
         }
@@ -170,6 +207,8 @@ impl<B: AutodiffBackend> AutodiffModule<B> for LoraAdapter<B> {
             alpha: module.alpha,
             scaling: module.scaling,
             dropout: module.dropout,
+            magnitude: module.magnitude.map(|it| trainable_param(Param::from_inner(it), &device)),
+            training: Training::from_inner(module.training),
             layout: module.layout,
             tie: module.tie,
         }
@@ -189,6 +228,8 @@ impl<B: Backend> Clone for LoraAdapter<B> {
             alpha: self.alpha,
             scaling: self.scaling,
             dropout: self.dropout.clone(),
+            magnitude: self.magnitude.clone(),
+            training: self.training.clone(),
             layout: self.layout.clone(),
             tie: self.tie,
         }

@@ -132,6 +132,10 @@ impl<B: Backend> LoraAdapters<B> {
                                    others do not";
                     return incompatible(path, problem.to_owned());
                 }
+                if adapter.magnitude.is_some() {
+                    let problem = "it has DoRA's magnitudes, which cannot be added";
+                    return incompatible(path, problem.to_owned());
+                }
                 if how != Combination::Concatenate && adapter.rank() != first.rank() {
                     let ranks = (first.rank(), adapter.rank());
                     let problem = format!("ranks differ: {ranks:?}; truncate or concatenate");
@@ -158,15 +162,21 @@ fn concatenate<B: Backend>(parts: &[(&LoraAdapter<B>, f64)]) -> LoraAdapter<B> {
     // A common scale becomes the alpha of the sum, so that no factor has to be multiplied and rounded.
     let alpha = if scales.iter().all(|scale| *scale == scales[0]) { scales[0] } else { 1.0 };
     let own = |scale: f64| if alpha == scale { 1.0 } else { scale / alpha };
-    let a = parts.iter().map(|(adapter, _)| frozen(&adapter.a)).collect();
-    let b = parts.iter().zip(&scales);
-    let b = b.map(|((adapter, _), scale)| times(frozen(&adapter.b), own(*scale))).collect();
+    let [a, b] = factors(parts);
+    let b = b.into_iter().zip(&scales).map(|(b, scale)| times(b, own(*scale))).collect();
     let mut sum = LoraAdapter::new(Tensor::cat(a, 1), Tensor::cat(b, 0), alpha, Scaling::Alpha);
     let biases = parts.iter().zip(&scales).filter_map(|((adapter, _), scale)| {
         Some(times(frozen(adapter.bias.as_ref()?), own(*scale)))
     });
     sum.bias = biases.reduce(|sum, bias| sum + bias).map(Param::from_tensor);
     sum
+}
+
+/// The factors A and the factors B of all parts.
+fn factors<B: Backend>(parts: &[(&LoraAdapter<B>, f64)]) -> [Vec<Tensor<B, 2>>; 2] {
+    let factors = parts.iter().map(|(adapter, _)| adapter.constant_factors());
+    let (a, b) = factors.map(|[a, b]| (a, b)).unzip();
+    [a, b]
 }
 
 /// Merges the factors A and the factors B separately. Both factors of a part are weighted by the square
@@ -179,8 +189,7 @@ fn factorwise<B: Backend>(
     let scales: Vec<_> = parts.iter().map(|(adapter, weight)| adapter.scale() * weight).collect();
     let for_a: Vec<_> = scales.iter().map(|it| it.abs().sqrt().copysign(*it)).collect();
     let for_b: Vec<_> = scales.iter().map(|it| it.abs().sqrt()).collect();
-    let a = parts.iter().map(|(adapter, _)| frozen(&adapter.a)).collect();
-    let b = parts.iter().map(|(adapter, _)| frozen(&adapter.b)).collect();
+    let [a, b] = factors(parts);
     let (a, b) = (merge(a, &for_a, how, path, "A"), merge(b, &for_b, how, path, "B"));
     let mut merged = LoraAdapter::new(a, b, 1.0, Scaling::Alpha);
     // A bias is not a product of two factors, so it is added with its whole weight.

@@ -8,13 +8,10 @@ use burn::{
 };
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
-use {
-    crate::{adapter::frozen, fused},
-    burn::tensor::DType,
-};
+use {crate::fused, burn::tensor::DType};
 
-use super::{cat, constant, fixed, module::lora_layer};
-use crate::adapter::{LoraAdapter, Mixed, WeightLayout, add};
+use super::{LoraLayer, cat, constant, fixed, module::lora_layer};
+use crate::adapter::{LoraAdapter, Mixed, WeightLayout, add, frozen};
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
 /// spatial dimension.
@@ -89,6 +86,13 @@ impl<B: Backend> LoraConv1d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
+        if let Some(adapter) = self.adapter.as_ref().filter(|it| it.magnitude.is_some()) {
+            let (weight, bias) = (self.weight_matrix(), self.base.bias.as_ref().map(frozen));
+            return adapter.forward_normalised(input, weight, bias, |x, adapter| {
+                let base = Conv1d { bias: None, ..self.base.clone() };
+                Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+            });
+        }
         let Conv1d { weight, bias, groups, .. } = &self.base;
         let flat = || {
             let base = self.in_two_dimensions(known(weight), bias.as_ref().map(known));
@@ -148,6 +152,13 @@ impl<B: Backend> LoraConv2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
+        if let Some(adapter) = self.adapter.as_ref().filter(|it| it.magnitude.is_some()) {
+            let (weight, bias) = (self.weight_matrix(), self.base.bias.as_ref().map(frozen));
+            return adapter.forward_normalised(input, weight, bias, |x, adapter| {
+                let base = Conv2d { bias: None, ..self.base.clone() };
+                Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+            });
+        }
         let Conv2d { weight, bias, groups, .. } = &self.base;
         let base = || {
             let (weight, bias) = (known(weight), bias.as_ref().map(known));
@@ -179,6 +190,13 @@ impl<B: Backend> LoraConvTranspose2d<B> {
         if let Some(mixed) = &self.mixed {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
+        }
+        if let Some(adapter) = self.adapter.as_ref().filter(|it| it.magnitude.is_some()) {
+            let (weight, bias) = (self.weight_matrix(), self.base.bias.as_ref().map(frozen));
+            return adapter.forward_normalised(input, weight, bias, |x, adapter| {
+                let base = ConvTranspose2d { bias: None, ..self.base.clone() };
+                Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+            });
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
         let ConvTranspose2d { weight, bias, groups, .. } = &self.base;
@@ -238,7 +256,10 @@ fn in_one_operation<B: Backend, const D: usize>(
         Some(it) => (frozen(&weight), it.with_bias_delta(bias.as_ref().map(frozen))?),
         None => (weight.val(), bias.map(|it| it.val())),
     };
-    let adapter = adapter.map(|it| (it.a.val(), it.b.val(), it.scale()));
+    let adapter = adapter.map(|it| {
+        let [a, b] = it.factors();
+        (a, b, it.scale())
+    });
     fused::convolve(&input, &fused::Conv { kernel, bias, adapter, stride, dilation, padding })
 }
 
@@ -270,7 +291,7 @@ fn forward<B: Backend, const D: usize>(
     let update = adapter.forward_conv(input, groups, |x, a| {
         let transposed = matches!(adapter.layout, WeightLayout::ConvTranspose { .. });
         let mut dims = weight.dims();
-        dims[usize::from(transposed)] = adapter.rank();
+        dims[usize::from(transposed)] = a.dims()[1];
         let filters = adapter.layout.to_weight(a, dims);
         let filters = if transposed { filters } else { for_each_group(filters, groups) };
         convolve(x, constant(filters), None)

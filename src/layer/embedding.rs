@@ -3,7 +3,7 @@ use burn::{
     tensor::{Int, Tensor, backend::Backend, module::embedding},
 };
 
-use super::module::lora_layer;
+use super::{LoraLayer, module::lora_layer};
 use crate::{
     adapter::{LoraAdapter, Mixed, Tie, WeightLayout, add, frozen},
     quantised::QuantisedWeight,
@@ -66,7 +66,10 @@ impl<B: Backend> LoraEmbedding<B> {
         };
         match (&self.mixed, &self.adapter) {
             (Some(mixed), _) => mixed.add_to(base, &input, update),
-            (None, Some(adapter)) => add(base, update(adapter, input)),
+            (None, Some(adapter)) => {
+                let y = add(base, update(adapter, input));
+                adapter.normalised(y, 2, || self.weight_matrix())
+            }
             (None, None) => base,
         }
     }
@@ -108,6 +111,11 @@ impl<B: Backend> LoraEmbedding<B> {
                 mixed.change(base, &hidden, update)
             }
             (None, Some(adapter)) => {
+                // The table's columns are what is summed over here.
+                let hidden = match adapter.tie {
+                    Tie::Leaves => hidden,
+                    _ => adapter.normalised(hidden, 1, || self.weight_matrix()),
+                };
                 let base = self.projected(hidden.clone(), frozen(&self.base.weight));
                 update(base, adapter, hidden)
             }

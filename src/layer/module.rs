@@ -222,7 +222,8 @@ macro_rules! lora_layer {
                     })?
                     let Some(adapter) = &self.adapter else { return true };
                     let shape = self.base.$weight.dims();
-                    let delta = self.layout().to_weight(adapter.delta(), shape);
+                    let delta = adapter.delta_on(|| self.weight_matrix());
+                    let delta = self.layout().to_weight(delta, shape);
                     let weight = layer::plus(&self.base.$weight, delta);
                     let finite = layer::is_finite(&weight);
                     $(

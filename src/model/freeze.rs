@@ -11,7 +11,7 @@ use super::walk::{Map, Place, Walk};
 use crate::layer::is_quantised;
 
 /// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
-/// others. Running statistics never train. What trains gets an id of its own where two parameters have
+/// others. Running statistics, and factors that were frozen, never train. What trains gets an id of its own where two parameters have
 /// the same.
 ///
 /// On a backend without autodiff no parameter can be marked, and a model stays as it was.
@@ -31,7 +31,8 @@ impl<B: Backend, F: FnMut(&Place) -> bool> Map<B> for Marker<F> {
         place: &Place,
         param: Param<Tensor<B, D>>,
     ) -> Param<Tensor<B, D>> {
-        let trains = !place.is_statistic() && (self.trains)(place);
+        let can_train = !place.is_statistic() && !place.is_frozen_factor();
+        let trains = can_train && (self.trains)(place);
         // A quantised parameter cannot train, and `detach` would make it one of floats.
         if !B::ad_enabled(&param.lazy_device()) || is_quantised(param.dtype()) {
             return param;

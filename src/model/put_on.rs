@@ -9,7 +9,7 @@ use std::{
 
 use burn::{
     module::{Module, Param},
-    tensor::{Tensor, backend::Backend},
+    tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
 use super::{
@@ -128,6 +128,14 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
                 return Err(LoraError::InvalidConfig { field, problem });
             }
         }
+        if config.freeze_a && layer.layout == WeightLayout::Embedding {
+            let problem =
+                format!("is set, and A of the embedding `{}` is zero at first", layer.path);
+            return Err(LoraError::InvalidConfig { field: "freeze_a", problem });
+        }
+    }
+    if config.reads_weight() {
+        require_finite(lora, chosen.clone())?;
     }
 
     let configs = chosen.iter().map(|path| Ok((path.clone(), config.for_layer(path)?)));
@@ -138,6 +146,25 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
         }
     });
     self::in_full(lora, &config.modules_to_save, "modules_to_save")
+}
+
+/// Fails if a weight that initial values are computed from is not finite.
+fn require_finite<B: Backend, M: Module<B>>(
+    lora: &Lora<B, M>,
+    chosen: BTreeSet<String>,
+) -> Result<(), LoraError> {
+    let found = walk::layers(lora, move |path, layer: &dyn LoraLayer<B>| {
+        let is_bad = || !layer.weight_matrix().is_finite().all().into_scalar().elem::<bool>();
+        (chosen.contains(path) && is_bad()).then(|| path.to_owned())
+    });
+    match found.into_iter().flatten().next() {
+        Some(path) => {
+            let problem =
+                "it holds NaN or infinite values, of which no initial values can be computed";
+            Err(LoraError::Unusable { path, problem: problem.to_owned() })
+        }
+        None => Ok(()),
+    }
 }
 
 /// The paths of the layers to adapt. What keeps a model without LoRA layers from being adapted is

@@ -61,8 +61,9 @@ pub(crate) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, Lora
 /// The record in memory of its own. burn-train reads a checkpoint on another thread, while the training
 /// goes on. On GPUs, Burn 0.21 may change memory in place that another thread is about to read.
 pub(super) fn unshared_adapter<B: Backend>(record: LoraAdapterRecord<B>) -> LoraAdapterRecord<B> {
-    let LoraAdapterRecord { a, b, bias, .. } = record;
-    LoraAdapterRecord { a: unshared(a), b: unshared(b), bias: bias.map(unshared), ..record }
+    let LoraAdapterRecord { a, b, bias, magnitude, .. } = record;
+    let (bias, magnitude) = (bias.map(unshared), magnitude.map(unshared));
+    LoraAdapterRecord { a: unshared(a), b: unshared(b), bias, magnitude, ..record }
 }
 
 fn unshared<B: Backend, const D: usize>(param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {

@@ -139,7 +139,11 @@ impl<B: Backend> Map<B> for Adder<'_, B> {
         let Some(update) = self.updates.get(place.path()) else { return param };
         let update: Tensor<B, D> = match update {
             Update::Weight(layout, adapter) => {
-                let product = if self.in_graph { adapter.product() } else { adapter.delta() };
+                let matrix = || layout.to_matrix(frozen(&param));
+                let product = match self.in_graph {
+                    true => adapter.product_on(matrix),
+                    false => adapter.delta_on(matrix),
+                };
                 layout.to_weight(product, param.dims())
             }
             Update::Bias(adapter) => adapter.bias_delta().expect("it has one").reshape([-1; D]),

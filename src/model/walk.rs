@@ -7,9 +7,12 @@ use burn::{
     tensor::{Bool, Int, Tensor, backend::Backend},
 };
 
-use crate::layer::{
-    LoraLayer, is_quantised,
-    letter::{self, ADAPTER, Change, Look, TAG},
+use crate::{
+    adapter::FROZEN,
+    layer::{
+        LoraLayer, is_quantised,
+        letter::{self, ADAPTER, Change, Look, TAG},
+    },
 };
 
 /// The place of a walk in the tree of modules. Entering and leaving a module allocates nothing, since
@@ -78,6 +81,11 @@ impl Place {
     /// walk, and no gradient may ever reach them.
     pub fn is_statistic(&self) -> bool {
         self.container() == "Struct:BatchNorm" && self.name().starts_with("running_")
+    }
+
+    /// Whether the walk is at a factor that stays as it was drawn.
+    pub fn is_frozen_factor(&self) -> bool {
+        self.container() == FROZEN
     }
 
     /// What PyTorch calls a parameter of `dims` dimensions here, and how it keeps it.

@@ -20,7 +20,7 @@ use crate::{
 
 /// Unsupported fields that change what an adapter computes. A field that is null, false or empty is off,
 /// and is accepted.
-const UNSUPPORTED: [&str; 11] = [
+const UNSUPPORTED: [&str; 10] = [
     "alora_invocation_tokens",
     "kasa_config",
     "layer_replication",
@@ -28,7 +28,6 @@ const UNSUPPORTED: [&str; 11] = [
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
     "arrow_config",
@@ -44,6 +43,8 @@ pub(crate) struct PeftConfig {
     r: usize,
     lora_alpha: f64,
     pub lora_dropout: f64,
+    /// Whether every adapter has magnitudes.
+    pub use_dora: bool,
     use_rslora: bool,
     /// The patterns of the ranks, compiled.
     ranks: Vec<(Pattern, usize)>,
@@ -210,6 +211,7 @@ impl Fields {
                 .take("layers_to_transform", "a whole number or a list of these")?,
             layers_pattern: self.take("layers_pattern", NAMES)?,
             fan_in_fan_out: self.0.get("fan_in_fan_out").is_some_and(is_on),
+            use_dora: self.0.get("use_dora").is_some_and(is_on),
             ties_head: self.0.get("ensure_weight_tying").is_some_and(is_on),
             others: self.0,
         })
@@ -299,6 +301,12 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
             WeightLayout::Embedding if set.adapters.values().any(|it| it.bias.is_some()) => {
                 ": PEFT has no adapters of embeddings in a set with biases"
             }
+            _ if adapter.magnitude.is_some() != first.magnitude.is_some() => {
+                ": some adapters have DoRA's magnitudes, and others do not; save them as two sets"
+            }
+            _ if adapter.magnitude.is_some() && adapter.bias.is_some() => {
+                ": PEFT has no adapters with DoRA's magnitudes and a bias"
+            }
             _ => continue,
         };
         return Err(unsupported(path, reason));
@@ -378,6 +386,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         ("rank_pattern", json!(ranks)),
         // An expression, because a name in a list also matches every path that ends with that name.
         ("target_modules", json!(targets.join("|"))),
+        ("use_dora", json!(first.magnitude.is_some())),
         ("use_rslora", json!(rslora)),
     ] {
         fields.insert(name.to_owned(), value);

@@ -17,15 +17,15 @@ pub(super) const B: &str = ".lora_B.weight";
 pub(super) const B_BIAS: &str = ".lora_B.bias";
 pub(super) const EMBEDDING_A: &str = ".lora_embedding_A";
 pub(super) const EMBEDDING_B: &str = ".lora_embedding_B";
+pub(super) const MAGNITUDE: &str = ".lora_magnitude_vector";
 
 /// Parts of tensor names by which unsupported adapters are recognised, and the reasons to report.
-const UNSUPPORTED: [(&str, &str); 4] = [
+const UNSUPPORTED: [(&str, &str); 3] = [
     // PEFT 0.21 applies the update of the output projection twice.
     (
         ".base_layer.out_proj.",
         ": adapters of PyTorch's `MultiheadAttention` cannot be read; use four `Linear`s instead",
     ),
-    (".lora_magnitude_vector", ": DoRA cannot be read"),
     (".token_adapter.", ": trainable tokens cannot be read"),
     (".lora_ga_", ": LoRA-GA cannot be read"),
 ];
@@ -41,6 +41,7 @@ pub(super) struct Parts<'a> {
     bias: Option<&'a TensorInfo>,
     embedding_a: Option<&'a TensorInfo>,
     embedding_b: Option<&'a TensorInfo>,
+    magnitude: Option<&'a TensorInfo>,
 }
 
 impl Parts<'_> {
@@ -74,6 +75,7 @@ pub(super) enum Role<'a> {
     A(&'a str),
     B(&'a str),
     Bias(&'a str),
+    Magnitude(&'a str),
     /// A parameter that was trained in full, with its name in the model.
     Extra(String),
     /// A parameter that the file holds once more, or as it was before training.
@@ -149,25 +151,22 @@ impl<'a> Keys<'a> {
     }
 
     fn role(&mut self, name: &'a str, info: &'a TensorInfo) -> Role<'a> {
-        let layers = &mut self.layers;
-        if let Some(path) = name.strip_suffix(A) {
-            layers.entry(path).or_default().a = Some(info);
-            Role::A(path)
-        } else if let Some(path) = name.strip_suffix(B) {
-            layers.entry(path).or_default().b = Some(info);
-            Role::B(path)
-        } else if let Some(path) = name.strip_suffix(B_BIAS) {
-            layers.entry(path).or_default().bias = Some(info);
-            Role::Bias(path)
-        } else if let Some(path) = name.strip_suffix(EMBEDDING_A) {
-            layers.entry(path).or_default().embedding_a = Some(info);
-            Role::A(path)
-        } else if let Some(path) = name.strip_suffix(EMBEDDING_B) {
-            layers.entry(path).or_default().embedding_b = Some(info);
-            Role::B(path)
-        } else {
-            Role::Extra(name.to_owned())
-        }
+        let of = |suffix| name.strip_suffix(suffix);
+        let ends = [A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE];
+        let Some((end, path)) = ends.iter().find_map(|end| Some((*end, of(end)?))) else {
+            return Role::Extra(name.to_owned());
+        };
+        let parts = self.layers.entry(path).or_default();
+        let (part, role) = match end {
+            A => (&mut parts.a, Role::A(path)),
+            EMBEDDING_A => (&mut parts.embedding_a, Role::A(path)),
+            B => (&mut parts.b, Role::B(path)),
+            EMBEDDING_B => (&mut parts.embedding_b, Role::B(path)),
+            B_BIAS => (&mut parts.bias, Role::Bias(path)),
+            _ => (&mut parts.magnitude, Role::Magnitude(path)),
+        };
+        *part = Some(info);
+        role
     }
 
     /// Names the parameters that were trained in full as the model does, and leaves out what the file
@@ -260,6 +259,11 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
         }
         _ => {}
     }
+    match parts.magnitude {
+        None if config.use_dora => mismatch.missing.push(key(MAGNITUDE)),
+        Some(_) if !config.use_dora => mismatch.unexpected.push(key(MAGNITUDE)),
+        _ => {}
+    }
     let [a, b] = [factors[0], factors[1]];
     let d_output = b.0.and_then(|b| b.shape.first().copied());
     let ones = vec![1; kernel.len()];
@@ -270,6 +274,14 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
         shape.len() >= 2 && shape[0] > 0 && shape[1] == rank && shape[2..] == ones
     };
     let bias_fits = |shape: &[usize]| shape.len() == 1 && d_output.is_none_or(|it| it == shape[0]);
+    // That of a convolution has the dimensions of an image.
+    let magnitude_fits = |shape: &[usize]| {
+        let (channels, others) = if kernel.is_empty() { (0, 1) } else { (1, kernel.len() + 2) };
+        shape.len() == others
+            && shape.iter().enumerate().all(|(dim, size)| {
+                if dim == channels { d_output.is_none_or(|it| it == *size) } else { *size == 1 }
+            })
+    };
     let mut expect =
         |(part, suffix): (Option<&TensorInfo>, &str), fits: &dyn Fn(&[usize]) -> bool, expected| {
             if let Some(info) = part
@@ -283,6 +295,8 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
     expect(a, &a_fits, format!("[{rank}, d_input{more_a}]"));
     expect(b, &b_fits, format!("[d_output, {rank}{more_b}]"));
     expect((parts.bias, B_BIAS), &bias_fits, "[d_output]".to_owned());
+    let expected = if kernel.is_empty() { "[d_output]" } else { "[1, d_output, 1, ..]" };
+    expect((parts.magnitude, MAGNITUDE), &magnitude_fits, expected.to_owned());
 }
 
 /// What a key that is not PEFT's looks like, and what to do.

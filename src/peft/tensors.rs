@@ -28,7 +28,7 @@ use safetensors::{
 use super::{
     config::PeftConfig,
     json::check_object,
-    keys::{A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, Keys, PREFIX, Role},
+    keys::{A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, Keys, MAGNITUDE, PREFIX, Role},
 };
 use crate::{
     adapter::{LoraAdapter, Tie, WeightLayout, frozen},
@@ -55,7 +55,7 @@ pub(super) fn read<Bk: Backend>(
     }
 
     let mut factors: BTreeMap<&str, [Option<Tensor<Bk, 2>>; 2]> = BTreeMap::new();
-    let mut biases = BTreeMap::new();
+    let (mut biases, mut magnitudes) = (BTreeMap::new(), BTreeMap::new());
     let mut extras = BTreeMap::new();
     for (key, info, role) in &keys.roles {
         let values = read_values(&mut source, info);
@@ -73,6 +73,7 @@ pub(super) fn read<Bk: Backend>(
             Role::A(path) => factors.entry(path).or_default()[0] = factor(values),
             Role::B(path) => factors.entry(path).or_default()[1] = factor(values),
             Role::Bias(path) => drop(biases.insert(*path, flat(values))),
+            Role::Magnitude(path) => drop(magnitudes.insert(*path, flat(values))),
             Role::Extra(name) => {
                 let may_be_conv1d = config.fan_in_fan_out && info.shape.len() == 2;
                 let shape = info.shape.clone();
@@ -88,6 +89,7 @@ pub(super) fn read<Bk: Backend>(
         adapter.layout = keys.layers[path].layout();
         adapter.dropout = Dropout { prob: config.lora_dropout };
         adapter.bias = biases.remove(path).map(Param::from_tensor);
+        adapter.magnitude = magnitudes.remove(path).map(Param::from_tensor);
         adapters.insert(path.to_owned(), Box::new(adapter));
     }
     let not_meant = |path: &str| targets.as_ref().is_some_and(|targets| !targets.matches(path));
@@ -266,6 +268,7 @@ pub(super) fn write<Bk: Backend>(
     for (path, adapter) in set.iter() {
         let ([d_input, d_output], rank) = (adapter.shape(), adapter.rank());
         let (mut a_shape, mut b_shape) = (vec![rank, d_input], vec![d_output, rank]);
+        let mut magnitude_shape = vec![d_output];
         let (a_name, b_name) = match &adapter.layout {
             WeightLayout::Embedding => (EMBEDDING_A, EMBEDDING_B),
             _ => (A, B),
@@ -274,6 +277,11 @@ pub(super) fn write<Bk: Backend>(
             a_shape[1] = d_input / kernel.iter().product::<usize>();
             a_shape.extend(kernel);
             b_shape.extend(vec![1; kernel.len()]);
+            magnitude_shape = [vec![1, d_output], vec![1; kernel.len()]].concat();
+        }
+        if let Some(magnitude) = &adapter.magnitude {
+            let key = format!("{PREFIX}{path}{MAGNITUDE}");
+            tensors.insert(key, flat(magnitude.val(), magnitude_shape));
         }
         tensors.insert(format!("{PREFIX}{path}{a_name}"), factor(adapter.a.val(), a_shape));
         tensors.insert(format!("{PREFIX}{path}{b_name}"), factor(adapter.b.val(), b_shape));

@@ -25,6 +25,14 @@ impl<B: Backend> Weight<B> {
         }
     }
 
+    /// The weight itself, unpacked: `[d_input, d_output]`.
+    pub fn matrix(&self) -> Tensor<B, 2> {
+        match self {
+            Self::Full(weight) => weight.clone(),
+            Self::Quantised(weight) => weight.dense().transpose(),
+        }
+    }
+
     /// `x·W + bias`: `[batch, d_input]` to `[batch, d_output]`. The gradient reaches x and the bias.
     pub fn forward(&self, x: Tensor<B, 2>, bias: Option<Tensor<B, 1>>) -> Tensor<B, 2> {
         match self {

@@ -77,7 +77,8 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     /// # Errors
     ///
     /// As for [`LoraModule::switch`], and [`LoraError::NotMixable`] if the set has parameters that were trained
-    /// in full, such as a new head, which the samples of a batch share.
+    /// in full, such as a new head, which the samples of a batch share, or [DoRA](LoraConfig::dora)'s
+    /// magnitudes.
     pub fn insert(
         &mut self,
         name: impl Into<String>,
@@ -89,6 +90,13 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
                            it alone"
                 .to_owned();
             return Err(LoraError::NotMixable { what: format!("`{extra}` of `{name}`"), problem });
+        }
+        if let Some((path, _)) = set.iter().find(|(_, adapter)| adapter.magnitude.is_some()) {
+            let problem =
+                "it has DoRA's magnitudes, which concern the layer and not its output: merge the \
+                           set, or use it alone"
+                    .to_owned();
+            return Err(LoraError::NotMixable { what: format!("`{path}` of `{name}`"), problem });
         }
         let adapted = self.base.switch(set)?;
         self.sets.insert(name, Arc::new(adapters_of(&adapted).into_iter().collect()));

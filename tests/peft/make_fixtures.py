@@ -132,7 +132,6 @@ def main():
     case("exclude", target_modules=["fc1", "fc2"], exclude_modules=["fc2"])
     case("f16", dtype=torch.float16, target_modules=["fc1", "head"])
     case("bf16", dtype=torch.bfloat16, target_modules=["fc1", "head"])
-    case("dora", target_modules=["fc1"], use_dora=True)
     trained()
     combined()
 

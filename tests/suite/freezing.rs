@@ -129,6 +129,48 @@ impl Family for Zoos {
     }
 }
 
+/// The same with magnitudes, on adapters that start as a part of the weight.
+struct Doras;
+
+impl Family for Doras {
+    type Model<B: Backend> = Zoo<B>;
+
+    const ADAPTERS: usize = 3 * (1 + 4 + 3 + 6);
+
+    fn new<B: Backend>(device: &B::Device) -> Zoo<B> {
+        Zoos::new::<B>(device)
+    }
+
+    fn config() -> LoraConfig {
+        LoraConfig::new(1, 0.5).with_init(Init::Olora).with_dora(true)
+    }
+
+    fn loss<B: Backend>(model: &Zoo<B>) -> Tensor<B, 1> {
+        Zoos::loss(model)
+    }
+}
+
+/// Linear layers of which only B trains.
+struct HalfFrozen;
+
+impl Family for HalfFrozen {
+    type Model<B: Backend> = Mlp<B>;
+
+    const ADAPTERS: usize = 3;
+
+    fn new<B: Backend>(device: &B::Device) -> Mlp<B> {
+        Mlps::new::<B>(device)
+    }
+
+    fn config() -> LoraConfig {
+        LoraConfig::new(2, 3.0).with_freeze_a(true)
+    }
+
+    fn loss<B: Backend>(model: &Mlp<B>) -> Tensor<B, 1> {
+        Mlps::loss(model)
+    }
+}
+
 /// An adapted model of the family.
 type Adapted<F, B> = Lora<B, <F as Family>::Model<B>>;
 
@@ -234,7 +276,10 @@ fn input() -> Tensor<Train, 2> {
 #[track_caller]
 fn assert_only_adapters_train<F: Travels>(mut model: Adapted<F, Train>, steps: usize, trip: &str) {
     let before = all_bits::<Train>(&model);
-    let adapters = before.keys().filter(|path| path.contains(".adapter.")).count();
+    let freezes_a = F::config().freeze_a;
+    let is_trained =
+        |path: &str| path.contains(".adapter.") && !(freezes_a && path.ends_with(".adapter.a"));
+    let adapters = before.keys().filter(|path| is_trained(path)).count();
     assert_eq!(adapters, F::ADAPTERS, "adapters after {trip}");
 
     let mut optimizer =
@@ -247,7 +292,7 @@ fn assert_only_adapters_train<F: Travels>(mut model: Adapted<F, Train>, steps: u
     assert_eq!(optimizer.to_record().len(), adapters, "optimizer state after {trip}");
     for (path, bits) in all_bits::<Train>(&model) {
         let changed = bits != before[&path];
-        assert_eq!(changed, path.contains(".adapter."), "{path} after {trip}");
+        assert_eq!(changed, is_trained(&path), "{path} after {trip}");
     }
 }
 
@@ -293,6 +338,24 @@ fn every_trip_on_a_quantised_base() {
         assert_eq!(base(&there), base(&model), "{trip}");
         assert_only_adapters_train::<Quantised>(there, 1, trip);
     }
+}
+
+#[test]
+fn every_trip_of_the_relatives_of_lora() {
+    fn check<F: Travels>() {
+        let model = F::new::<Train>(&device::<Train>()).attach(&F::config()).unwrap();
+        // Other values than the initial ones, so that what the adapters started as matters.
+        let grads = GradientsParams::from_grads(F::loss(&*model).backward(), &model);
+        let model = AdamWConfig::new().init().step(0.1, model, grads);
+        let loss = |model: &Adapted<F, Train>| bits(F::loss(&**model).inner());
+        for trip in TRIPS {
+            let there = Model::<F>::Train(model.clone()).through(trip).into_train();
+            assert_eq!(loss(&there), loss(&model), "{trip}");
+            assert_only_adapters_train::<F>(there, 1, trip);
+        }
+    }
+    check::<Doras>();
+    check::<HalfFrozen>();
 }
 
 #[test]

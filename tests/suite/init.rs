@@ -93,12 +93,144 @@ fn random_both_draws_b_as_well() {
 #[test]
 fn a_fresh_adapter_changes_no_bit() {
     let device = device::<Plain>();
-    for init in [Init::KaimingUniform, Init::Gaussian] {
+    for (init, dora) in
+        [(Init::KaimingUniform, false), (Init::Gaussian, false), (Init::Gaussian, true)]
+    {
         let base = LinearConfig::new(33, 17).init::<Plain>(&device);
         let x = Matrix::random(9, 33, 1).tensor::<Plain, 2>([9, 33], &device);
         let expected = base.forward(x.clone());
-        let config = LoraConfig::new(5, 3.0).with_init(init).with_bias(true);
+        let config = LoraConfig::new(5, 3.0).with_init(init).with_bias(!dora).with_dora(dora);
         assert_identical(config.init(base).forward(x), expected);
+    }
+}
+
+const FROM_THE_WEIGHT: [Init; 3] =
+    [Init::Pissa, Init::PissaRandomised { iterations: 8 }, Init::Olora];
+
+#[test]
+fn an_adapter_that_starts_with_values_changes_nothing_yet() {
+    let device = device::<Plain>();
+    for init in FROM_THE_WEIGHT.into_iter().chain([Init::Orthogonal]) {
+        for dora in [false, true] {
+            let base = LinearConfig::new(33, 17).init::<Plain>(&device);
+            let x = Matrix::random(9, 33, 1).tensor::<Plain, 2>([9, 33], &device);
+            let expected = base.forward(x.clone()).into_data();
+            let config = LoraConfig::peft(6, 3.0).with_init(init).with_dora(dora);
+            let layer = config.init(base);
+            let adapter = layer.adapter().unwrap();
+            for factor in [&adapter.a, &adapter.b] {
+                let smallest = values(factor.val()).iter().map(|it| it.abs()).fold(0.0, f64::max);
+                assert!(smallest > 0.01, "{init:?} has a factor of zeros");
+            }
+            let tolerance = burn::tensor::Tolerance::<f32>::rel_abs(1e-5, 3e-6);
+            layer.forward(x).into_data().assert_approx_eq::<f32>(&expected, tolerance);
+        }
+    }
+}
+
+/// The largest part of the weight is what PiSSA trains, by singular values that an oracle does not need to
+/// know: what is left of the weight is orthogonal to both factors.
+#[test]
+fn pissa_takes_the_principal_part() {
+    let w = Matrix::random(14, 9, 3);
+    let weight = w.tensor::<Plain, 2>([14, 9], &device::<Plain>());
+    for (init, bound) in [(Init::Pissa, 1e-5), (Init::PissaRandomised { iterations: 60 }, 1e-3)] {
+        let base = burn::nn::Linear {
+            weight: burn::module::Param::from_tensor(weight.clone()),
+            bias: None,
+        };
+        let layer = LoraConfig::peft(3, 2.0).with_init(init).init(base);
+        let adapter = layer.adapter().unwrap();
+        let matrix = |tensor: Tensor<Plain, 2>| {
+            let [rows, cols] = tensor.dims();
+            Matrix { rows, cols, data: values(tensor) }
+        };
+        let (a, b) = (matrix(adapter.a.val()), matrix(adapter.b.val()));
+        let rest = w.plus(&a.times(&b).scaled(-adapter.scale()));
+        let largest = |it: &Matrix| it.data.iter().map(|it| it.abs()).fold(0.0, f64::max);
+        assert!(largest(&a.transpose().times(&rest)) < bound, "{init:?}");
+        assert!(largest(&rest.times(&b.transpose())) < bound, "{init:?}");
+        // Each factor has the square roots of the values, so that both have the same norms.
+        let (of_a, of_b) = (a.transpose().times(&a), b.times(&b.transpose()));
+        assert!(largest(&of_a.plus(&of_b.scaled(-1.0))) < bound, "{init:?}");
+        let squares = |it: &Matrix| it.data.iter().map(|it| it * it).sum::<f64>();
+        assert!(squares(&rest) < squares(&w) - squares(&w) * 3.0 / 9.0, "{init:?}");
+    }
+}
+
+#[test]
+fn olora_starts_with_orthonormal_rows() {
+    let base = LinearConfig::new(14, 9).init::<Plain>(&device::<Plain>());
+    let w = base.weight.val();
+    let layer = LoraConfig::peft(3, 2.0).with_init(Init::Olora).init(base);
+    let adapter = layer.adapter().unwrap();
+    let b = adapter.b.val();
+    let gram = values(b.clone().matmul(b.clone().transpose()));
+    for (place, value) in gram.iter().enumerate() {
+        assert!((value - f64::from(place % 4 == 0)).abs() < 1e-5, "{gram:?}");
+    }
+    // A is what the rows make of the weight.
+    let a = w.matmul(b.transpose()).into_data();
+    let tolerance = burn::tensor::Tolerance::<f32>::rel_abs(1e-4, 1e-6);
+    adapter.a.val().into_data().assert_approx_eq::<f32>(&a, tolerance);
+}
+
+#[test]
+fn a_layer_smaller_than_the_rank_is_taken_whole() {
+    for init in FROM_THE_WEIGHT {
+        let base = LinearConfig::new(5, 3).init::<Plain>(&device::<Plain>());
+        let w = base.weight.val().into_data();
+        let layer = LoraConfig::new(8, 2.0).with_init(init).init(base);
+        let adapter = layer.adapter().unwrap();
+        assert_eq!(adapter.rank(), 3);
+        let start = adapter.a.val().matmul(adapter.b.val()).mul_scalar(adapter.scale()).into_data();
+        if init != Init::Olora {
+            start.assert_approx_eq::<f32>(&w, burn::tensor::Tolerance::rel_abs(1e-4, 1e-5));
+        }
+    }
+}
+
+#[test]
+fn what_has_no_initial_values_is_refused() {
+    let model = || Mlp::<Plain>::new(&device::<Plain>());
+    let refused = |model: Mlp<Plain>, config: LoraConfig, message: &str| {
+        let error = model.attach(&config).unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    };
+    let config = LoraConfig::new(3, 2.0);
+    let odd = "`init` is orthogonal, which needs an even rank, and 3 is odd";
+    refused(model(), config.clone().with_init(Init::Orthogonal), odd);
+    let nothing = LoraConfig::new(4, 0.0).with_init(Init::Pissa);
+    refused(model(), nothing, "divides by alpha, and that is 0");
+    let mut broken = model();
+    broken.head.base.weight = broken.head.base.weight.map(|it| it.mul_scalar(f32::NAN));
+    for init in FROM_THE_WEIGHT {
+        refused(broken.clone(), config.clone().with_init(init), "`head` cannot carry an adapter");
+    }
+    refused(broken.clone(), config.clone().with_dora(true), "`head` cannot carry an adapter");
+    broken.attach(&config).unwrap();
+}
+
+#[test]
+#[should_panic = "the initial values depend on the weight"]
+fn values_from_the_weight_need_one() {
+    adapter(&LoraConfig::new(2, 1.0).with_init(Init::Pissa), [4, 3]);
+}
+
+#[test]
+fn a_frozen_a_is_not_counted_and_gets_no_gradient() {
+    let model = Mlp::<Train>::new(&device::<Train>());
+    let lora = model.attach(&LoraConfig::new(2, 3.0).with_freeze_a(true)).unwrap();
+    let adapters = lora.adapters();
+    let all: usize = adapters.iter().map(|(_, it)| it.b.shape().num_elements()).sum();
+    assert_eq!(adapters.num_params(), all);
+    assert_eq!(lora.parameters().trainable, all);
+    let x = Matrix::random(10, 6, 5).tensor::<Train, 2>([10, 6], &device::<Train>());
+    let grads = lora.forward(x).sin().sum().backward();
+    for (path, _) in adapters.iter() {
+        let adapter = lora.adapters().get(path).unwrap().clone();
+        assert!(adapter.a.grad(&grads).is_none(), "{path}");
+        assert!(adapter.b.grad(&grads).is_some(), "{path}");
     }
 }
 

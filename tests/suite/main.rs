@@ -13,6 +13,7 @@ mod conv;
 mod conv_sizes;
 mod correctness;
 mod decoder;
+mod dora;
 mod dropout;
 mod embedding;
 mod empty;

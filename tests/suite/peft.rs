@@ -107,7 +107,7 @@ fn names(dir: &Path) -> Vec<String> {
     names
 }
 
-const READABLE: [&str; 12] = [
+const READABLE: [&str; 20] = [
     "plain",
     "rslora",
     "patterns",
@@ -120,6 +120,14 @@ const READABLE: [&str; 12] = [
     "f16",
     "bf16",
     "trained",
+    "dora",
+    "dora_rslora",
+    "pissa",
+    "pissa_rslora",
+    "pissa_niter_8",
+    "pissa_niter_8_rslora",
+    "olora",
+    "olora_rslora",
 ];
 
 #[track_caller]

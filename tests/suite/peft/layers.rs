@@ -60,7 +60,14 @@ impl Layers<Plain> {
     }
 }
 
-const READABLE: [&str; 4] = ["layers_conv", "layers_conv_bias", "layers_embedding", "layers_all"];
+const READABLE: [&str; 6] = [
+    "layers_conv",
+    "layers_conv_bias",
+    "layers_embedding",
+    "layers_all",
+    "layers_dora_conv",
+    "layers_dora_table",
+];
 
 fn ids(values: Vec<i64>) -> Tensor<Plain, 2, Int> {
     Tensor::from_data(TensorData::new(values, [3, 8]), &device::<Plain>())

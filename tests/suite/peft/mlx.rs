@@ -19,7 +19,12 @@ fn bytes(matrix: &Matrix) -> Vec<u8> {
 fn file(tensors: &[(&str, &Matrix)]) -> Vec<u8> {
     let tensors: Vec<_> = tensors.iter().map(|(key, it)| (*key, *it, bytes(it))).collect();
     let views = tensors.iter().map(|(key, matrix, bytes)| {
-        (*key, TensorView::new(Dtype::F32, vec![matrix.rows, matrix.cols], bytes).unwrap())
+        // Of one row, if it is a vector.
+        let shape = match key.ends_with(".m") && matrix.rows == 1 {
+            true => vec![matrix.cols],
+            false => vec![matrix.rows, matrix.cols],
+        };
+        (*key, TensorView::new(Dtype::F32, shape, bytes).unwrap())
     });
     safetensors::serialize(views, None).unwrap()
 }
@@ -70,6 +75,17 @@ fn a_directory_computes_what_its_formula_says() {
     assert_close(base.switch(&set).unwrap().forward(x), &problem.output(), 1e-5);
 }
 
+/// In mlx-lm, `y = m/‖W + s·A·B‖ · x·(W + s·A·B) + b`, column by column, as in this crate.
+#[test]
+fn magnitudes_are_read() {
+    let Problem { a, b, .. } = problem();
+    let m = Matrix::random(1, b.cols, 9);
+    let mut config = config();
+    config["fine_tune_type"] = json!("dora");
+    let set = load(&config, &file(&[("fc.lora_a", &a), ("fc.lora_b", &b), ("fc.m", &m)])).unwrap();
+    assert_close(set.get("fc").unwrap().magnitude.as_ref().unwrap().val(), &m, 1e-6);
+}
+
 #[test]
 fn what_does_not_fit_is_refused_by_name() {
     let Problem { a, b, .. } = problem();
@@ -79,11 +95,15 @@ fn what_does_not_fit_is_refused_by_name() {
         let error = load(config, weights).unwrap_err();
         assert!(error.contains(message), "{error}");
     };
-    for kind in ["dora", "full"] {
+    let of_type = |kind: &str| {
         let mut other = config();
         other["fine_tune_type"] = json!(kind);
-        refused(&other, &good, &format!("`fine_tune_type` is not supported: it is {kind}"));
-    }
+        other
+    };
+    refused(&of_type("full"), &good, "`fine_tune_type` is not supported: it is full");
+    refused(&of_type("dora"), &good, "missing: fc.m");
+    let misshapen = file(&[("fc.lora_a", &a), ("fc.lora_b", &b), ("fc.m", &a)]);
+    refused(&of_type("dora"), &misshapen, "fc.m (expected [d_output], found");
     let with = |field: &str, value: Value| {
         let mut config = config();
         config["lora_parameters"][field] = value;

@@ -190,8 +190,6 @@ fn layers_are_meant_by_their_indices() {
 
 #[test]
 fn fields_that_change_the_result_are_refused_by_name() {
-    let (config, weights) = files("dora");
-    assert_refused(&config, &weights, "`use_dora` is not supported");
     let (config, weights) = files("plain");
     let with = |field: &str, value: Value| {
         let mut config: Value = serde_json::from_slice(&config).unwrap();
@@ -228,6 +226,37 @@ fn fields_that_change_the_result_are_refused_by_name() {
     let endless = with("rank_pattern", json!({".".repeat(100_000): 2}));
     assert_refused(&endless, &weights, "exceeds size limit");
     assert_refused(&with("bias", json!("some")), &weights, "some");
+}
+
+#[test]
+fn magnitudes_are_there_if_the_configuration_says_so() {
+    let (text, dora) = files("dora");
+    let (_, plain) = files("plain");
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    config["use_dora"] = json!(false);
+    let off = serde_json::to_vec(&config).unwrap();
+    assert_refused(&off, &dora, "unexpected: base_model.model.fc1.lora_magnitude_vector");
+    config["use_dora"] = json!(true);
+    config["target_modules"] = json!(["fc1", "fc2"]);
+    let on = serde_json::to_vec(&config).unwrap();
+    assert_refused(&on, &plain, "missing: base_model.model.fc1.lora_magnitude_vector");
+    let config = br#"{"peft_type": "LORA", "r": 4, "target_modules": ["fc"], "use_dora": true}"#;
+    let of = |a: &[usize], b: &[usize], m: &[usize]| {
+        weights(&[
+            ("base_model.model.fc.lora_A.weight", Dtype::F32, a),
+            ("base_model.model.fc.lora_B.weight", Dtype::F32, b),
+            ("base_model.model.fc.lora_magnitude_vector", Dtype::F32, m),
+        ])
+    };
+    parse(config, &of(&[4, 6], &[8, 4], &[8])).unwrap();
+    for shape in [&[7][..], &[1, 8], &[]] {
+        assert_refused(config, &of(&[4, 6], &[8, 4], shape), "expected [d_output], found");
+    }
+    let (a, b) = (&[4, 6, 3, 3], &[8, 4, 1, 1]);
+    parse(config, &of(a, b, &[1, 8, 1, 1])).unwrap();
+    for shape in [&[8][..], &[8, 1, 1, 1], &[1, 7, 1, 1]] {
+        assert_refused(config, &of(a, b, shape), "expected [1, d_output, 1, ..], found");
+    }
 }
 
 #[test]
