@@ -3,6 +3,7 @@
 
 mod conv;
 mod dora;
+mod eva;
 mod init;
 mod layout;
 mod mixed;
@@ -29,6 +30,7 @@ use crate::{config::Scaling, quantised::Weight};
 use tensors::{cast, trainable};
 use training::Training;
 
+pub(crate) use eva::{Observer, Principal};
 pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
 pub(crate) use module::FROZEN;
@@ -146,6 +148,9 @@ impl<B: Backend> LoraAdapter<B> {
         weight: Weight<B>,
         bias: Option<Tensor<B, 1>>,
     ) -> Tensor<B, 2> {
+        if let Some(observer) = &self.training.observer {
+            observer.observe(&x);
+        }
         if self.magnitude.is_some() {
             let matrix = weight.matrix();
             return self.forward_normalised(x, matrix, bias, |x, adapter| match adapter {

@@ -73,6 +73,16 @@ impl Svd {
         Self { left: left * self.left, values: self.values, right: self.right * right }
     }
 
+    /// The singular values.
+    pub fn values(&self) -> &[f64] {
+        &self.values
+    }
+
+    /// The first left singular vectors as columns: `[rows, count]`.
+    pub fn left<B: Backend>(&self, count: usize, device: &B::Device) -> Tensor<B, 2> {
+        tensor(&self.left.columns(0, count.min(self.values.len())).into_owned(), device)
+    }
+
     /// The sum of the squares of all values.
     pub fn total(&self) -> f64 {
         self.values.iter().map(|it| it * it).sum()

@@ -1,5 +1,6 @@
 //! Operations on whole models.
 
+mod eva;
 mod extract;
 mod freeze;
 mod in_full;
@@ -192,6 +193,56 @@ pub trait LoraModule<B: Backend>: Module<B> {
         iterations: usize,
     ) -> Result<Lora<B, Self>, LoraError> {
         loftq::attach(self, &to.into(), config, iterations)
+    }
+
+    /// Puts fresh adapters on the model that start with what its linear layers see (EVA,
+    /// [Paischer et al. 2024](https://arxiv.org/abs/2410.07170)): A is the directions in which a layer's inputs
+    /// vary the most, and B is zero. Ranks go to the layers where directions have the largest shares of the
+    /// variance; a layer can end with up to `rho` times its rank in `config`, or without an adapter. The sum of
+    /// the ranks and each layer's scale stay.
+    ///
+    /// `see` runs the model on data like that to come, one batch or many: a few hundred examples are enough. The
+    /// model that it gets behaves like the base. Padding counts as input, so leave it out, or keep it short.
+    /// Meanwhile each layer needs memory for a matrix of its width. Layers that are not linear get adapters as
+    /// [`attach`](Self::attach) makes them.
+    ///
+    /// ```
+    /// use burn::{
+    ///     backend::Flex,
+    ///     nn::LinearConfig,
+    ///     tensor::{Distribution, Tensor},
+    /// };
+    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule};
+    ///
+    /// # fn main() -> Result<(), burn_lora::LoraError> {
+    /// let device = Default::default();
+    /// let base: LoraLinear<Flex> = LinearConfig::new(64, 32).init(&device).into();
+    /// let model = base.attach_eva(&LoraConfig::peft(4, 8.0), 2.0, |model| {
+    ///     for _ in 0..8 {
+    ///         let batch = Tensor::<Flex, 2>::random([16, 64], Distribution::Default, &device);
+    ///         model.forward(batch);
+    ///     }
+    /// })?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// As for [`attach`](Self::attach), and if the model saw nothing, or something that is not finite, or if
+    /// `config` has other initial values than [`Init::KaimingUniform`](crate::Init::KaimingUniform) or
+    /// [`Init::Gaussian`](crate::Init::Gaussian).
+    ///
+    /// # Panics
+    ///
+    /// If `rho` is below 1.
+    fn attach_eva(
+        &self,
+        config: &LoraConfig,
+        rho: f64,
+        see: impl FnOnce(&Lora<B, Self>),
+    ) -> Result<Lora<B, Self>, LoraError> {
+        eva::attach(drawn(self), config, rho, see)
     }
 
     /// The model with its quantised weights unpacked, in full and frozen: for files of other programs, say.

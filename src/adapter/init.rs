@@ -105,7 +105,7 @@ impl<B: Backend> LoraAdapter<B> {
             layout,
             bias: config.bias.then(|| trainable(Tensor::zeros([d_output], device))),
             dropout: DropoutConfig::new(config.dropout).init(),
-            training: Training { freezes_a: config.freeze_a, start: None },
+            training: Training { freezes_a: config.freeze_a, ..Training::default() },
             ..Self::new(a, b, config.alpha, config.scaling)
         }
     }

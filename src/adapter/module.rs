@@ -164,7 +164,7 @@ impl<B: Backend> LoraAdapter<B> {
             scaling: record.scaling,
             dropout: Dropout { prob: record.dropout },
             magnitude: record.magnitude.map(|it| trainable_param(it, device)),
-            training: Training { freezes_a: record.freezes_a, start }.fork(device),
+            training: Training { freezes_a: record.freezes_a, start, observer: None }.fork(device),
             layout: WeightLayout::Matrix,
             tie: if record.leaves_head { Tie::Leaves } else { Tie::default() },
         }

@@ -6,7 +6,7 @@ use burn::tensor::{
 };
 
 use super::{
-    LoraAdapter,
+    LoraAdapter, Observer,
     tensors::{constant, frozen, trainable},
 };
 use crate::{config::Scaling, layer::cat};
@@ -20,11 +20,13 @@ pub(crate) struct Training<B: Backend> {
     /// published methods subtract `s·A₀·B₀` from the weight. Here the weight stays, and the update is
     /// `s·(A·B − A₀·B₀)`, which is the same sum.
     pub start: Option<[Tensor<B, 2>; 2]>,
+    /// Who takes note of the layer's inputs.
+    pub observer: Option<Observer<B>>,
 }
 
 impl<B: Backend> Default for Training<B> {
     fn default() -> Self {
-        Self { freezes_a: false, start: None }
+        Self { freezes_a: false, start: None, observer: None }
     }
 }
 
@@ -37,12 +39,12 @@ impl<B: Backend> Training<B> {
 impl<B: AutodiffBackend> Training<B> {
     pub fn valid(&self) -> Training<B::InnerBackend> {
         let start = self.start.clone().map(|it| it.map(Tensor::inner));
-        Training { freezes_a: self.freezes_a, start }
+        Training { freezes_a: self.freezes_a, start, observer: None }
     }
 
     pub fn from_inner(inner: Training<B::InnerBackend>) -> Self {
         let start = inner.start.map(|it| it.map(Tensor::from_inner));
-        Self { freezes_a: inner.freezes_a, start }
+        Self { freezes_a: inner.freezes_a, start, observer: None }
     }
 }
 

@@ -8,7 +8,7 @@ use burn::{
 use super::{Lora, LoraModule, QuantiseConfig};
 use crate::{
     adapter::{LoraAdapter, frozen},
-    config::LoraConfig,
+    config::{Init, LoraConfig},
     error::LoraError,
 };
 
@@ -28,7 +28,8 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
         quantised = rest.quantise(to.clone())?.0;
         updates = quantised.extract(model, &alone)?.adapters;
     }
-    let lora = quantised.attach(config)?;
+    // LoftQ has initial values of its own.
+    let lora = quantised.attach(&config.clone().with_init(Init::default()))?;
     Ok(lora.change_layers(move |path, layer| {
         let (Some(adapter), Some(update)) = (layer.adapter(), updates.get(path)) else { return };
         let (adapter, update) = (adapter.clone(), update.clone());
@@ -37,7 +38,12 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
         };
         // Two factors of zero would never learn.
         if !is_zero(&update.a) {
-            layer.set_adapter(Some(started(adapter, &update)));
+            let adapter = started(adapter, &update);
+            let adapter = match adapter.magnitude {
+                Some(_) => adapter.with_magnitude(layer.weight_matrix()),
+                None => adapter,
+            };
+            layer.set_adapter(Some(adapter));
         }
     }))
 }

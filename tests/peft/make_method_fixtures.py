@@ -1,5 +1,5 @@
-"""Writes adapters by the relatives of LoRA that the tests read, saved by Python's PEFT library: DoRA, and
-those that start as a part of the weight. Needs what make_fixtures.py and make_layer_fixtures.py wrote.
+"""Writes adapters by the relatives of LoRA that the tests read, saved by Python's PEFT library: DoRA,
+those that start as a part of the weight, and EVA. Needs what make_fixtures.py and make_layer_fixtures.py wrote.
 
     venv/bin/python tests/peft/make_method_fixtures.py
 
@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model, initialize_lora_eva_weights
 from safetensors.torch import load_file
 
 import make_fixtures
@@ -88,10 +88,38 @@ def from_the_weight():
                       path_initial_model_for_weight_conversion=initial)
 
 
+def eva():
+    """What EVA makes of 64 inputs: ranks, and A as the matrix that projects on its rows, whose signs and
+    order do not matter.
+    """
+    config = LoraConfig(r=2, lora_alpha=6, target_modules=["fc1", "fc2", "head"],
+                        init_lora_weights="eva", eva_config=EvaConfig(rho=2.0))
+    model = get_peft_model(make_fixtures.base_model(), config)
+    x = torch.randn(64, 6) * torch.tensor([6.0, 2.5, 2.0, 1.6, 1.3, 1.0]) + 1.0
+    initialize_lora_eva_weights(
+        model, [x], forward_fn=lambda model, x: model(x), prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None, show_progress_bar=False,
+    )
+    starts = {}
+    for path in ["fc1", "fc2", "head"]:
+        layer = model.base_model.model.get_submodule(path)
+        if hasattr(layer, "lora_A"):
+            a = layer.lora_A["default"].weight.detach()
+            starts[path] = {
+                "rank": a.shape[0],
+                "scale": layer.scaling["default"],
+                "projection": (a.T @ a).flatten().tolist(),
+            }
+    path = FIXTURES / "eva.json"
+    path.write_text(json.dumps({"x": x.flatten().tolist(), "starts": starts}) + "\n")
+    print("eva:", {path: (start["rank"], start["scale"]) for path, start in starts.items()})
+
+
 def main():
     torch.manual_seed(21)
     dora()
     from_the_weight()
+    eva()
 
 
 if __name__ == "__main__":

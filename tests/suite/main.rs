@@ -17,6 +17,7 @@ mod dora;
 mod dropout;
 mod embedding;
 mod empty;
+mod eva;
 mod freezing;
 mod half;
 mod init;

@@ -32,7 +32,7 @@ use crate::{
 
 /// The model of `tests/peft/make_fixtures.py`.
 #[derive(Module, Debug)]
-struct Model<B: Backend> {
+pub struct Model<B: Backend> {
     fc1: LoraLinear<B>,
     fc2: LoraLinear<B>,
     norm: LayerNorm<B>,
@@ -41,7 +41,7 @@ struct Model<B: Backend> {
 
 impl<B: Backend> Model<B> {
     /// The base that the fixtures were made for.
-    fn base() -> Self {
+    pub fn base() -> Self {
         let device = device::<B>();
         let linear = |d_input, d_output, bias| {
             LinearConfig::new(d_input, d_output).with_bias(bias).init(&device).into()
@@ -57,7 +57,7 @@ impl<B: Backend> Model<B> {
         model
     }
 
-    fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
+    pub fn forward(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
         let x = relu(self.fc1.forward(x));
         let x = relu(self.fc2.forward(x));
         self.head.forward(self.norm.forward(x))
