@@ -152,11 +152,7 @@ impl<B: Backend> LoraAdapter<B> {
             observer.observe(&x);
         }
         if self.magnitude.is_some() {
-            let matrix = weight.matrix();
-            return self.forward_normalised(x, matrix, bias, |x, adapter| match adapter {
-                Some(adapter) => adapter.forward_on(x, weight.clone(), None),
-                None => weight.forward(x, None),
-            });
+            return self.forward_rows_normalised(x, weight, bias);
         }
         #[cfg(any(feature = "flex", feature = "ndarray"))]
         if let Some(y) = self.in_one_operation(&x, &weight, &bias) {

@@ -1,6 +1,7 @@
 //! What the CPU backends of the features `flex` and `ndarray` compute as one operation, where Burn's
 //! operations take several passes over memory. Each function returns `None` on other backends.
 
+mod columns;
 mod conv;
 mod conv_node;
 mod cpu;
@@ -13,6 +14,7 @@ mod patches;
 mod quantised;
 mod rows;
 
+pub(crate) use columns::{Columns, column_squares, times_columns};
 pub(crate) use conv::{Conv, convolve};
 pub(crate) use cpu::computes_on;
 pub(crate) use gelu::gelu;

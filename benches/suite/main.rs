@@ -5,8 +5,8 @@
 //! cargo bench --bench suite --no-default-features --features flex
 //! ```
 //!
-//! Names after `--` choose parts: `-- forward train_step text quantised mixed workers layers growth
-//! adapters files`. `--plots DIR` draws the growth and the workers.
+//! Names after `--` choose parts: `-- forward train_step text methods quantised mixed workers layers
+//! growth adapters files`. `--plots DIR` draws the growth and the workers.
 
 // Only a main function.
 #![allow(missing_docs)]
@@ -19,6 +19,7 @@ mod forward;
 mod growth;
 mod layers;
 mod measure;
+mod methods;
 mod minilm;
 mod mixed;
 mod models;
@@ -63,10 +64,11 @@ impl Args {
 /// A part's name, and what runs it.
 type Part = (&'static str, fn(&Args));
 
-const PARTS: [Part; 10] = [
+const PARTS: [Part; 11] = [
     ("forward", |_| forward::run()),
     ("train_step", |_| train_step::run()),
     ("text", |_| text::run()),
+    ("methods", |_| methods::run()),
     ("quantised", |_| quantised::run()),
     ("mixed", |_| mixed::run()),
     ("workers", |args| workers::run(args.plot("workers.svg").as_deref())),

@@ -55,7 +55,7 @@ pub fn base() -> Model {
 }
 
 /// A training step of a model, or of one with adapters.
-fn work<M: AutodiffModule<Train> + 'static>(model: M, base: fn(&M) -> &Model) -> Work<'static> {
+pub fn work<M: AutodiffModule<Train> + 'static>(model: M, base: fn(&M) -> &Model) -> Work<'static> {
     let ids = Tensor::<Train, 2>::random([32, 32], Distribution::Default, &Default::default());
     let ids = (ids * 30_522.0).int();
     let padding = ids.zeros_like().bool();

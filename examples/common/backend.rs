@@ -43,15 +43,29 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
 }
 
+/// The backends whose features are on. All are named, so that a build with several features checks them all.
+mod known {
+    #[cfg(feature = "cuda")]
+    pub use burn::backend::Cuda;
+    #[cfg(feature = "flex")]
+    pub use burn::backend::Flex;
+    #[cfg(feature = "ndarray")]
+    pub use burn::backend::NdArray;
+    #[cfg(feature = "rocm")]
+    pub use burn::backend::Rocm;
+    #[cfg(feature = "wgpu")]
+    pub use burn::backend::Wgpu;
+}
+
 mod chosen {
     #[cfg(feature = "cuda")]
-    pub use burn::backend::Cuda as Plain;
+    pub use super::known::Cuda as Plain;
 
     #[cfg(all(feature = "rocm", not(feature = "cuda")))]
-    pub use burn::backend::Rocm as Plain;
+    pub use super::known::Rocm as Plain;
 
     #[cfg(all(feature = "wgpu", not(any(feature = "cuda", feature = "rocm"))))]
-    pub use burn::backend::Wgpu as Plain;
+    pub use super::known::Wgpu as Plain;
 
     #[cfg(not(any(feature = "cuda", feature = "rocm", feature = "wgpu")))]
     pub use cpu::Plain;
@@ -59,10 +73,10 @@ mod chosen {
     #[cfg(not(any(feature = "cuda", feature = "rocm", feature = "wgpu")))]
     mod cpu {
         #[cfg(feature = "flex")]
-        pub use burn::backend::Flex as Plain;
+        pub use super::super::known::Flex as Plain;
 
         #[cfg(all(feature = "ndarray", not(feature = "flex")))]
-        pub use burn::backend::NdArray as Plain;
+        pub use super::super::known::NdArray as Plain;
     }
 }
 

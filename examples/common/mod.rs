@@ -17,6 +17,7 @@ pub mod plot;
 pub mod progress;
 pub mod quantise;
 pub mod recogniser;
+pub mod relatives;
 pub mod resume;
 #[cfg(feature = "audio")]
 pub mod speech;

@@ -5,7 +5,7 @@ use std::{net::IpAddr, path::PathBuf};
 use burn_lora::Quantisation;
 use clap::{Parser, Subcommand};
 
-use crate::common::{self, Result, quantise::Kind, workers::WorkersArg};
+use crate::common::{self, Result, quantise::Kind, relatives::Relative, workers::WorkersArg};
 
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
 /// adapters into its weights.
@@ -79,6 +79,9 @@ pub struct TrainArgs {
     /// Layers that get adapters
     #[arg(long, value_delimiter = ',', default_value = ALL_LINEAR)]
     pub targets: Vec<String>,
+    /// Train with a relative of LoRA
+    #[arg(long, value_name = "KIND")]
+    pub relative: Option<Relative>,
     /// Number of steps
     #[arg(long, default_value = "200", value_parser = common::positive)]
     pub iters: usize,

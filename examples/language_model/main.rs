@@ -51,7 +51,7 @@ use std::{
 };
 
 use burn::{module::AutodiffModule, tensor::backend::Backend};
-use burn_lora::{LoraAdapters, LoraConfig, LoraModule, Quantisation};
+use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraModule, Quantisation};
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
@@ -63,8 +63,9 @@ use common::{
     backend::{self, Plain, Train},
     hub,
     live::during,
+    relatives::Relative,
 };
-use data::{Reading, Text};
+use data::{Batch, Reading, Text};
 use generate::{Sampling, generate};
 use llama::Llama;
 use report::report;
@@ -92,6 +93,9 @@ const DATA: &str = "data";
 
 /// The number of reviews to evaluate on during a training.
 const WATCHED: usize = 64;
+
+/// The number of texts that EVA sees.
+const SEEN: usize = 512;
 
 fn main() -> ExitCode {
     common::main(|args: Args| match args.command {
@@ -154,7 +158,7 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")),
         "generated": args.generated, "data": args.data, "sst2": args.sst2,
         "rank": args.rank, "alpha": args.alpha,
-        "targets": args.targets, "iters": args.iters, "batch": args.batch,
+        "targets": args.targets, "relative": args.relative.map(Relative::name), "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
         "mask_prompt": args.mask_prompt, "pack": args.pack, "eval_every": args.eval_every,
@@ -178,7 +182,20 @@ fn run_train(args: &TrainArgs) -> Result<()> {
     };
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
-    let model = llama.attach(&config).map_err(|error| error.to_string())?;
+    let model = match args.relative {
+        None => llama.attach(&config),
+        Some(relative) => {
+            // What is seen is computed without gradients.
+            let see = |llama: &Llama<Plain>| {
+                for text in texts.iter().take(SEEN) {
+                    let Batch { ids, places, .. } = Batch::new(llama, &[vec![text]], &device);
+                    llama.logits(llama.hidden(ids, &places));
+                }
+            };
+            relative.attach(&llama.valid(), config, see).map(Lora::from_inner)
+        }
+    };
+    let model = model.map_err(|error| error.to_string())?;
     let parameters = model.parameters();
     println!(
         "{} texts to learn, {} to evaluate; {} of {} parameters train ({:.2} %); {}",
@@ -194,7 +211,7 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         arguments::begin(&args.out, CHECKPOINTS, &arguments)?;
     }
     let recipe = Recipe {
-        name: "LoRA",
+        name: args.relative.map_or("LoRA", Relative::name),
         iters: args.iters,
         batch: args.batch,
         accumulate: args.accumulate,

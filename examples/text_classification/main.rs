@@ -26,10 +26,10 @@ use std::{
 };
 
 use burn::{
-    module::Module,
+    module::{AutodiffModule, Module},
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraConfig, LoraModule, Quantisation, QuantisationReport, QuantiseConfig};
+use burn_lora::{Lora, LoraConfig, LoraModule, Quantisation, QuantisationReport, QuantiseConfig};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -45,6 +45,7 @@ use common::{
     hub,
     live::during,
     quantise::Kind,
+    relatives::Relative,
     table::grouped,
     workers::WorkersArg,
     write_summary,
@@ -95,6 +96,9 @@ struct Args {
     /// by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',')]
     quantise: Vec<Kind>,
+    /// Also train with relatives of LoRA on all linear layers; several are separated by commas
+    #[arg(long, value_name = "KINDS", value_delimiter = ',')]
+    relatives: Vec<Relative>,
     /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
     #[arg(long, value_parser = common::positive)]
     epochs: Option<usize>,
@@ -126,6 +130,9 @@ const GENERATED: [f64; 2] = [1e-3, 2e-3];
 
 /// The learning rate at which the small encoder is pretrained.
 const PRETRAINING: f64 = 2e-3;
+
+/// The number of texts that EVA sees.
+const SEEN: usize = 512;
 
 /// The number of texts for the evaluation after each epoch.
 const WATCHED: usize = 1000;
@@ -225,6 +232,18 @@ fn run(args: Args) -> Result<()> {
         let plus = Job { lora_plus, names: job.names.clone(), ..job };
         methods.push(adapt(&plus, "LoRA+, all linear", all_linear, rate)?.0);
     }
+    for &relative in &args.relatives {
+        let config = config.clone().with_targets(ALL_LINEAR);
+        // What is seen is computed without gradients.
+        let see = |model: &TextClassifier<Plain>| {
+            for texts in train[..train.len().min(SEEN)].chunks(Text::BATCH) {
+                model.forward(&Text::stack(texts, &device));
+            }
+        };
+        let model = relative.attach(&base, config, see).context("attaching adapters")?;
+        let model = Lora::from_inner(model);
+        methods.push(adapt(&job, relative.name(), model, lora_rate)?.0);
+    }
     for &kind in &args.quantise {
         let (base, report) = quantise(&base, kind)?;
         println!("\n{report}\n");
@@ -295,10 +314,11 @@ fn rates(args: &Args) -> [f64; 2] {
 fn start(args: &Args, epochs: usize) -> Result<Start> {
     let [rate, lora_rate] = rates(args);
     let kinds: Vec<_> = args.quantise.iter().map(|kind| format!("{kind:?}")).collect();
+    let relatives: Vec<_> = args.relatives.iter().map(|it| it.name()).collect();
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
         "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
-        "lora_plus": args.lora_plus, "quantise": kinds, "seed": args.seed, "backend": backend::NAME,
+        "lora_plus": args.lora_plus, "quantise": kinds, "relatives": relatives, "seed": args.seed, "backend": backend::NAME,
         "learning_rate": rate, "lora_learning_rate": lora_rate,
         "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(),
     });

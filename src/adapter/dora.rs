@@ -19,7 +19,9 @@ use super::{
     LoraAdapter,
     tensors::{at_least_f32, cast, constant, frozen, trainable},
 };
-use crate::layer::cat;
+#[cfg(any(feature = "flex", feature = "ndarray"))]
+use crate::fused::{Columns, column_squares, times_columns};
+use crate::{layer::cat, quantised::Weight};
 
 impl<B: Backend> LoraAdapter<B> {
     /// The adapter with the magnitudes that the weight has with its update.
@@ -32,6 +34,7 @@ impl<B: Backend> LoraAdapter<B> {
     fn plain(&self) -> Self {
         let mut plain = Self { magnitude: None, ..self.clone() };
         plain.dropout.prob = 0.0;
+        plain.training.observer = None;
         plain
     }
 
@@ -47,9 +50,39 @@ impl<B: Backend> LoraAdapter<B> {
         let (s, a_t) = (self.scale(), a.clone().transpose());
         let cross = a_t.clone().matmul(weight.clone()).mul_scalar(2.0 * s);
         let own = a_t.matmul(a).matmul(b.clone()).mul_scalar(s * s);
-        let squares = (weight.clone() * weight).sum_dim(0) + ((cross + own) * b).sum_dim(0);
+        let squares = squares(weight) + ((cross + own) * b).sum_dim(0).squeeze_dim(0);
         // A column of zeros stays one, where 0/0 would be NaN. Rounding can leave less than zero.
-        squares.clamp_min(f32::MIN_POSITIVE).sqrt().squeeze_dim(0)
+        squares.clamp_min(f32::MIN_POSITIVE).sqrt()
+    }
+
+    /// What magnitudes multiply the columns of the weight with its update by: `[d_output]`.
+    fn gain(&self, weight: impl FnOnce() -> Tensor<B, 2>) -> Option<Tensor<B, 1>> {
+        let magnitude = self.magnitude.as_ref()?;
+        let norms = self.norms(weight());
+        Some(cast(magnitude.val(), norms.dtype()) / norms)
+    }
+
+    /// The output of a linear layer whose adapter has magnitudes: `[batch, d_input]` to `[batch, d_output]`.
+    pub(crate) fn forward_rows_normalised(
+        &self,
+        x: Tensor<B, 2>,
+        weight: Weight<B>,
+        bias: Option<Tensor<B, 1>>,
+    ) -> Tensor<B, 2> {
+        let forward = |x, adapter: Option<&Self>| match adapter {
+            Some(adapter) => adapter.forward_on(x, weight.clone(), None),
+            None => weight.forward(x, None),
+        };
+        #[cfg(any(feature = "flex", feature = "ndarray"))]
+        if self.dropout.prob == 0.0 || !B::ad_enabled(&x.device()) {
+            let gain = self.gain(|| weight.matrix()).expect("there are magnitudes");
+            let columns = Columns { y: forward(x.clone(), Some(&self.plain())), gain, bias };
+            return times_columns(&columns).unwrap_or_else(|| {
+                let Columns { y, gain, bias } = columns;
+                plus(times(y, gain, 1), bias)
+            });
+        }
+        self.forward_normalised(x, weight.matrix(), bias, forward)
     }
 
     /// The outputs `y` of the weight with its update, without the bias, with the columns' lengths, if the
@@ -60,16 +93,10 @@ impl<B: Backend> LoraAdapter<B> {
         dim: usize,
         weight: impl FnOnce() -> Tensor<B, 2>,
     ) -> Tensor<B, D> {
-        let Some(magnitude) = &self.magnitude else { return y };
-        let norms = self.norms(weight());
-        let gain = cast(magnitude.val(), norms.dtype()) / norms;
-        let groups = y.dims()[dim] / gain.dims()[0];
-        let gain = if groups == 1 { gain } else { cat(&vec![gain; groups], 0) };
-        let mut shape = [1; D];
-        shape[dim] = y.dims()[dim];
-        let dtype = y.dtype();
-        let gain = gain.reshape(shape);
-        cast(cast(y, gain.dtype()) * gain, dtype)
+        match self.gain(weight) {
+            Some(gain) => times(y, gain, dim),
+            None => y,
+        }
     }
 
     /// The output of a layer whose adapter has magnitudes, for the input x and the weight
@@ -89,11 +116,7 @@ impl<B: Backend> LoraAdapter<B> {
         let read = if drops { self.dropout.forward(x.clone()) } else { x.clone() };
         let y = self.normalised(forward(read.clone(), Some(&self.plain())), 1, || weight);
         let y = if drops { y + forward(x - read, None) } else { y };
-        let Some(bias) = bias else { return y };
-        let mut shape = [1; D];
-        shape[1] = bias.dims()[0];
-        let bias = cast(bias, y.dtype());
-        y + bias.reshape(shape)
+        plus(y, bias)
     }
 
     /// The update of this weight as part of the autodiff graph, magnitudes included: `[d_input, d_output]`.
@@ -118,4 +141,44 @@ impl<B: Backend> LoraAdapter<B> {
         let weight = cast(constant(weight()), product.dtype());
         self.normalised(weight.clone() + product, 1, || weight.clone()) - weight
     }
+}
+
+/// `y` with each column, along `dim`, times a number. Each may be there for several groups.
+fn times<B: Backend, const D: usize>(
+    y: Tensor<B, D>,
+    gain: Tensor<B, 1>,
+    dim: usize,
+) -> Tensor<B, D> {
+    let groups = y.dims()[dim] / gain.dims()[0];
+    let gain = if groups == 1 { gain } else { cat(&vec![gain; groups], 0) };
+    let dtype = y.dtype();
+    let gain = along(gain, dim);
+    cast(cast(y, gain.dtype()) * gain, dtype)
+}
+
+/// `y` with a bias for each channel, the second dimension.
+fn plus<B: Backend, const D: usize>(y: Tensor<B, D>, bias: Option<Tensor<B, 1>>) -> Tensor<B, D> {
+    match bias {
+        Some(bias) => {
+            let bias = cast(bias, y.dtype());
+            y + along(bias, 1)
+        }
+        None => y,
+    }
+}
+
+/// The vector as a tensor whose other dimensions are 1.
+fn along<B: Backend, const D: usize>(vector: Tensor<B, 1>, dim: usize) -> Tensor<B, D> {
+    let mut shape = [1; D];
+    shape[dim] = vector.dims()[0];
+    vector.reshape(shape)
+}
+
+/// The sum of the squares of each column of a constant: `[rows, columns]` to `[columns]`.
+fn squares<B: Backend>(matrix: Tensor<B, 2>) -> Tensor<B, 1> {
+    #[cfg(any(feature = "flex", feature = "ndarray"))]
+    if let Some(squares) = column_squares(&matrix) {
+        return squares;
+    }
+    (matrix.clone() * matrix).sum_dim(0).squeeze_dim(0)
 }

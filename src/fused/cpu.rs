@@ -12,6 +12,7 @@ use burn::{
 };
 
 use super::{
+    columns::{self, Scales},
     conv::{self, Convolves},
     gelu::{self, Gelu},
     heads::{self, Heads},
@@ -57,11 +58,13 @@ pub(super) struct Way {
     pub mixed: fn(&dyn Any, &dyn Any) -> Computed,
     pub heads: fn(&dyn Any) -> Computed,
     pub gelu: fn(&dyn Any) -> Computed,
+    pub times_columns: fn(&dyn Any) -> Computed,
+    pub column_squares: fn(&dyn Any) -> Computed,
     pub dense: fn(&dyn Any) -> Computed,
     pub times_quantised: fn(&dyn Any, &dyn Any) -> Computed,
 }
 
-const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Unpacks>() -> Way {
+const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Scales + Unpacks>() -> Way {
     Way {
         backend: TypeId::of::<K>,
         linear: linear::run_on::<K>,
@@ -69,6 +72,8 @@ const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Unpacks>() -> Way {
         mixed: mixed::run_on::<K>,
         heads: heads::run_on::<K>,
         gelu: gelu::run_on::<K>,
+        times_columns: columns::times_on::<K>,
+        column_squares: columns::squares_on::<K>,
         dense: quantised::dense_on::<K>,
         times_quantised: quantised::times_on::<K>,
     }

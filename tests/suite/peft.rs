@@ -245,7 +245,28 @@ fn ours() -> Vec<(&'static str, LoraAdapters<Plain>)> {
         ),
         ("bias", set(&config().with_bias(true).with_targets(["fc1", "head"]))),
         ("saved", set(&config().with_targets(["fc2"]).with_modules_to_save(["norm", "fc1"]))),
+        ("magnitudes", stepped(&config().with_dora(true))),
+        ("pissa_here", stepped(&config().with_init(Init::Pissa))),
+        (
+            "olora_with_magnitudes",
+            stepped(
+                &config()
+                    .with_init(Init::Olora)
+                    .with_dora(true)
+                    .with_scaling(Scaling::AlphaOverSqrtRank),
+            ),
+        ),
     ]
+}
+
+/// Adapters after a step of training, so that they are no longer what they started as.
+fn stepped(config: &LoraConfig) -> LoraAdapters<Plain> {
+    use burn::optim::{AdamConfig, Optimizer};
+
+    let model = Model::<Train>::base().attach(config).unwrap();
+    let x = Matrix::random(5, 6, 3).tensor([5, 6], &device::<Train>());
+    let grads = GradientsParams::from_grads(model.forward(x).sin().sum().backward(), &model);
+    AdamConfig::new().init().step(0.1, model, grads).valid().adapters()
 }
 
 #[test]
