@@ -86,12 +86,12 @@ impl<B: Backend> LoraConv1d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        if let Some(adapter) = self.adapter.as_ref().filter(|it| it.magnitude.is_some()) {
-            let (weight, bias) = (self.weight_matrix(), self.base.bias.as_ref().map(frozen));
-            return adapter.forward_normalised(input, weight, bias, |x, adapter| {
-                let base = Conv1d { bias: None, ..self.base.clone() };
-                Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
-            });
+        let normalised = normalised(self, &self.base.bias, &input, |x, adapter| {
+            let base = Conv1d { bias: None, ..self.base.clone() };
+            Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+        });
+        if let Some(y) = normalised {
+            return y;
         }
         let Conv1d { weight, bias, groups, .. } = &self.base;
         let flat = || {
@@ -152,12 +152,12 @@ impl<B: Backend> LoraConv2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        if let Some(adapter) = self.adapter.as_ref().filter(|it| it.magnitude.is_some()) {
-            let (weight, bias) = (self.weight_matrix(), self.base.bias.as_ref().map(frozen));
-            return adapter.forward_normalised(input, weight, bias, |x, adapter| {
-                let base = Conv2d { bias: None, ..self.base.clone() };
-                Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
-            });
+        let normalised = normalised(self, &self.base.bias, &input, |x, adapter| {
+            let base = Conv2d { bias: None, ..self.base.clone() };
+            Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+        });
+        if let Some(y) = normalised {
+            return y;
         }
         let Conv2d { weight, bias, groups, .. } = &self.base;
         let base = || {
@@ -191,12 +191,12 @@ impl<B: Backend> LoraConvTranspose2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        if let Some(adapter) = self.adapter.as_ref().filter(|it| it.magnitude.is_some()) {
-            let (weight, bias) = (self.weight_matrix(), self.base.bias.as_ref().map(frozen));
-            return adapter.forward_normalised(input, weight, bias, |x, adapter| {
-                let base = ConvTranspose2d { bias: None, ..self.base.clone() };
-                Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
-            });
+        let normalised = normalised(self, &self.base.bias, &input, |x, adapter| {
+            let base = ConvTranspose2d { bias: None, ..self.base.clone() };
+            Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+        });
+        if let Some(y) = normalised {
+            return y;
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
         let ConvTranspose2d { weight, bias, groups, .. } = &self.base;
@@ -214,6 +214,19 @@ impl<B: Backend> LoraConvTranspose2d<B> {
     fn can_take_bias(&self) -> bool {
         self.base.groups == 1
     }
+}
+
+/// The output of a layer whose adapter has magnitudes; `None` if it has none. `forward` applies the layer
+/// without its bias, with an adapter or without.
+fn normalised<B: Backend, const D: usize>(
+    layer: &dyn LoraLayer<B>,
+    bias: &Option<Param<Tensor<B, 1>>>,
+    input: &Tensor<B, D>,
+    forward: impl Fn(Tensor<B, D>, Option<&LoraAdapter<B>>) -> Tensor<B, D>,
+) -> Option<Tensor<B, D>> {
+    let adapter = layer.adapter().filter(|it| it.magnitude.is_some())?;
+    let (weight, bias) = (layer.weight_matrix(), bias.as_ref().map(frozen));
+    Some(adapter.forward_normalised(input.clone(), weight, bias, forward))
 }
 
 /// The parameter with its values. A clone of one that was never used would draw its own.
