@@ -44,6 +44,8 @@ pub fn cores() -> usize {
 }
 
 /// The backends whose features are on. All are named, so that a build with several features checks them all.
+// All but the chosen one are only named.
+#[allow(unused_imports)]
 mod known {
     #[cfg(feature = "cuda")]
     pub use burn::backend::Cuda;
