@@ -28,6 +28,10 @@ def anchors(text):
 
 for page in pages:
     text, name = page.read_text(), page.relative_to(root)
+    for program in re.findall(r"```rust.*?\n(.*?)```", text, flags=re.S):
+        # rustdoc hides them, but who reads the page elsewhere copies them.
+        if re.search(r"^ *# ", program, flags=re.M):
+            problems.append(f"{name}: a program has hidden lines")
     for image, description, target in re.findall(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", without_code(text)):
         if image and len(description) < 20:
             problems.append(f"{name}: the figure {target} needs a description")

@@ -153,4 +153,6 @@ mod pages {
     mod many_tasks {}
     #[doc = include_str!("../docs/guide/coming-from-peft.md")]
     mod coming_from_peft {}
+    #[doc = include_str!("../docs/relatives.md")]
+    mod relatives {}
 }

@@ -18,7 +18,7 @@ use rayon::prelude::*;
 
 use super::{
     cpu::{Cpu, WAYS},
-    node::{primitive, tensor},
+    node::{constant, primitive, tensor},
     rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows},
 };
 
@@ -208,8 +208,7 @@ impl<K: Cpu, C: CheckpointStrategy> Scales for Autodiff<K, C> {
 
     fn squares(matrix: Tensor<Self, 2>) -> Tensor<Self, 1> {
         let matrix = matrix.into_primitive().tensor().primitive;
-        let sums = K::squares(tensor(matrix));
-        Tensor::from_inner(sums)
+        constant(K::squares(tensor(matrix)))
     }
 }
 
