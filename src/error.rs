@@ -8,7 +8,10 @@ use thiserror::Error;
 ///
 /// Programmer mistakes, such as a rank of zero or an input of the wrong width, panic instead, as
 /// they do in Burn.
-#[derive(Debug, Error)]
+///
+/// `Debug` gives the same message as `Display`, because that is what a program prints whose `main` returns the
+/// error.
+#[derive(Error)]
 #[non_exhaustive]
 pub enum LoraError {
     /// A field of [`LoraConfig`](crate::LoraConfig) has a value that cannot work.
@@ -149,6 +152,12 @@ pub enum LoraError {
         /// The layer's path.
         path: String,
     },
+}
+
+impl fmt::Debug for LoraError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
 }
 
 /// Everything that keeps adapters from fitting.

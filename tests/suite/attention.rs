@@ -18,7 +18,7 @@ use burn_lora::{
 use proptest::prelude::*;
 
 use crate::{
-    model::{Plain, Train, device},
+    model::{Plain, Train, device, random_cases},
     oracle::{Matrix, assert_close, assert_identical},
 };
 
@@ -253,7 +253,7 @@ fn check(case: &Case) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(16))]
+    #![proptest_config(random_cases(16))]
 
     #[test]
     fn outputs_and_gradients_of_layers_of_any_size(case in cases()) {

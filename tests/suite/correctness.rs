@@ -6,7 +6,7 @@ use burn_lora::Scaling;
 use proptest::prelude::*;
 
 use crate::{
-    model::{Plain, Train, device, layer},
+    model::{Plain, Train, device, layer, random_cases},
     oracle::{Matrix, Problem, assert_close},
 };
 
@@ -146,7 +146,7 @@ fn an_adapter_of_another_shape_is_refused() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(32))]
+    #![proptest_config(random_cases(32))]
 
     #[test]
     fn outputs_and_gradients_of_layers_of_any_size(case in cases()) {

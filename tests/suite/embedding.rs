@@ -8,7 +8,7 @@ use burn_lora::{Init, Lora, LoraAdapter, LoraConfig, LoraEmbedding, Scaling};
 use proptest::{collection::vec, prelude::*};
 
 use crate::{
-    model::{Plain, Train, device},
+    model::{Plain, Train, device, random_cases},
     oracle::{Matrix, assert_close},
 };
 
@@ -134,7 +134,7 @@ fn gradients_of_both_uses() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(24))]
+    #![proptest_config(random_cases(24))]
 
     #[test]
     fn tables_of_any_size(parts in any_parts()) {

@@ -19,7 +19,7 @@ use burn_lora::{
 use proptest::prelude::*;
 
 use crate::{
-    model::{Mlp, Plain, Train, device},
+    model::{Mlp, Plain, Train, device, random_cases},
     oracle::{Matrix, assert_close, assert_identical},
 };
 
@@ -85,7 +85,7 @@ fn set(model: &Everything<Plain>, rank: usize, seed: u64, layers: u32) -> LoraAd
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(6))]
+    #![proptest_config(random_cases(6))]
 
     #[test]
     fn each_sample_is_as_if_alone(

@@ -87,6 +87,12 @@ pub fn filled<B: Backend, M: Module<B>>(model: M) -> M {
     model.map(&mut Fill(0))
 }
 
+/// So many random cases; half of them on a GPU backend, which compiles kernels for each.
+pub fn random_cases(count: u32) -> proptest::test_runner::Config {
+    let count = if cfg!(feature = "wgpu") { count / 2 } else { count };
+    proptest::test_runner::Config::with_cases(count)
+}
+
 /// A layer with the weights and the adapter of `problem`. `alpha` and `scaling` must give its scale.
 pub fn layer<B: Backend>(
     problem: &Problem,

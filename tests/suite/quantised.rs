@@ -15,7 +15,7 @@ use proptest::prelude::*;
 use safetensors::SafeTensors;
 
 use crate::{
-    model::{Plain, Train, device},
+    model::{Plain, Train, device, random_cases},
     oracle::{Matrix, assert_close, assert_identical, bits},
 };
 
@@ -126,7 +126,7 @@ fn coarseness(to: Quantisation) -> f64 {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(12))]
+    #![proptest_config(random_cases(12))]
 
     #[test]
     fn each_number_is_rounded_to_what_is_near(
