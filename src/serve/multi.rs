@@ -77,7 +77,7 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     /// # Errors
     ///
     /// As for [`LoraModule::switch`], and [`LoraError::NotMixable`] if the set has parameters that were trained
-    /// in full, such as a new head, which the samples of a batch share, or [DoRA](LoraConfig::dora)'s
+    /// in full, such as a new head, which the samples of a batch share, or [DoRA](crate::LoraConfig::dora)'s
     /// magnitudes.
     pub fn insert(
         &mut self,
