@@ -299,11 +299,15 @@ fn assert_only_adapters_train<F: Travels>(mut model: Adapted<F, Train>, steps: u
     }
 }
 
-fn check_pairs<F: Travels>(model: Adapted<F, Train>) {
+/// Checks `all` pairs of trips, or each trip with the next one.
+fn check_pairs<F: Travels>(model: Adapted<F, Train>, all: bool) {
     let original = all_bits::<Train>(&model);
     assert_only_adapters_train::<F>(model.clone(), 20, "attach");
-    for first in TRIPS {
-        for second in TRIPS {
+    for (place, first) in TRIPS.into_iter().enumerate() {
+        for (other, second) in TRIPS.into_iter().enumerate() {
+            if !all && other != (place + 1) % TRIPS.len() {
+                continue;
+            }
             let trip = format!("{first}, {second}");
             let there = Model::<F>::Train(model.clone()).through(first).through(second);
             let there = there.into_train();
@@ -315,18 +319,19 @@ fn check_pairs<F: Travels>(model: Adapted<F, Train>) {
 
 #[test]
 fn every_pair_of_trips_before_first_use() {
-    check_pairs::<Mlps>(adapted(false));
+    check_pairs::<Mlps>(adapted(false), true);
 }
 
 #[test]
 fn every_pair_of_trips_after_first_use() {
-    check_pairs::<Mlps>(adapted(true));
+    check_pairs::<Mlps>(adapted(true), true);
 }
 
 #[test]
 fn every_pair_of_trips_of_every_layer() {
     let zoo = Zoos::new::<Train>(&device::<Train>()).attach(&Zoos::config()).unwrap();
-    check_pairs::<Zoos>(zoo);
+    // All of them take minutes on a software GPU, and a trip is the same code on each backend.
+    check_pairs::<Zoos>(zoo, !cfg!(feature = "wgpu"));
 }
 
 #[test]
