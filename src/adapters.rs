@@ -134,7 +134,7 @@ impl<B: Backend> LoraAdapters<B> {
         self.adapters.is_empty()
     }
 
-    /// The number of parameters, including those that were trained in full.
+    /// The number of parameters that train, including those that were trained in full.
     pub fn num_params(&self) -> usize {
         let adapters = self.adapters.values().map(|it| it.num_trainable());
         adapters.chain(self.extras.values().map(Extra::num_elements)).sum()
@@ -143,7 +143,12 @@ impl<B: Backend> LoraAdapters<B> {
     /// The number of bytes that the parameters take in memory.
     pub fn num_bytes(&self) -> usize {
         let adapters = self.adapters.values();
-        let adapters = adapters.map(|it| it.num_trainable() * it.a.dtype().size());
+        let adapters = adapters.map(|it| {
+            let vectors = [&it.bias, &it.magnitude].into_iter().flatten();
+            let vectors = vectors.map(|it| it.shape().num_elements() * it.dtype().size());
+            let factors = it.factors().map(|it| it.shape().num_elements() * it.dtype().size());
+            factors.into_iter().chain(vectors).sum::<usize>()
+        });
         let extras = self.extras.values().map(|it| it.num_elements() * it.values.dtype().size());
         adapters.chain(extras).sum()
     }

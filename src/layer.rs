@@ -114,7 +114,8 @@ impl LoraConfig {
     /// # Panics
     ///
     /// If a value of the configuration is invalid, or if it asks for a bias on a layer that cannot have
-    /// one: an embedding, or a transposed convolution with groups.
+    /// one: an embedding, or a transposed convolution with groups; if it freezes A of an embedding; or if
+    /// initial values are computed from a weight that is not finite.
     pub fn init<B: Backend, L: Adaptable<B>>(&self, base: L) -> L::Lora {
         if let Err(error) = self.validate() {
             panic!("{error}");
@@ -143,6 +144,12 @@ pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdap
         adapter.layout.fits(&layout),
         "the adapter must fit the weight: it was made for {:?}, and the layer has {layout:?}",
         adapter.layout,
+    );
+    let magnitudes = adapter.magnitude.as_ref().map(|it| it.dims()[0]);
+    assert!(
+        magnitudes.is_none_or(|it| it == shape[1] && adapter.bias.is_none()),
+        "the adapter must have {} magnitudes, one for each output, and no bias with them, got {magnitudes:?}",
+        shape[1],
     );
     assert!(
         adapter.bias.is_none() || layer.takes_bias(),

@@ -10,7 +10,7 @@ use burn::tensor::{ElementConversion, Tensor, backend::Backend};
 
 use super::{
     LoraAdapter,
-    tensors::{at_least_f32, constant, trainable},
+    tensors::{at_least_f32, cast, constant, trainable},
 };
 use crate::decomposition::Svd;
 
@@ -50,7 +50,7 @@ impl<B: Backend> Observer<B> {
             center: x.clone().mean_dim(0),
             count: 0,
             first: x.clone().narrow(0, 0, 1).zeros_like(),
-            second: Tensor::zeros([x.dims()[1]; 2], &x.device()),
+            second: cast(Tensor::zeros([x.dims()[1]; 2], &x.device()), x.dtype()),
         });
         sums.count += x.dims()[0];
         let x = x - sums.center.clone();
@@ -73,7 +73,8 @@ impl<B: Backend> Observer<B> {
             return None;
         }
         let size = scatter.dims()[0];
-        let diagonal = scatter.clone() * Tensor::eye(size, &scatter.device());
+        let diagonal = cast(Tensor::eye(size, &scatter.device()), scatter.dtype());
+        let diagonal = scatter.clone() * diagonal;
         let total: f64 = diagonal.sum().into_scalar().elem();
         let directions = Svd::leading(scatter, count, SPARE, ROUNDS);
         let share = |value: &f64| if total > 0.0 { value / total } else { 0.0 };

@@ -40,6 +40,10 @@ impl<B: Backend> LoraAdapter<B> {
         device: &B::Device,
         weight: impl Fn() -> Tensor<B, 2>,
     ) -> LoraAdapter<B> {
+        assert!(
+            !(config.freeze_a && layout == WeightLayout::Embedding),
+            "an embedding's A is zero at first, and cannot be frozen"
+        );
         let mut adapter = Self::drawn(config, layout, shape, device);
         let (rank, scale) = (config.rank.min(shape[0]).min(shape[1]), |rank| {
             config.scaling.scale(config.alpha, rank)

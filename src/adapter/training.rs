@@ -7,7 +7,7 @@ use burn::tensor::{
 
 use super::{
     LoraAdapter, Observer,
-    tensors::{constant, frozen, trainable},
+    tensors::{cast, constant, frozen, trainable},
 };
 use crate::{config::Scaling, layer::cat};
 
@@ -57,7 +57,10 @@ impl<B: Backend> LoraAdapter<B> {
         let b = self.b.val();
         match &self.training.start {
             None => [a, b],
-            Some([a_0, b_0]) => [cat(&[a, a_0.clone()], 1), cat(&[b, b_0.clone().neg()], 0)],
+            Some([a_0, b_0]) => {
+                let (a_0, b_0) = (cast(a_0.clone(), a.dtype()), cast(b_0.clone().neg(), b.dtype()));
+                [cat(&[a, a_0], 1), cat(&[b, b_0], 0)]
+            }
         }
     }
 

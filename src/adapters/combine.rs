@@ -52,7 +52,8 @@ pub enum Combination {
 
 impl<B: Backend> LoraAdapters<B> {
     /// The adapters with all updates multiplied by `by`. Only alpha changes, so A and B are not rounded.
-    /// A negative number subtracts the updates. Parameters that were trained in full stay as they are.
+    /// A negative number subtracts the updates. Parameters that were trained in full stay as they are, and so
+    /// do the magnitudes of [DoRA](crate::LoraConfig::dora), with which it is `A·B` that is multiplied.
     pub fn scaled(&self, by: f64) -> Self {
         let mut set = self.clone();
         for adapter in set.adapters.values_mut() {
@@ -110,6 +111,7 @@ impl<B: Backend> LoraAdapters<B> {
                 );
             }
         }
+        let parts: Vec<_> = parts.iter().map(|(set, weight)| (set.standalone(), *weight)).collect();
         let mut paths: Vec<_> = parts.iter().flat_map(|(set, _)| set.adapters.keys()).collect();
         paths.sort();
         paths.dedup();

@@ -165,6 +165,14 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
     }
     let config = fields.into_config(text).map_err(invalid)?;
 
+    for (field, other, is_on) in [
+        ("use_dora", "lora_bias", config.lora_bias),
+        ("use_dora", "ensure_weight_tying", config.ties_head),
+    ] {
+        if config.use_dora && is_on {
+            return Err(unsupported(field, format!(" together with `{other}`")));
+        }
+    }
     let ranks = config.ranks.iter().map(|(_, rank)| *rank);
     if ranks.chain([config.r]).any(|rank| rank == 0) {
         return Err(invalid("a rank is 0".to_owned()));
@@ -306,6 +314,10 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
             }
             _ if adapter.magnitude.is_some() && adapter.bias.is_some() => {
                 ": PEFT has no adapters with DoRA's magnitudes and a bias"
+            }
+            WeightLayout::Embedding if adapter.magnitude.is_some() && adapter.tie == Tie::Moves => {
+                ": it moves a head that is the same table, too, which PEFT has no files for with DoRA's \
+                 magnitudes; leave the embedding out, or merge"
             }
             _ => continue,
         };

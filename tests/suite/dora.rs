@@ -376,6 +376,34 @@ fn layer_with(layer: &LoraLinear<Train>, adapter: &LoraAdapter<Train>) -> LoraLi
 }
 
 #[test]
+fn sets_that_started_in_the_weight_are_added_like_others() {
+    let base = filled(Mlp::<Plain>::new(&device::<Plain>()));
+    let set = |init| {
+        let config = LoraConfig::new(2, 3.0).with_init(init);
+        base.clone().attach(&config).unwrap().adapters()
+    };
+    let (taken, plain) = (set(Init::Olora), set(Init::RandomBoth));
+    let sum = |how| LoraAdapters::combine(&[(&taken, 1.0), (&plain, 0.5)], how);
+    // Fresh, the first one changes nothing.
+    let exact = sum(Combination::Concatenate).unwrap();
+    let delta = |set: &LoraAdapters<Plain>| set.get("head").unwrap().delta().into_data();
+    let tolerance = burn::tensor::Tolerance::<f32>::rel_abs(1e-4, 1e-5);
+    delta(&exact).assert_approx_eq::<f32>(&delta(&plain.scaled(0.5)), tolerance);
+    let error = sum(Combination::Linear).unwrap_err().to_string();
+    assert!(error.contains("ranks differ: (4, 2)"), "{error}");
+}
+
+#[test]
+#[should_panic = "the adapter must have 5 magnitudes, one for each output, and no bias with them, got Some(4)"]
+fn magnitudes_of_another_width_are_refused() {
+    let dora = Dora::new([4, 7, 3, 5], true);
+    let mut layer = dora.layer::<Plain>();
+    let mut adapter = layer.adapter().unwrap().clone();
+    adapter.magnitude = Some(Param::from_tensor(Tensor::ones([4], &device::<Plain>())));
+    layer.set_adapter(Some(adapter));
+}
+
+#[test]
 fn what_cannot_be_mixed_or_added_is_refused() {
     let base = filled(Mlp::<Plain>::new(&device::<Plain>()));
     let config = LoraConfig::new(2, 3.0).with_dora(true);

@@ -237,6 +237,12 @@ fn magnitudes_are_there_if_the_configuration_says_so() {
     let off = serde_json::to_vec(&config).unwrap();
     assert_refused(&off, &dora, "unexpected: base_model.model.fc1.lora_magnitude_vector");
     config["use_dora"] = json!(true);
+    for field in ["lora_bias", "ensure_weight_tying"] {
+        let mut both = config.clone();
+        both[field] = json!(true);
+        let message = format!("`use_dora` is not supported together with `{field}`");
+        assert_refused(&serde_json::to_vec(&both).unwrap(), &dora, &message);
+    }
     config["target_modules"] = json!(["fc1", "fc2"]);
     let on = serde_json::to_vec(&config).unwrap();
     assert_refused(&on, &plain, "missing: base_model.model.fc1.lora_magnitude_vector");
