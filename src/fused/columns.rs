@@ -19,7 +19,7 @@ use rayon::prelude::*;
 use super::{
     cpu::{Cpu, WAYS},
     node::{constant, primitive, tensor},
-    rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows},
+    rows::{WORTH_THREADS_MOVED, in_blocks, of_rows, row_by_row, rows},
 };
 
 /// How many rows a thread takes at once. It must not depend on the number of threads, so that sums are the
@@ -92,13 +92,7 @@ impl<K: Cpu> Scales for K {
                 }
             }
         };
-        if output.len() < WORTH_THREADS_MOVED {
-            work(&mut output, input);
-        } else {
-            let block = ROWS * gain.len();
-            let blocks = output.par_chunks_mut(block).zip(input.par_chunks(block));
-            blocks.for_each(|(output, input)| work(output, input));
-        }
+        in_blocks(&mut output, input, ROWS * gain.len(), work);
         of_rows(output, shape, &device)
     }
 

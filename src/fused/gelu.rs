@@ -18,13 +18,15 @@ use burn::{
     },
     tensor::{DType, Tensor, TensorPrimitive, backend::Backend},
 };
-use rayon::prelude::*;
 
 use super::{
     cpu::{Cpu, WAYS},
     node::{primitive, tensor},
-    rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows},
+    rows::{in_blocks, of_rows, row_by_row, rows},
 };
+
+/// How many numbers a thread takes at once.
+const BLOCK: usize = 1 << 14;
 
 /// GELU of each element; `None` on other backends, or for other types of elements.
 pub(crate) fn gelu<B: Backend, const D: usize>(x: &Tensor<B, D>) -> Option<Tensor<B, D>> {
@@ -53,7 +55,7 @@ impl<K: Cpu> Gelu for K {
         let x = row_by_row(x);
         let x = rows::<K>(&x);
         let mut y = vec![0.0; x.len()];
-        in_blocks(&mut y, x, |y, x| {
+        in_blocks(&mut y, x, BLOCK, |y, x| {
             for (y, &x) in y.iter_mut().zip(x) {
                 *y = x * normal(x).cumulative;
             }
@@ -82,7 +84,7 @@ fn gradient<K: Cpu>(x: Tensor<K, 1>, dy: Tensor<K, 1>) -> Tensor<K, 1> {
     let (shape, device) = (x.dims(), x.device());
     let [x, dy] = [x, dy].map(row_by_row);
     let mut dx = rows::<K>(&dy).to_vec();
-    in_blocks(&mut dx, rows::<K>(&x), |dx, x| {
+    in_blocks(&mut dx, rows::<K>(&x), BLOCK, |dx, x| {
         for (dx, &x) in dx.iter_mut().zip(x) {
             let Normal { cumulative, density } = normal(x);
             *dx *= cumulative + x * density;
@@ -104,16 +106,6 @@ impl<K: Cpu, C: CheckpointStrategy> Gelu for Autodiff<K, C> {
         };
         Tensor::from_primitive(TensorPrimitive::Float(y))
     }
-}
-
-/// Runs `work` on blocks of both slices, on several threads if they are long.
-fn in_blocks(output: &mut [f32], input: &[f32], work: impl Fn(&mut [f32], &[f32]) + Sync) {
-    const BLOCK: usize = 1 << 14;
-    if output.len() < WORTH_THREADS_MOVED {
-        return work(output, input);
-    }
-    let blocks = output.par_chunks_mut(BLOCK).zip(input.par_chunks(BLOCK));
-    blocks.for_each(|(output, input)| work(output, input));
 }
 
 /// The standard normal distribution at one number.

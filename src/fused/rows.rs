@@ -108,6 +108,21 @@ pub(super) fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatT
     }
 }
 
+/// Runs `work` on blocks of both slices, which have so many numbers each, on several threads if the slices are
+/// long.
+pub(super) fn in_blocks(
+    output: &mut [f32],
+    input: &[f32],
+    block: usize,
+    work: impl Fn(&mut [f32], &[f32]) + Sync,
+) {
+    if output.len() < WORTH_THREADS_MOVED {
+        return work(output, input);
+    }
+    let blocks = output.par_chunks_mut(block).zip(input.par_chunks(block));
+    blocks.for_each(|(output, input)| work(output, input));
+}
+
 /// The tensor with these elements, row by row. It is in `f32`, whatever the device's default type is.
 pub(super) fn of_rows<K: Cpu, const D: usize>(
     elements: Vec<f32>,
