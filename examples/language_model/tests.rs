@@ -1,6 +1,7 @@
 //! Tests, and what they share: small models, their texts, and a tokenizer of words.
 
 mod answers;
+mod relatives;
 mod texts;
 mod training;
 

@@ -152,6 +152,36 @@ fn what_python_wrote_computes_the_same_here() {
     }
 }
 
+/// The part of each weight that an adapter starts as, `s·A·B`.
+#[test]
+fn adapters_from_the_weight_start_as_those_of_python() {
+    let base = Model::<Plain>::base();
+    for (name, init) in [
+        ("pissa", Init::Pissa),
+        // With few iterations, both sides' results depend on what they drew.
+        ("pissa", Init::PissaRandomised { iterations: 200 }),
+        ("olora", Init::Olora),
+    ] {
+        for (suffix, scaling) in
+            [("", Scaling::AlphaOverRank), ("_rslora", Scaling::AlphaOverSqrtRank)]
+        {
+            let name = format!("{name}{suffix}");
+            let text = fs::read_to_string(fixture(&name).join("expected.json")).unwrap();
+            let expected: Value = serde_json::from_str(&text).unwrap();
+            let config = LoraConfig::new(2, 5.0).with_scaling(scaling).with_init(init);
+            let set = base.attach(&config.with_targets(["fc1", "fc2"])).unwrap().adapters();
+            for (path, start) in expected["starts"].as_object().unwrap() {
+                let start = start.as_array().unwrap().iter().map(|it| it.as_f64().unwrap());
+                let adapter = set.get(path).unwrap();
+                let [d_input, d_output] = adapter.shape();
+                let start = Matrix { rows: d_output, cols: d_input, data: start.collect() };
+                let product = adapter.a.val().matmul(adapter.b.val()).mul_scalar(adapter.scale());
+                assert_close(product, &start.transpose(), 1e-5);
+            }
+        }
+    }
+}
+
 #[test]
 fn rank_alpha_scaling_and_dropout_are_those_of_the_configuration() {
     let of = |set: &LoraAdapters<Plain>, path: &str| {
