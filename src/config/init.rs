@@ -37,7 +37,7 @@ pub enum Init {
     /// The same approximately, which is much faster for large weights: PEFT's `"pissa_niter_16"`, for
     /// 16 iterations.
     PissaRandomised {
-        /// The number of iterations. The paper finds 16 to be as good as the exact values.
+        /// The number of iterations. The more there are, the nearer the values are to the exact ones.
         iterations: usize,
     },
     /// The first part of the weight's QR decomposition
