@@ -146,6 +146,17 @@ pub enum LoraError {
         problem: String,
     },
 
+    /// What trains together is not the same everywhere, see [`Replicas::agree`](crate::Replicas::agree).
+    #[error("replica {replica} has `{found}` where replica 0 has `{expected}`")]
+    ReplicasDiffer {
+        /// The first replica that differs from replica 0.
+        replica: usize,
+        /// The first line of replica 0 in which they differ.
+        expected: String,
+        /// The other's line.
+        found: String,
+    },
+
     /// Merging would write NaN or infinity into a weight: the adapter has most likely diverged.
     #[error("merging {} would produce NaN or infinite weights; nothing was merged", quote(.path))]
     NotFinite {

@@ -80,7 +80,7 @@
 //! - [`MultiLora`], [`AdapterStore`]: many sets of adapters at once, and from directories.
 //! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
 //! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
-//!   time, and in less memory.
+//!   time, and in less memory. [`Replicas`]: on several machines.
 //! - [`LoraAdapter`]: the formula itself.
 //! - [First steps](first_steps): checkpoints from elsewhere, nested models, threads, exporting, and what
 //!   PEFT's functions are called here.
@@ -133,6 +133,11 @@ pub use serve::{AdapterStore, MixedBatch, MultiLora, StoredAdapters};
 
 // Training.
 pub use train::{AtomicRecorder, Backward, Blocks, LoraPlus, Workers, last_checkpoint, segments};
+
+// Training on several processes or devices.
+#[cfg(feature = "mpi")]
+pub use train::MpiReplicas;
+pub use train::{Alone, Replicas, ThreadReplica, fingerprint};
 
 #[cfg(any(doc, doctest))]
 #[doc = include_str!("../docs/first-steps.md")]

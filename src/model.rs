@@ -32,7 +32,7 @@ pub(crate) use mix::{ByPath, mixed};
 pub use quantise::{QuantisationReport, QuantiseConfig, QuantisedLayer};
 pub(crate) use record::adapters as adapters_of;
 pub use report::{LayerReport, ParameterReport};
-pub(crate) use walk::{Place, Visit, draw, visit};
+pub(crate) use walk::{Place, Visit, draw, layers, visit};
 
 /// What LoRA does with a whole model. There is nothing to implement: every Burn module has these
 /// methods, and they find its LoRA layers wherever these are, in `Vec`, `Option`, arrays, tuples,

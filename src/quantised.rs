@@ -179,6 +179,21 @@ impl<B: Backend> QuantisedWeight<B> {
         size(&self.codes.dims()) + scales + self.minima.as_ref().map_or(0, |it| size(&it.dims()))
     }
 
+    /// The tensors that hold it, and what else it takes to read them, to tell it from others.
+    pub(crate) fn to_data(&self) -> (Vec<TensorData>, impl fmt::Debug) {
+        let mut tensors = vec![self.codes.to_data()];
+        let mut offset = None;
+        match &self.scales {
+            Scales::Full(scales) => tensors.push(scales.to_data()),
+            Scales::Doubled(doubled) => {
+                tensors.extend([doubled.codes.to_data(), doubled.scales.to_data()]);
+                offset = Some(doubled.offset);
+            }
+        }
+        tensors.extend(self.minima.as_ref().map(Tensor::to_data));
+        (tensors, (self.format, offset))
+    }
+
     /// The numbers that the codes stand for, in `f32`: `[rows, columns]`.
     pub fn dense(&self) -> Tensor<B, 2> {
         #[cfg(any(feature = "flex", feature = "ndarray"))]

@@ -3,11 +3,15 @@
 mod backward;
 mod checkpoint;
 mod lora_plus;
+mod replicas;
 mod segments;
 mod workers;
 
 pub use backward::Backward;
 pub use checkpoint::{AtomicRecorder, last_checkpoint};
 pub use lora_plus::LoraPlus;
+#[cfg(feature = "mpi")]
+pub use replicas::MpiReplicas;
+pub use replicas::{Alone, Replicas, ThreadReplica, fingerprint};
 pub use segments::{Blocks, segments};
 pub use workers::Workers;

@@ -18,6 +18,7 @@ pub mod progress;
 pub mod quantise;
 pub mod recogniser;
 pub mod relatives;
+pub mod replicas;
 pub mod resume;
 #[cfg(feature = "audio")]
 pub mod speech;

@@ -5,7 +5,9 @@ use std::{net::IpAddr, path::PathBuf};
 use burn_lora::Quantisation;
 use clap::{Parser, Subcommand};
 
-use crate::common::{self, Result, quantise::Kind, relatives::Relative, workers::WorkersArg};
+use crate::common::{
+    self, Result, quantise::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg,
+};
 
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
 /// adapters into its weights.
@@ -66,6 +68,9 @@ pub struct TrainArgs {
     /// review positive or negative?
     #[arg(long, value_name = "DIR", conflicts_with = "data")]
     pub sst2: Option<PathBuf>,
+    /// Number of reviews of test.tsv to ask about, before and after the training; all by default
+    #[arg(long, value_name = "N", requires = "sst2", value_parser = common::positive)]
+    pub questions: Option<usize>,
     /// Directory for the adapters, curves.svg, summary.json, the last two checkpoints, and what was
     /// generated
     #[arg(long, value_name = "DIR", default_value = "out/language_model")]
@@ -114,6 +119,8 @@ pub struct TrainArgs {
     pub segments: bool,
     #[command(flatten)]
     pub workers: WorkersArg,
+    #[command(flatten)]
+    pub mpi: MpiArg,
     /// Number of steps between two evaluations
     #[arg(long, value_name = "STEPS", default_value = "50", value_parser = common::positive)]
     pub eval_every: usize,

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, path::Path, sync::atomic::AtomicBool};
 
 use burn::{module::Initializer, tensor::backend::Backend};
-use burn_lora::LoraModule;
+use burn_lora::{Alone, LoraModule};
 use rand::{SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::json;
 use tokenizers::{
@@ -19,6 +19,7 @@ use crate::{
         Context, Result,
         backend::{Plain, Train},
         download::write_atomically,
+        replicas::Counted,
     },
     config::LlamaConfig,
     data::{self, Reading},
@@ -180,7 +181,8 @@ pub fn write_model(dir: &Path, seed: u64, stop: &AtomicBool) -> Result<()> {
         workers: 1,
         segments: false,
     };
-    let (llama, history) = train::train(all, &texts, &answers, &recipe, None, stop)?;
+    let alone = Counted::new(&Alone);
+    let (llama, history) = train::train(all, &texts, &answers, &recipe, None, stop, &alone)?;
     if history.losses.len() < recipe.iters {
         return Err("the small model was not finished".to_owned());
     }

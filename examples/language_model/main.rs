@@ -51,7 +51,7 @@ use std::{
 };
 
 use burn::{module::AutodiffModule, tensor::backend::Backend};
-use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraModule, Quantisation};
+use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraModule, Quantisation, Replicas};
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
@@ -64,6 +64,7 @@ use common::{
     hub,
     live::during,
     relatives::Relative,
+    replicas::Counted,
 };
 use data::{Batch, Reading, Text};
 use generate::{Sampling, generate};
@@ -99,7 +100,7 @@ const SEEN: usize = 512;
 
 fn main() -> ExitCode {
     common::main(|args: Args| match args.command {
-        Command::Train(args) => run_train(&args),
+        Command::Train(args) => args.mpi.run(|replicas| run_train(&args, replicas)),
         Command::Evaluate(args) => run_evaluate(&args),
         Command::Generate(args) => run_generate(&args),
         Command::Merge(args) => run_merge(&args),
@@ -119,11 +120,9 @@ fn read<B: Backend>(
     device: &B::Device,
 ) -> Result<(Llama<B>, Chat)> {
     let start = Instant::now();
-    let chat = Chat::read(dir)?;
     let doing = format!("reading {}", dir.display());
-    let loaded = during(&doing, || pretrained::load::<B>(dir, quantise, device))?;
-    let stored = loaded.stored.unwrap_or("F32".to_owned());
-    match quantised_bytes(&loaded.llama) {
+    let (llama, chat, stored) = during(&doing, || read_silently::<B>(dir, quantise, device))?;
+    match quantised_bytes(&llama) {
         0 if stored == "F32" => {}
         0 => println!("The weights are {stored} in the file, and F32 here."),
         bytes => println!(
@@ -131,10 +130,20 @@ fn read<B: Backend>(
             bytes as f64 / 1e6
         ),
     }
-    let size = loaded.llama.parameters().total;
-    let millions = size as f64 / 1e6;
+    let millions = llama.parameters().total as f64 / 1e6;
     println!("{millions:.1} million parameters, read in {:.1} s", start.elapsed().as_secs_f64());
-    Ok((loaded.llama, chat))
+    Ok((llama, chat))
+}
+
+/// The same without a word, and how the weights are stored.
+fn read_silently<B: Backend>(
+    dir: &Path,
+    quantise: Option<Quantisation>,
+    device: &B::Device,
+) -> Result<(Llama<B>, Chat, String)> {
+    let chat = Chat::read(dir)?;
+    let loaded = pretrained::load::<B>(dir, quantise, device)?;
+    Ok((loaded.llama, chat, loaded.stored.unwrap_or("F32".to_owned())))
 }
 
 /// The bytes of the weights that are quantised.
@@ -152,8 +161,9 @@ fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
     LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
 }
 
-fn run_train(args: &TrainArgs) -> Result<()> {
+fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     let device = Default::default();
+    let is_first = replicas.is_first();
     let arguments = json!({
         "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")),
         "generated": args.generated, "data": args.data, "sst2": args.sst2,
@@ -170,17 +180,22 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         arguments::resume(&args.out, &arguments)?;
     }
     let stop = stopper()?;
-    let model = match args.generated {
-        true => generated(args, &stop)?,
-        false => find(&args.base.model)?,
+    let model = replicas.first_then_others(|| match args.generated {
+        true => generated(args, is_first, &stop),
+        false => find(&args.base.model),
+    })?;
+    let quantise = args.base.quantisation();
+    let (llama, chat) = match is_first {
+        true => read::<Train>(&model, quantise, &device)?,
+        false => read_silently::<Train>(&model, quantise, &device).map(|it| (it.0, it.1))?,
     };
-    let (llama, chat) = read::<Train>(&model, args.base.quantisation(), &device)?;
     let reading = reading(args.max_length, args.mask_prompt, &llama);
-    let (texts, valid) = texts(args, &chat, &reading)?;
-    let questions = match &args.sst2 {
+    let (texts, valid) = replicas.first_then_others(|| texts(args, is_first, &chat, &reading))?;
+    let mut questions = match &args.sst2 {
         Some(dir) => reviews::questions(&dir.join("test.tsv"), &chat)?,
         None => Vec::new(),
     };
+    questions.truncate(args.questions.unwrap_or(usize::MAX));
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
     let model = match args.relative {
@@ -198,19 +213,23 @@ fn run_train(args: &TrainArgs) -> Result<()> {
     };
     let model = model.map_err(|error| error.to_string())?;
     let parameters = model.parameters();
-    println!(
-        "{} texts to learn, {} to evaluate; {} of {} parameters train ({:.2} %); {}",
-        texts.len(),
-        valid.len(),
-        parameters.trainable,
-        parameters.total,
-        100.0 * parameters.trainable as f64 / parameters.total as f64,
-        backend::NAME,
-    );
-    // Not before: a wrong path must not remove the checkpoints of an earlier run.
-    if !args.resume {
-        arguments::begin(&args.out, CHECKPOINTS, &arguments)?;
+    if is_first {
+        println!(
+            "{} texts to learn, {} to evaluate; {} of {} parameters train ({:.2} %); {}",
+            texts.len(),
+            valid.len(),
+            parameters.trainable,
+            parameters.total,
+            100.0 * parameters.trainable as f64 / parameters.total as f64,
+            backend::NAME,
+        );
     }
+    // Not before: a wrong path must not remove the checkpoints of an earlier run. Not after, for none of the
+    // replicas may find these.
+    replicas.first_then_others(|| match is_first && !args.resume {
+        true => arguments::begin(&args.out, CHECKPOINTS, &arguments),
+        false => Ok(()),
+    })?;
     let recipe = Recipe {
         name: args.relative.map_or("LoRA", Relative::name),
         iters: args.iters,
@@ -230,15 +249,20 @@ fn run_train(args: &TrainArgs) -> Result<()> {
         during(&doing, || reviews::accuracy(llama, &chat, &questions, &device))
     };
     let mut accuracies = Vec::new();
-    if args.sst2.is_some() {
+    let asks = is_first && args.sst2.is_some();
+    if asks {
         accuracies.push(ask(&model.valid())?);
         println!("before the training, {:.1} % of the answers are right", accuracies[0]);
     }
-    let (model, history) = train::train(model, &texts, &valid, &recipe, Some(&args.out), &stop)?;
-    if args.sst2.is_some() {
+    let out = Some(&*args.out);
+    let (model, history) = train::train(model, &texts, &valid, &recipe, out, &stop, replicas)?;
+    if asks {
         accuracies.push(ask(&model.valid())?);
     }
-    report(args, &history, &accuracies)
+    match is_first {
+        true => report(args, &history, &accuracies, replicas.count()),
+        false => Ok(()),
+    }
 }
 
 /// What becomes true when the user presses Ctrl-C.
@@ -257,16 +281,21 @@ fn stopper() -> Result<Arc<AtomicBool>> {
 }
 
 /// The small model of this run or, if it is resumed, the one it began with.
-fn generated(args: &TrainArgs, stop: &AtomicBool) -> Result<PathBuf> {
+fn generated(args: &TrainArgs, is_first: bool, stop: &AtomicBool) -> Result<PathBuf> {
     let dir = args.out.join(MODEL);
-    if !args.resume {
+    if is_first && !args.resume {
         generated::write_model(&dir, args.seed, stop)?;
     }
     Ok(dir)
 }
 
 /// The texts to learn from, and those to evaluate on.
-fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>, Vec<Text>)> {
+fn texts(
+    args: &TrainArgs,
+    is_first: bool,
+    chat: &Chat,
+    reading: &Reading,
+) -> Result<(Vec<Text>, Vec<Text>)> {
     if let Some(dir) = &args.sst2 {
         // As many as are learnt from, and some to watch.
         let count = args.iters * args.batch * args.accumulate;
@@ -277,7 +306,9 @@ fn texts(args: &TrainArgs, chat: &Chat, reading: &Reading) -> Result<(Vec<Text>,
         Some(dir) => dir.clone(),
         None => {
             let dir = args.out.join(DATA);
-            generated::write_texts(&dir)?;
+            if is_first {
+                generated::write_texts(&dir)?;
+            }
             dir
         }
     };

@@ -14,7 +14,12 @@ use crate::{
 };
 
 /// Draws the curves, prints the results and writes them to files.
-pub fn report(args: &TrainArgs, history: &History, accuracies: &[f64]) -> Result<()> {
+pub fn report(
+    args: &TrainArgs,
+    history: &History,
+    accuracies: &[f64],
+    replicas: usize,
+) -> Result<()> {
     let adapter = args.out.join(ADAPTER);
     let steps = |losses: &[f64]| {
         losses.iter().enumerate().map(|(step, &loss)| ((step + 1) as f64, loss)).collect()
@@ -43,6 +48,15 @@ pub fn report(args: &TrainArgs, history: &History, accuracies: &[f64]) -> Result
         println!("accuracy after     {after:10.2} %");
     }
     println!("tokens per second  {speed:10.0}");
+    if replicas > 1 {
+        let steps = history.losses.len() as f64;
+        println!("replicas           {replicas:10}");
+        println!("sent per step      {:10.0} bytes", history.sent as f64 / steps);
+        println!(
+            "sending, waiting   {:10.1} % of the time",
+            100.0 * history.sending / history.seconds
+        );
+    }
     println!("adapter            {size:10} bytes");
     if let Some(bytes) = peak_memory() {
         println!("peak memory        {:10.0} MiB", bytes as f64 / f64::from(1 << 20));
@@ -53,6 +67,7 @@ pub fn report(args: &TrainArgs, history: &History, accuracies: &[f64]) -> Result
     println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display());
     let summary = json!({
         "backend": backend::NAME,
+        "replicas": replicas,
         "rank": args.rank,
         "alpha": args.alpha,
         "targets": args.targets,

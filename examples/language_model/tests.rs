@@ -17,7 +17,7 @@ use burn::{
     optim::GradientsParams,
     tensor::{Tensor, TensorData},
 };
-use burn_lora::{LoraConfig, LoraModule};
+use burn_lora::{Alone, LoraConfig, LoraModule, Replicas, ThreadReplica};
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Deserialize;
 use serde_json::json;
@@ -28,7 +28,10 @@ use tokenizers::{
 
 use crate::{
     chat::Chat,
-    common::backend::{Plain, Train},
+    common::{
+        backend::{Plain, Train},
+        replicas::Counted,
+    },
     data::{self, Batch, Reading, Text, deal, pack, tokens},
     generate::{Sampling, generate},
     generated, gguf_tokens,

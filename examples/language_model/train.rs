@@ -12,7 +12,7 @@ use burn::{
     optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::Tensor,
 };
-use burn_lora::{Backward, Lora, Workers, segments};
+use burn_lora::{Backward, Lora, Replicas, Workers, fingerprint, segments};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
 
@@ -22,6 +22,7 @@ use crate::{
         Context, Result,
         backend::{Plain, Train},
         live::{Live, Position},
+        replicas::Counted,
     },
     data::{Batch, Text, deal, pack, tokens},
     llama::Llama,
@@ -65,6 +66,11 @@ pub struct History {
     pub tokens: usize,
     /// The time of the steps, without evaluations.
     pub seconds: f64,
+    /// The bytes that this replica sent to the others, and the time that it took to add up what all have.
+    #[serde(default)]
+    pub sent: usize,
+    #[serde(default)]
+    pub sending: f64,
 }
 
 impl Recipe {
@@ -91,10 +97,13 @@ pub const CHECKPOINTS: &str = "checkpoints";
 /// adapters and a checkpoint there. It does so, too, and ends, when `stop` becomes true. Without `out`,
 /// nothing is saved.
 ///
+/// Each of the `replicas` knows all texts, and computes its part of each batch, so that any number of them
+/// trains on the same batches. Only the first evaluates, saves, and is heard.
+///
 /// # Errors
 ///
-/// If the loss is not a number, in which case the adapters and checkpoints stay as they were last saved; or
-/// if these cannot be saved or read.
+/// If the loss is not a number, in which case the adapters and checkpoints stay as they were last saved; if
+/// these cannot be saved or read; or if the replicas differ.
 pub fn train(
     model: Model,
     texts: &[Text],
@@ -102,6 +111,7 @@ pub fn train(
     recipe: &Recipe,
     out: Option<&Path>,
     stop: &AtomicBool,
+    replicas: &Counted,
 ) -> Result<(Model, History)> {
     let device = Default::default();
     // As PyTorch's.
@@ -112,10 +122,21 @@ pub fn train(
         None => (model, optimizer, History::default()),
     };
     let done = history.losses.len();
+    if replicas.count() > 1 {
+        let sizes: Vec<_> = texts.iter().map(|text| (text.ids.len(), text.given)).collect();
+        let parts = [
+            format!("{recipe:#?}"),
+            format!("steps done: {done}"),
+            format!("sizes of the texts: {sizes:?}"),
+            fingerprint(&model),
+        ];
+        replicas.agree(&parts.join("\n")).context("the replicas differ")?;
+    }
     let mut order = Order::new(texts.len(), recipe.seed);
     order.skip(done * recipe.accumulate * recipe.batch);
     let workers = Workers::new(recipe.workers);
-    let mut live = Live::new(recipe.name, format!("step {}/{}", done + 1, recipe.iters));
+    let part = format!("step {}/{}", done + 1, recipe.iters);
+    let mut live = replicas.is_first().then(|| Live::new(recipe.name, part));
     let watch = |live: &mut Live, model: &Model, history: &mut History| {
         let loss = evaluate::<Plain>(&model.valid(), valid, recipe.batch, &device);
         let step = history.losses.len();
@@ -131,10 +152,11 @@ pub fn train(
         ));
         history.valid.push((step, loss));
     };
-    if history.valid.is_empty() {
-        watch(&mut live, &model, &mut history);
-    } else {
-        live.line(format_args!("goes on after step {done}/{}", recipe.iters));
+    if let Some(live) = &mut live {
+        match history.valid.is_empty() {
+            true => watch(live, &model, &mut history),
+            false => live.line(format_args!("goes on after step {done}/{}", recipe.iters)),
+        }
     }
     for step in done..recipe.iters {
         let start = Instant::now();
@@ -149,7 +171,9 @@ pub fn train(
                 None => texts.iter().map(|&text| vec![text]).collect(),
             };
             history.tokens += rows.iter().map(|row| tokens(row)).sum::<usize>();
-            workers.backward(&model, deal(rows, workers.count()), |model, rows| {
+            let parts = deal(rows, replicas.count() * workers.count()).into_iter();
+            let own = parts.skip(replicas.index() * workers.count()).take(workers.count());
+            workers.backward(&model, own.collect(), |model, rows| {
                 if recipe.segments {
                     return segments(model, &*rows);
                 }
@@ -157,7 +181,11 @@ pub fn train(
                 Backward::new(model, surprise(model, batch))
             })
         });
-        let Backward { loss, mut gradients } = Backward::sum(&model, passes);
+        let own = Backward::sum(&model, passes);
+        let before = replicas.sent();
+        let Backward { loss, mut gradients } = own.all_reduce(&model, replicas);
+        history.sent += replicas.sent().bytes - before.bytes;
+        history.sending += replicas.sent().seconds - before.seconds;
         let loss = loss / targets as f64;
         if !loss.is_finite() {
             return Err(format!(
@@ -174,19 +202,23 @@ pub fn train(
         let of_all = (step + 1 - done) as f64 / (recipe.iters - done) as f64;
         let of_part = (step + 1) as f64 / recipe.iters as f64;
         let part = format!("step {}/{}", step + 1, recipe.iters);
-        live.update(&Position { part, of_part, of_all }, loss);
-        let stopped = stop.load(Ordering::Relaxed);
-        let evaluated = (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters;
-        if evaluated {
-            watch(&mut live, &model, &mut history);
-        }
-        if let (Some(out), true) = (out, evaluated || stopped) {
-            let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
-            model.adapters().save(&adapter).context("the adapters cannot be saved")?;
-            checkpoint::save(&checkpoints, &model, &optimizer, &history)?;
+        let stopped = replicas.any(stop.load(Ordering::Relaxed));
+        if let Some(live) = &mut live {
+            live.update(&Position { part, of_part, of_all }, loss);
+            let evaluated = (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters;
+            if evaluated {
+                watch(live, &model, &mut history);
+            }
+            if let (Some(out), true) = (out, evaluated || stopped) {
+                let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
+                model.adapters().save(&adapter).context("the adapters cannot be saved")?;
+                checkpoint::save(&checkpoints, &model, &optimizer, &history)?;
+            }
+            if stopped {
+                live.line(format_args!("stopped after step {}/{}", step + 1, recipe.iters));
+            }
         }
         if stopped {
-            live.line(format_args!("stopped after step {}/{}", step + 1, recipe.iters));
             break;
         }
     }

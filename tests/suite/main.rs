@@ -30,6 +30,7 @@ mod overlay;
 mod peft;
 mod program;
 mod quantised;
+mod replicas;
 mod resuming;
 mod sizes;
 mod steps;

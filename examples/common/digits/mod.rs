@@ -52,22 +52,31 @@ impl Digits {
     /// none of them has it, or if `generated` is set.
     pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
         if generated {
-            return Ok(during("drawing digits", || generated::digits(seed)));
+            return Ok(Self::drawn(seed));
         }
         if let Some(dir) = dir {
             println!("Data: MNIST from {}", dir.display());
-            return mnist::read(dir);
+            return Self::read(dir);
         }
         match mnist::cached_or_downloaded() {
             Ok(dir) => {
                 println!("Data: MNIST from {}", dir.display());
-                mnist::read(&dir)
+                Self::read(&dir)
             }
             Err(reason) => {
                 println!("Data: generated digits, because MNIST is not available ({reason})");
-                Ok(during("drawing digits", || generated::digits(seed)))
+                Ok(Self::drawn(seed))
             }
         }
+    }
+
+    /// MNIST from `dir`.
+    pub fn read(dir: &Path) -> Result<Self> {
+        mnist::read(dir)
+    }
+
+    pub fn drawn(seed: u64) -> Self {
+        during("drawing digits", || generated::digits(seed))
     }
 
     /// The same digits, with `change` applied to each image.

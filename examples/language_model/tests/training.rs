@@ -63,12 +63,24 @@ fn trained_in(
     recipe: &Recipe,
     stops: bool,
 ) -> crate::common::Result<(History, TensorData)> {
+    trained_as(&Alone, dir, recipe, stops)
+}
+
+/// The same as one of several replicas.
+fn trained_as(
+    replicas: &dyn Replicas,
+    dir: &Path,
+    recipe: &Recipe,
+    stops: bool,
+) -> crate::common::Result<(History, TensorData)> {
     let (mut texts, _) = texts_of("llama3");
     texts[0].ids.truncate(5);
     let config = LoraConfig::new(2, 5.0).with_seed(3);
     let model = tiny::<Train>("llama3").attach(&config).unwrap();
-    let stop = AtomicBool::new(stops);
-    let (model, history) = train(model, &texts, &texts, recipe, Some(dir), &stop)?;
+    // One is enough to stop all.
+    let stop = AtomicBool::new(stops && replicas.index() + 1 == replicas.count());
+    let replicas = Counted::new(replicas);
+    let (model, history) = train(model, &texts, &texts, recipe, Some(dir), &stop, &replicas)?;
     let adapters = model.valid().adapters();
     let (_, adapter) = adapters.iter().next().unwrap();
     Ok((history, adapter.b.val().into_data()))
@@ -103,6 +115,84 @@ fn a_step_is_the_same_however_its_texts_are_divided() {
         }
         b.assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::rel_abs(1e-2, 1e-4));
     }
+}
+
+/// What each of so many replicas has in the end.
+fn together(
+    count: usize,
+    dir: &Path,
+    recipe: impl Fn(usize) -> Recipe + Sync,
+    stops: bool,
+) -> Vec<crate::common::Result<(History, TensorData)>> {
+    let work = |it: ThreadReplica| trained_as(&it, dir, &recipe(it.index()), stops);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            ThreadReplica::new(count).into_iter().map(|it| scope.spawn(|| work(it))).collect();
+        threads.into_iter().map(|it| it.join().unwrap()).collect()
+    })
+}
+
+#[test]
+fn replicas_share_a_step_with_workers_and_batches() {
+    let recipe = |workers| Recipe { batch: 4, accumulate: 2, workers, ..recipe() };
+    let (one, expected) = trained(&recipe(1)).unwrap();
+    // With six parts of four texts, one replica has nothing to do.
+    for (count, workers) in [(2, 1), (2, 2), (3, 2)] {
+        let dir = tempfile::tempdir().unwrap();
+        let all = together(count, dir.path(), |_| recipe(workers), false);
+        let all: Vec<_> = all.into_iter().map(Result::unwrap).collect();
+        for (history, b) in &all {
+            assert_eq!(b.as_bytes(), all[0].1.as_bytes());
+            assert_eq!(history.tokens, one.tokens);
+            for (loss, expected) in history.losses.iter().zip(&one.losses) {
+                assert_near(*loss, *expected);
+            }
+            b.assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::rel_abs(1e-2, 1e-4));
+        }
+        // Only the first evaluates.
+        assert_eq!((all[0].0.valid.len(), all[1].0.valid.len()), (3, 0));
+        assert!(all[1].0.sent > 6 * b_bytes(&all[0].1));
+    }
+}
+
+/// B is a part of what is sent.
+fn b_bytes(b: &TensorData) -> usize {
+    b.as_bytes().len()
+}
+
+#[test]
+fn another_number_of_replicas_resumes_a_training() {
+    let recipe = |_| Recipe { batch: 2, eval_every: 4, ..recipe() };
+    let (straight, expected) = trained(&recipe(0)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    for (count, done) in [(2, 1), (3, 2), (1, 3)] {
+        let all = together(count, dir.path(), recipe, true);
+        for replica in all {
+            assert_eq!(replica.unwrap().0.losses.len(), done, "all stop");
+        }
+    }
+    let (resumed, b) = together(2, dir.path(), recipe, false).swap_remove(1).unwrap();
+    assert_eq!(resumed.tokens, straight.tokens);
+    for (loss, expected) in resumed.losses.iter().zip(&straight.losses) {
+        assert_near(*loss, *expected);
+    }
+    b.assert_approx_eq::<f32>(&expected, burn::tensor::Tolerance::rel_abs(1e-2, 1e-4));
+}
+
+#[test]
+fn replicas_with_other_recipes_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let rate = |index| if index == 1 { 0.02 } else { 0.01 };
+    let all = together(2, dir.path(), |it| Recipe { learning_rate: rate(it), ..recipe() }, false);
+    for replica in all {
+        let error = replica.err().expect("it is refused");
+        assert_eq!(
+            error,
+            "the replicas differ: replica 1 has `    learning_rate: 0.02,` where replica 0 has \
+             `    learning_rate: 0.01,`",
+        );
+    }
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was written");
 }
 
 #[test]

@@ -1,0 +1,106 @@
+//! Gradients as one buffer, and back.
+
+use std::{collections::BTreeSet, mem};
+
+use burn::{
+    module::{AutodiffModule, ModuleVisitor, Param, ParamId},
+    optim::GradientsParams,
+    tensor::{Tensor, TensorData, backend::AutodiffBackend},
+};
+
+use super::Replicas;
+use crate::train::Backward;
+
+impl Backward {
+    /// The sum over all replicas of what each has computed, with the same bits for all of them. `model` is the
+    /// one that it was computed with.
+    ///
+    /// As with [workers](crate::Workers), the loss of a replica should be its share of the batch's loss, and
+    /// not the mean of its part. A replica without a part gives [`Backward::sum`] of nothing.
+    ///
+    /// What is sent is one buffer of `f32`: the gradients in the order of the model's parameters, a zero or
+    /// one for each parameter that says whether it has a gradient, and the loss.
+    pub fn all_reduce<B: AutodiffBackend, M: AutodiffModule<B>>(
+        self,
+        model: &M,
+        replicas: &(impl Replicas + ?Sized),
+    ) -> Self {
+        if replicas.count() == 1 {
+            return self;
+        }
+        let Self { loss, gradients } = self;
+        let mut writer = Writer { gradients, ..Writer::default() };
+        model.visit(&mut writer);
+        let Writer { mut numbers, present, .. } = writer;
+        let (length, parameters) = (numbers.len(), present.len());
+        numbers.extend(present);
+        numbers.push(loss as f32);
+        replicas.sum(&mut numbers);
+        let (values, rest) = numbers.split_at(length);
+        let (present, loss) = rest.split_at(parameters);
+        let present = present.iter().map(|count| *count > 0.0).collect();
+        let mut reader = Reader { values, present, ..Reader::default() };
+        model.visit(&mut reader);
+        Self { loss: f64::from(loss[0]), gradients: reader.gradients }
+    }
+}
+
+/// A parameter that is at several places in a model counts once.
+fn is_new<B: AutodiffBackend, const D: usize>(
+    seen: &mut BTreeSet<ParamId>,
+    param: &Param<Tensor<B, D>>,
+) -> bool {
+    param.is_require_grad() && seen.insert(param.id)
+}
+
+#[derive(Default)]
+struct Writer {
+    gradients: GradientsParams,
+    seen: BTreeSet<ParamId>,
+    numbers: Vec<f32>,
+    /// A one for each parameter that has a gradient, and a zero for the others.
+    present: Vec<f32>,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Writer {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if !is_new(&mut self.seen, param) {
+            return;
+        }
+        match self.gradients.remove::<B::InnerBackend, D>(param.id) {
+            Some(gradient) => {
+                let data = gradient.into_data().convert::<f32>();
+                self.numbers.extend_from_slice(data.as_slice().expect("numbers in f32"));
+                self.present.push(1.0);
+            }
+            None => {
+                self.numbers.resize(self.numbers.len() + param.shape().num_elements(), 0.0);
+                self.present.push(0.0);
+            }
+        }
+    }
+}
+
+#[derive(Default)]
+struct Reader<'a> {
+    gradients: GradientsParams,
+    seen: BTreeSet<ParamId>,
+    values: &'a [f32],
+    present: Vec<bool>,
+}
+
+impl<B: AutodiffBackend> ModuleVisitor<B> for Reader<'_> {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
+        if !is_new(&mut self.seen, param) {
+            return;
+        }
+        let (values, rest) = mem::take(&mut self.values).split_at(param.shape().num_elements());
+        self.values = rest;
+        if self.present[self.seen.len() - 1] {
+            let data = TensorData::new(values.to_vec(), param.shape());
+            let to = (&param.device(), param.dtype());
+            let gradient = Tensor::<B::InnerBackend, D>::from_data(data, to);
+            self.gradients.register(param.id, gradient);
+        }
+    }
+}
