@@ -17,7 +17,10 @@ mod train;
 
 use std::{fs, panic::resume_unwind, path::PathBuf, process::ExitCode, thread};
 
-use burn::{module::AutodiffModule, tensor::backend::Backend};
+use burn::{
+    module::{AutodiffModule, Module},
+    tensor::backend::Backend,
+};
 use burn_lora::{Lora, LoraConfig, LoraModule, Replicas, ThreadReplica};
 use clap::{Parser, Subcommand};
 use mimalloc::MiMalloc;
@@ -143,7 +146,9 @@ fn run(args: Args) -> Result<()> {
         match args.replicas {
             1 => run_replica(&args, base, &digits, &rotated, replicas),
             count => on_threads(count, |it| {
-                run_replica(&args, base.clone(), &digits, &rotated, &Counted::new(&it))
+                // Graphs of two threads must have nothing in common.
+                let base = base.clone().fork(&Default::default());
+                run_replica(&args, base, &digits, &rotated, &Counted::new(&it))
             }),
         }
     })

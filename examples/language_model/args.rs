@@ -87,6 +87,9 @@ pub struct TrainArgs {
     /// Train with a relative of LoRA
     #[arg(long, value_name = "KIND")]
     pub relative: Option<Relative>,
+    /// Train all weights instead of adapters, to compare; what is saved is as large as the model
+    #[arg(long, conflicts_with_all = ["relative", "quantise"])]
+    pub full: bool,
     /// Number of steps
     #[arg(long, default_value = "200", value_parser = common::positive)]
     pub iters: usize,

@@ -168,7 +168,7 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")),
         "generated": args.generated, "data": args.data, "sst2": args.sst2,
         "rank": args.rank, "alpha": args.alpha,
-        "targets": args.targets, "relative": args.relative.map(Relative::name),
+        "targets": args.targets, "relative": args.relative.map(Relative::name), "full": args.full,
         "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
@@ -198,7 +198,12 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     questions.truncate(args.questions.unwrap_or(usize::MAX));
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
+    if args.full && quantised_bytes(&llama) > 0 {
+        let path = model.display();
+        return Err(format!("{path}: `--full` needs weights that are not quantised"));
+    }
     let model = match args.relative {
+        None if args.full => llama.train_only(&[".*"]),
         None => llama.attach(&config),
         Some(relative) => {
             // What is seen is computed without gradients.
@@ -231,7 +236,10 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         false => Ok(()),
     })?;
     let recipe = Recipe {
-        name: args.relative.map_or("LoRA", Relative::name),
+        name: match args.relative {
+            None if args.full => "full fine-tuning",
+            relative => relative.map_or("LoRA", Relative::name),
+        },
         iters: args.iters,
         batch: args.batch,
         accumulate: args.accumulate,

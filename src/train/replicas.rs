@@ -54,7 +54,7 @@ pub use threads::ThreadReplica;
 /// let batch = Tensor::<B, 2>::ones([10, 8], &device);
 ///
 /// let train = |replica: ThreadReplica| {
-///     let mut model = base.clone();
+///     let mut model = base.clone().fork(&device);
 ///     replica.agree(&fingerprint(&model))?;
 ///     let mut optimizer = AdamConfig::new().init();
 ///     for _ in 0..3 {

@@ -6,6 +6,10 @@ use super::Replicas;
 
 /// One of several threads that each train a copy of a model: on a device of its own, or in tests.
 ///
+/// Each thread needs a [`fork`](burn::module::Module::fork) of the model, or a model that it made itself. Burn's
+/// autodiff keeps the operations of clones in one graph, and two threads that work on that can wait for each
+/// other for ever.
+///
 /// Sums are formed in the order of the replicas, so that they have the same bits in every run. To share a CPU
 /// among threads, use [`Workers`](crate::Workers), which need one copy of what trains, and one optimizer.
 #[derive(Debug)]
