@@ -133,6 +133,8 @@ results = {"threads": trained("threads", -2), "two": trained("two", 2), "again":
 results["four"] = trained("four", 4)
 options, remove = machines(out)
 try:
+    code, text = mpirun(4, "hostname", options=options)
+    print(f"{len(set(text.split()))} machines")
     results["machines"] = trained("machines", 4, options=options)
 finally:
     remove()
@@ -151,8 +153,8 @@ assert prints["four"] == prints["machines"], f"not the same bits: {prints}"
 other = [programs / "data_parallel", "--mpi", *steps, "--out", out / "refused"]
 code, text = mpirun(1, *other, ":", "-n", 1, *other, "--rank", 4)
 assert code != 0 and "an adapter of rank 4" in text and "an adapter of rank 8" in text
-code, text = mpirun(1, *other, ":", "-n", 1, *other, "--batch", 63)
-assert code != 0 and "has `    batch: 63,` where replica 0 has `    batch: 64,`" in text
+code, text = mpirun(1, *other, ":", "-n", 1, *other, "--learning-rate", 0.002)
+assert code != 0 and "has `    learning_rate: 0.002,` where replica 0 has `    learning_rate: 0.001,`" in text
 assert not (out / "refused").exists()
 
 # Another base, in a language model that is made here.

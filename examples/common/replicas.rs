@@ -32,7 +32,8 @@ fn with_mpi(work: impl FnOnce(&Counted<'_>) -> Result<()>) -> Result<()> {
     let result = work(&Counted::new(&replicas));
     match (result, replicas.count()) {
         (Err(error), 2..) => {
-            eprintln!("error: replica {}: {error}", replicas.index());
+            // In one piece, for others may write, too.
+            eprint!("{}", format!("error: replica {}: {error}\n", replicas.index()));
             replicas.abort(1)
         }
         (result, _) => result,

@@ -87,7 +87,7 @@ pub struct TrainArgs {
     /// Train with a relative of LoRA
     #[arg(long, value_name = "KIND")]
     pub relative: Option<Relative>,
-    /// Train all weights instead of adapters, to compare; what is saved is as large as the model
+    /// Train all weights instead of adapters, to compare; only curves and checkpoints are written
     #[arg(long, conflicts_with_all = ["relative", "quantise"])]
     pub full: bool,
     /// Number of steps

@@ -39,7 +39,7 @@ pub fn report(
 
     let (first, last) = (history.valid[0].1, history.valid[history.valid.len() - 1].1);
     let speed = history.tokens as f64 / history.seconds;
-    let size = common::size_of_files(&adapter)?;
+    let size = if args.full { None } else { Some(common::size_of_files(&adapter)?) };
     println!();
     println!("perplexity before  {:10.2}", first.exp());
     println!("perplexity after   {:10.2}", last.exp());
@@ -57,14 +57,19 @@ pub fn report(
             100.0 * history.sending / history.seconds
         );
     }
-    println!("adapter            {size:10} bytes");
+    if let Some(size) = size {
+        println!("adapter            {size:10} bytes");
+    }
     if let Some(bytes) = peak_memory() {
         println!("peak memory        {:10.0} MiB", bytes as f64 / f64::from(1 << 20));
     }
     if history.losses.len() < args.iters {
         println!("Stopped early. The same command with --resume goes on.");
     }
-    println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display());
+    match size {
+        Some(_) => println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display()),
+        None => println!("Curves: {}.", curves.display()),
+    }
     let summary = json!({
         "backend": backend::NAME,
         "replicas": replicas,

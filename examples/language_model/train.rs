@@ -211,7 +211,11 @@ pub fn train(
             }
             if let (Some(out), true) = (out, evaluated || stopped) {
                 let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
-                model.adapters().save(&adapter).context("the adapters cannot be saved")?;
+                let adapters = model.adapters();
+                // Where all weights train there are none.
+                if adapters.iter().next().is_some() {
+                    adapters.save(&adapter).context("the adapters cannot be saved")?;
+                }
                 checkpoint::save(&checkpoints, &model, &optimizer, &history)?;
             }
             if stopped {
