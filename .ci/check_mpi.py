@@ -38,6 +38,14 @@ def run(command, timeout=300):
     return done.returncode, done.stdout
 
 
+def run_quietly(command):
+    """What it printed, or nothing if there is no such command."""
+    try:
+        return subprocess.run(command.split(), capture_output=True, text=True, check=False).stdout
+    except OSError:
+        return ""
+
+
 def mpirun(count, *arguments, options=()):
     return run(["mpirun", *options, "-n", count, *arguments])
 
@@ -77,8 +85,8 @@ def machines(directory):
 
     def remove():
         for name in names:
-            subprocess.run(["ip", "netns", "delete", name], stderr=subprocess.DEVNULL, check=False)
-        subprocess.run(["ip", "link", "delete", "burnbridge"], stderr=subprocess.DEVNULL, check=False)
+            run_quietly(f"ip netns delete {name}")
+        run_quietly("ip link delete burnbridge")
 
     commands = ["ip link add burnbridge type bridge", "ip addr add 10.77.0.254/24 dev burnbridge"]
     commands += ["ip link set burnbridge up"]
@@ -136,6 +144,21 @@ try:
     code, text = mpirun(4, "hostname", options=options)
     print(f"{len(set(text.split()))} machines")
     results["machines"] = trained("machines", 4, options=options)
+    # A machine that is lost ends the others. The file system is the same for all, and so are the processes' numbers.
+    endless = [programs / "data_parallel", "--mpi", *steps[:1], "--steps", 1000000, "--out", out / "lost"]
+    job = subprocess.Popen(
+        [str(it) for it in ["mpirun", *options, "-n", 4, *endless]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        text=True
+    )
+    time.sleep(20)
+    assert job.poll() is None, "the training must still run"
+    lost = [int(it) for it in run_quietly("ip netns pids burn3").split()] or processes_named("data_parallel", [str(out / "lost")])[-1:]
+    start = time.monotonic()
+    for process in lost:
+        os.kill(process, signal.SIGKILL)
+    _, text = job.communicate(timeout=60)
+    print(f"{text}\nThe job ended {time.monotonic() - start:.1f} s after {len(lost)} processes of a machine were killed.")
+    assert job.returncode != 0 and time.monotonic() - start < 30
 finally:
     remove()
 for name, (summary, found) in results.items():

@@ -93,8 +93,9 @@ fn draw(label: u8, rng: &mut StdRng) -> Digit {
     let noise = Normal::new(0.0, 14.0).expect("the deviation is positive");
     let pixels: [u8; PIXELS] = std::array::from_fn(|index| {
         let pixel = [(index % SIDE) as f64, (index / SIDE) as f64];
-        let nearest = segments.iter().map(|&(from, to)| distance(pixel, from, to));
-        let ink = (pen + 0.5 - nearest.fold(f64::INFINITY, f64::min)).clamp(0.0, 1.0);
+        let squares = segments.iter().map(|&(from, to)| squared_distance(pixel, from, to));
+        let nearest = squares.fold(f64::INFINITY, f64::min).sqrt();
+        let ink = (pen + 0.5 - nearest).clamp(0.0, 1.0);
         (255.0 * ink + rng.sample(noise)).clamp(0.0, 255.0) as u8
     });
     Digit { pixels, label }
@@ -123,12 +124,13 @@ fn smooth(points: &[Point]) -> Vec<Point> {
     curve
 }
 
-/// The distance of a point from a segment.
-fn distance(point: Point, from: Point, to: Point) -> f64 {
+/// The square of the distance of a point from a segment. The root of the smallest square is enough, and roots
+/// would be most of the time of drawing.
+fn squared_distance(point: Point, from: Point, to: Point) -> f64 {
     let along = [to[0] - from[0], to[1] - from[1]];
     let offset = [point[0] - from[0], point[1] - from[1]];
     let length = along[0] * along[0] + along[1] * along[1];
     let t = (offset[0] * along[0] + offset[1] * along[1]) / length.max(1e-12);
     let t = t.clamp(0.0, 1.0);
-    (offset[0] - t * along[0]).hypot(offset[1] - t * along[1])
+    [0, 1].map(|axis| offset[axis] - t * along[axis]).iter().map(|it| it * it).sum()
 }
