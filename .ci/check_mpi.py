@@ -80,7 +80,7 @@ def norm(values):
 
 
 def machines(directory):
-    """Options of mpirun for four machines, and a function that takes them down."""
+    """Options of mpirun for four machines, whether there are any, and a function that takes them down."""
     names = [f"burn{number}" for number in range(4)]
 
     def remove():
@@ -116,10 +116,10 @@ def machines(directory):
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"no network namespaces ({error}); TCP on this machine takes their place")
         remove()
-        return ["--mca", "btl", "tcp,self"], lambda: None
+        return ["--mca", "btl", "tcp,self"], False, lambda: None
     network = [f"--mca {it}_tcp_if_include 10.77.0.0/24" for it in ("btl", "oob")]
     options = f"--mca plm_rsh_agent {agent} --hostfile {hosts} --mca btl tcp,self {' '.join(network)}"
-    return options.split(), remove
+    return options.split(), True, remove
 
 
 def processes_named(word, arguments):
@@ -139,10 +139,10 @@ def processes_named(word, arguments):
 whole, expected = trained("one", 1)
 results = {"threads": trained("threads", -2), "two": trained("two", 2), "again": trained("again", 2)}
 results["four"] = trained("four", 4)
-options, remove = machines(out)
+options, are_machines, remove = machines(out)
 try:
     code, text = mpirun(4, "hostname", options=options)
-    print(f"{len(set(text.split()))} machines")
+    assert code == 0 and (are_machines == {f"burn{number}" for number in range(4)}.issubset(text.split()))
     results["machines"] = trained("machines", 4, options=options)
     # A machine that is lost ends the others. The file system is the same for all, and so are the processes' numbers.
     endless = [programs / "data_parallel", "--mpi", *steps[:1], "--steps", 1000000, "--out", out / "lost"]
@@ -150,13 +150,20 @@ try:
         [str(it) for it in ["mpirun", *options, "-n", 4, *endless]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True
     )
-    time.sleep(20)
+    time.sleep(10)
     assert job.poll() is None, "the training must still run"
-    lost = [int(it) for it in run_quietly("ip netns pids burn3").split()] or processes_named("data_parallel", [str(out / "lost")])[-1:]
+    lost = [int(it) for it in run_quietly("ip netns pids burn3").split()]
+    lost = lost or processes_named("data_parallel", [str(out / "lost")])[-1:]
     start = time.monotonic()
     for process in lost:
-        os.kill(process, signal.SIGKILL)
-    _, text = job.communicate(timeout=60)
+        try:
+            os.kill(process, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # It ended with one before.
+    try:
+        _, text = job.communicate(timeout=60)
+    finally:
+        job.kill()
     print(f"{text}\nThe job ended {time.monotonic() - start:.1f} s after {len(lost)} processes of a machine were killed.")
     assert job.returncode != 0 and time.monotonic() - start < 30
 finally:
@@ -177,8 +184,11 @@ other = [programs / "data_parallel", "--mpi", *steps, "--out", out / "refused"]
 code, text = mpirun(1, *other, ":", "-n", 1, *other, "--rank", 4)
 assert code != 0 and "an adapter of rank 4" in text and "an adapter of rank 8" in text
 code, text = mpirun(1, *other, ":", "-n", 1, *other, "--learning-rate", 0.002)
-assert code != 0 and "has `    learning_rate: 0.002,` where replica 0 has `    learning_rate: 0.001,`" in text
+assert code != 0 and "has `learning_rate: 0.002,` where replica 0 has `learning_rate: 0.001,`" in text
 assert not (out / "refused").exists()
+# One that fails by itself ends the other, which waits for it.
+code, text = mpirun(1, *other, ":", "-n", 1, *other[:2], "--data", out / "nowhere")
+assert code != 0 and "error: replica 1: " in text and "nowhere" in text
 
 # Another base, in a language model that is made here.
 model, model_out = programs / "language_model", out / "small"
@@ -217,7 +227,10 @@ while not (killed / "checkpoints/20").exists():
 victim = processes_named("language_model", [str(killed)])[-1]
 os.kill(victim, signal.SIGKILL)
 start = time.monotonic()
-text, _ = job.communicate(timeout=60)
+try:
+    text, _ = job.communicate(timeout=60)
+finally:
+    job.kill()
 seconds = time.monotonic() - start
 print(f"{text}\nThe job ended {seconds:.1f} s after process {victim} was killed.")
 assert job.returncode != 0 and seconds < 30

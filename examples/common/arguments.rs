@@ -12,13 +12,19 @@ const ARGUMENTS: &str = "arguments.json";
 /// Writes the arguments of a new run with the directory `out`. Removes `checkpoints`, a directory of
 /// earlier runs there, which must not be taken for those of this run.
 pub fn begin(out: &Path, checkpoints: &str, arguments: &Value) -> Result<()> {
+    forget(out, checkpoints)?;
+    let path = out.join(ARGUMENTS);
+    let text = serde_json::to_vec_pretty(arguments).context(path.display())?;
+    write_atomically(&path, &text).context(path.display())
+}
+
+/// Removes `checkpoints`, a directory in `out`, if there is one.
+pub fn forget(out: &Path, checkpoints: &str) -> Result<()> {
     let old = out.join(checkpoints);
     if old.exists() {
         fs::remove_dir_all(&old).context(old.display())?;
     }
-    let path = out.join(ARGUMENTS);
-    let text = serde_json::to_vec_pretty(arguments).context(path.display())?;
-    write_atomically(&path, &text).context(path.display())
+    Ok(())
 }
 
 /// Fails unless the run with the directory `out` had the same arguments.

@@ -33,7 +33,8 @@ fn with_mpi(work: impl FnOnce(&Counted<'_>) -> Result<()>) -> Result<()> {
     match (result, replicas.count()) {
         (Err(error), 2..) => {
             // In one piece, for others may write, too.
-            eprint!("{}", format!("error: replica {}: {error}\n", replicas.index()));
+            let message = format!("error: replica {}: {error}\n", replicas.index());
+            eprint!("{message}");
             replicas.abort(1)
         }
         (result, _) => result,
@@ -79,6 +80,14 @@ impl<'a> Counted<'a> {
             self.wait();
         }
         result
+    }
+
+    /// The value of the first replica, to the bit.
+    pub fn of_first(&self, value: f64) -> f64 {
+        let bytes = if self.is_first() { value.to_le_bytes() } else { [0; 8] };
+        let mut bytes = bytes.map(f32::from);
+        self.sum(&mut bytes);
+        f64::from_le_bytes(bytes.map(|it| it as u8))
     }
 
     /// What was sent so far.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// A text as tokens.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Text {
     pub ids: Vec<u32>,
     /// The number of tokens at its beginning that are given, and not learnt.
@@ -158,6 +158,17 @@ pub fn deal(mut rows: Vec<Vec<&Text>>, workers: usize) -> Vec<Vec<Vec<&Text>>> {
     }
     parts.retain(|part| !part.is_empty());
     parts
+}
+
+/// The parts of replica `index` of `count`, one for each of its workers. The replicas take the parts in turn, so
+/// that none has several while another has none.
+pub fn deal_to(
+    rows: Vec<Vec<&Text>>,
+    workers: usize,
+    index: usize,
+    count: usize,
+) -> Vec<Vec<Vec<&Text>>> {
+    deal(rows, count * workers).into_iter().skip(index).step_by(count).collect()
 }
 
 /// The number of tokens in a row.

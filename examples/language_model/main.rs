@@ -66,7 +66,7 @@ use common::{
     relatives::Relative,
     replicas::Counted,
 };
-use data::{Batch, Reading, Text};
+use data::{Batch, Reading, Text, pack};
 use generate::{Sampling, generate};
 use llama::Llama;
 use report::report;
@@ -208,8 +208,10 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         Some(relative) => {
             // What is seen is computed without gradients.
             let see = |llama: &Llama<Plain>| {
-                for text in texts.iter().take(SEEN) {
-                    let Batch { ids, places, .. } = Batch::new(llama, &[vec![text]], &device);
+                let seen: Vec<_> = texts.iter().take(SEEN).collect();
+                // A row at a time, because what fills up shorter ones is not to be seen.
+                for row in pack(&seen, reading.max_length) {
+                    let Batch { ids, places, .. } = Batch::new(llama, &[row], &device);
                     llama.logits(llama.hidden(ids, &places));
                 }
             };
@@ -230,10 +232,11 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         );
     }
     // Not before: a wrong path must not remove the checkpoints of an earlier run. Not after, for none of the
-    // replicas may find these.
-    replicas.first_then_others(|| match is_first && !args.resume {
+    // replicas may find these, in the same directory or in one of its own.
+    replicas.first_then_others(|| match is_first {
+        _ if args.resume => Ok(()),
         true => arguments::begin(&args.out, CHECKPOINTS, &arguments),
-        false => Ok(()),
+        false => arguments::forget(&args.out, CHECKPOINTS),
     })?;
     let recipe = Recipe {
         name: match args.relative {

@@ -32,7 +32,7 @@ use crate::{
         backend::{Plain, Train},
         replicas::Counted,
     },
-    data::{self, Batch, Reading, Text, deal, pack, tokens},
+    data::{self, Batch, Reading, Text, deal, deal_to, pack, tokens},
     generate::{Sampling, generate},
     generated, gguf_tokens,
     llama::Llama,

@@ -2,6 +2,7 @@
 
 use std::{
     f64::consts::PI,
+    hash::{DefaultHasher, Hash, Hasher},
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Instant,
@@ -24,7 +25,7 @@ use crate::{
         live::{Live, Position},
         replicas::Counted,
     },
-    data::{Batch, Text, deal, pack, tokens},
+    data::{Batch, Text, deal_to, pack, tokens},
     llama::Llama,
     loss::{evaluate, surprise},
 };
@@ -36,7 +37,7 @@ pub struct Recipe {
     pub name: &'static str,
     /// The number of steps of the optimizer.
     pub iters: usize,
-    /// The number of rows of a batch.
+    /// The number of texts of a batch, which all replicas share.
     pub batch: usize,
     /// The number of batches of a step.
     pub accumulate: usize,
@@ -123,14 +124,12 @@ pub fn train(
     };
     let done = history.losses.len();
     if replicas.count() > 1 {
-        let sizes: Vec<_> = texts.iter().map(|text| (text.ids.len(), text.given)).collect();
-        let parts = [
-            format!("{recipe:#?}"),
-            format!("steps done: {done}"),
-            format!("sizes of the texts: {sizes:?}"),
-            fingerprint(&model),
-        ];
-        replicas.agree(&parts.join("\n")).context("the replicas differ")?;
+        let mut hasher = DefaultHasher::new();
+        texts.hash(&mut hasher);
+        let texts = format!("{} texts {:016x}", texts.len(), hasher.finish());
+        let done = format!("steps done: {done}");
+        let lines = [format!("{recipe:#?}"), texts, done, fingerprint(&model)];
+        replicas.agree(&lines.join("\n")).context("the replicas differ")?;
     }
     let mut order = Order::new(texts.len(), recipe.seed);
     order.skip(done * recipe.accumulate * recipe.batch);
@@ -171,9 +170,8 @@ pub fn train(
                 None => texts.iter().map(|&text| vec![text]).collect(),
             };
             history.tokens += rows.iter().map(|row| tokens(row)).sum::<usize>();
-            let parts = deal(rows, replicas.count() * workers.count()).into_iter();
-            let own = parts.skip(replicas.index() * workers.count()).take(workers.count());
-            workers.backward(&model, own.collect(), |model, rows| {
+            let own = deal_to(rows, workers.count(), replicas.index(), replicas.count());
+            workers.backward(&model, own, |model, rows| {
                 if recipe.segments {
                     return segments(model, &*rows);
                 }
@@ -195,7 +193,9 @@ pub fn train(
             ));
         }
         scale(&model, &mut gradients, 1.0 / targets as f64);
-        clip(&model, &mut gradients, recipe.clip);
+        // Large sums may be formed in another order each time, and all must scale by the same number.
+        let norm = replicas.of_first(norm(&model, &gradients));
+        clip(&model, &mut gradients, norm, recipe.clip);
         model = optimizer.step(recipe.rate(step), model, gradients);
         history.seconds += start.elapsed().as_secs_f64();
         history.losses.push(loss);
@@ -203,9 +203,13 @@ pub fn train(
         let of_part = (step + 1) as f64 / recipe.iters as f64;
         let part = format!("step {}/{}", step + 1, recipe.iters);
         let stopped = replicas.any(stop.load(Ordering::Relaxed));
+        let evaluated = (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters;
+        if replicas.count() > 1 && (evaluated || stopped) {
+            let trained = model.adapters().fingerprint();
+            replicas.agree(&trained).context("the replicas are no copies any more")?;
+        }
         if let Some(live) = &mut live {
             live.update(&Position { part, of_part, of_all }, loss);
-            let evaluated = (step + 1) % recipe.eval_every == 0 || step + 1 == recipe.iters;
             if evaluated {
                 watch(live, &model, &mut history);
             }
@@ -237,8 +241,7 @@ pub fn norm(model: &Model, gradients: &GradientsParams) -> f64 {
 }
 
 /// Scales the gradients down if the norm of all of them together is above `most`.
-pub fn clip(model: &Model, gradients: &mut GradientsParams, most: f64) {
-    let norm = norm(model, gradients);
+pub fn clip(model: &Model, gradients: &mut GradientsParams, norm: f64, most: f64) {
     if norm > most {
         scale(model, gradients, most / norm);
     }

@@ -77,6 +77,9 @@ pub use threads::ThreadReplica;
 /// ```
 ///
 /// Running statistics of batch norms are not gradients: each replica has those of its own data.
+///
+/// All replicas must make the same calls in the same order, [`wait`](Self::wait), [`any`](Self::any) and
+/// [`agree`](Self::agree) included. They panic where [`sum`](Self::sum) does.
 pub trait Replicas {
     /// The number of replicas.
     fn count(&self) -> usize;
@@ -86,7 +89,7 @@ pub trait Replicas {
 
     /// Replaces each number of `buffer` by its sum over all replicas, the same bits for all of them.
     ///
-    /// All replicas call it equally often, each time with buffers of the same length. It waits for the others.
+    /// It waits for the others, which must bring buffers of the same length.
     ///
     /// # Panics
     ///
@@ -105,7 +108,7 @@ pub trait Replicas {
         count[0] > 0.0
     }
 
-    /// Checks that all replicas have the same lines of text, such as the [`fingerprint`] of the model, the
+    /// Checks that all replicas have the same lines of text, apart from the spaces around them, such as the [`fingerprint`] of the model, the
     /// learning rate, and the number of steps that were done. Call it before the first step: replicas that
     /// differ would train on without an error, to a wrong result.
     ///
@@ -113,7 +116,8 @@ pub trait Replicas {
     ///
     /// [`LoraError::ReplicasDiffer`] with the first difference, for all replicas.
     fn agree(&self, lines: &str) -> Result<(), LoraError> {
-        let digests = gather(self, &Sha256::digest(lines));
+        let lines = lines.lines().map(str::trim).collect::<Vec<_>>().join("\n");
+        let digests = gather(self, &Sha256::digest(&lines));
         if digests.iter().all(|digest| *digest == digests[0]) {
             return Ok(());
         }

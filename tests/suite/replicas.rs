@@ -4,6 +4,7 @@ use std::{cell::Cell, panic::resume_unwind, thread};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
+    nn::{Linear, LinearConfig},
     optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::{Tensor, backend::Backend},
 };
@@ -13,7 +14,7 @@ use burn_lora::{
 };
 
 use crate::{
-    model::{Mlp, Plain, Train, device, filled},
+    model::{Mlp, Plain, PlainMlp, Train, device, filled},
     oracle::Matrix,
 };
 
@@ -245,6 +246,13 @@ fn replicas_that_differ_are_refused_with_the_difference() {
         format!("{usual}done: 3 steps"),
         "has `done: 3 steps` where replica 0 has `nothing more`",
     );
+    // Adapters on stock modules.
+    let overlay =
+        || Lora::overlay(filled(PlainMlp::<Train>::new(&device))).attach(&config()).unwrap();
+    let lines = fingerprint(&overlay());
+    assert_eq!(lines, fingerprint(&overlay()));
+    assert!(lines.contains("blocks.1: an adapter of rank 2, scale 0.7"), "{lines}");
+    assert!(lines.contains("head.adapter.b: [2, 3] of F32 trains"), "{lines}");
     // Weights that no visitor sees.
     let quantised = |kind| {
         let (model, _) = base().attach(&config()).unwrap().quantise(kind).unwrap();
@@ -277,8 +285,47 @@ fn nobody_waits_for_a_replica_that_ended() {
     });
     assert_eq!(message, "replica 1 ended, and replica 0 waits for its part");
     let message = panic_of(|replica| replica.sum(&mut vec![1.0; 2 + replica.index()]));
-    assert!(message.contains("buffers of 2 and 3 numbers cannot be added"), "{message}");
+    assert!(message.contains("buffers of [2, 3] numbers cannot be added"), "{message}");
     assert!(message.contains("ended, and replica"), "{message}");
     let none = std::panic::catch_unwind(|| ThreadReplica::new(0));
     assert!(none.is_err());
+}
+
+/// A model that uses one layer twice.
+#[derive(Module, Debug)]
+struct Twice<B: Backend> {
+    first: Linear<B>,
+    second: Linear<B>,
+}
+
+#[test]
+fn a_parameter_at_two_places_is_sent_once() {
+    let device = device::<Train>();
+    let model = || {
+        let first = filled(LinearConfig::new(3, 3).init::<Train>(&device));
+        Twice { second: first.clone(), first }
+    };
+    let pass = |model: &Twice<Train>, scale: f64| {
+        let x = Matrix::random(4, 3, 1).tensor::<Train, 2>([4, 3], &device);
+        Backward::new(model, model.second.forward(model.first.forward(x)).square().sum() * scale)
+    };
+    let of = |model: &Twice<Train>, step: &Backward| {
+        let weight = step.gradients.get::<Plain, 2>(model.first.weight.id).unwrap();
+        weight.into_data().iter::<f64>().collect::<Vec<_>>()
+    };
+    let model_alone = model();
+    let expected = of(&model_alone, &pass(&model_alone, 3.0));
+    let sums = on_threads(2, |replica| {
+        let (model, replica) = (model(), Counted(replica, Cell::default()));
+        let scale = 1.0 + replica.index() as f64;
+        let step = pass(&model, scale).all_reduce(&model, &replica);
+        assert_eq!(step.gradients.len(), 2);
+        (of(&model, &step), replica.1.get())
+    });
+    for (sum, sent) in sums {
+        assert_eq!(sent, 4 * (9 + 3 + 2 + 1));
+        for (sum, expected) in sum.iter().zip(&expected) {
+            assert!((sum - expected).abs() < 1e-4 * expected.abs().max(1.0), "{sum} {expected}");
+        }
+    }
 }

@@ -156,3 +156,16 @@ fn rows_are_dealt_fairly() {
     // More workers than rows: no part is empty, and no row is lost.
     assert_eq!(sizes(9), [[9], [8], [5], [3], [2], [1]]);
 }
+
+#[test]
+fn each_replica_has_a_part_as_long_as_there_are_rows() {
+    let texts: Vec<_> = [3, 9, 5].map(|length| Text { ids: vec![0; length], given: 0 }).into();
+    let rows = || texts.iter().map(|text| vec![text]).collect::<Vec<_>>();
+    let sizes = |workers, index| {
+        let parts = deal_to(rows(), workers, index, 2).into_iter();
+        parts.map(|part| part.iter().map(|row| tokens(row)).collect()).collect::<Vec<Vec<_>>>()
+    };
+    assert_eq!((sizes(1, 0), sizes(1, 1)), (vec![vec![9]], vec![vec![5, 3]]));
+    assert_eq!(sizes(4, 0), [[9], [3]]);
+    assert_eq!(sizes(4, 1), [[5]]);
+}

@@ -136,7 +136,6 @@ fn together(
 fn replicas_share_a_step_with_workers_and_batches() {
     let recipe = |workers| Recipe { batch: 4, accumulate: 2, workers, ..recipe() };
     let (one, expected) = trained(&recipe(1)).unwrap();
-    // With six parts of four texts, one replica has nothing to do.
     for (count, workers) in [(2, 1), (2, 2), (3, 2)] {
         let dir = tempfile::tempdir().unwrap();
         let all = together(count, dir.path(), |_| recipe(workers), false);
@@ -188,8 +187,8 @@ fn replicas_with_other_recipes_are_refused() {
         let error = replica.err().expect("it is refused");
         assert_eq!(
             error,
-            "the replicas differ: replica 1 has `    learning_rate: 0.02,` where replica 0 has \
-             `    learning_rate: 0.01,`",
+            "the replicas differ: replica 1 has `learning_rate: 0.02,` where replica 0 has \
+             `learning_rate: 0.01,`",
         );
     }
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing was written");
@@ -234,7 +233,7 @@ fn the_gradient_is_clipped_as_a_whole() {
     assert!(before > 1.0, "{before}");
     for (most, expected) in [(0.5, 0.5), (2.0 * before, before)] {
         let mut gradients = gradients();
-        clip(&model, &mut gradients, most);
+        clip(&model, &mut gradients, before, most);
         assert_near(norm(&model, &gradients), expected);
     }
 }

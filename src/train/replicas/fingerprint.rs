@@ -13,9 +13,12 @@ use crate::{
     model::{Place, Visit, layers, visit},
 };
 
-/// A model as lines of text, for [`agree`](super::Replicas::agree): the scale of each adapter, and of each
-/// parameter its path, shape and type, whether it trains, and 16 hexadecimal digits that distinguish its bits
-/// (the beginning of a SHA-256). Weights that are quantised have such digits, too.
+/// A model as lines of text, for [`agree`](super::Replicas::agree): the rank and the scale of each adapter, and
+/// of each float parameter its path, shape and type, whether it trains, and 16 hexadecimal digits that distinguish
+/// its bits (the beginning of a SHA-256). Weights that are quantised have such digits, too.
+///
+/// Constants, such as the number of heads or the epsilon of a norm, are not in it, and neither are the running
+/// statistics of batch norms, which replicas need not have in common.
 ///
 /// All values are read once, which takes about a second for a gigabyte on a CPU.
 pub fn fingerprint<B: Backend, M: Module<B>>(model: &M) -> String {
@@ -58,6 +61,9 @@ struct Parameters(String);
 
 impl<B: Backend> Visit<B> for Parameters {
     fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+        if place.is_statistic() {
+            return;
+        }
         let (path, dims, dtype) = (place.path(), param.dims(), param.dtype());
         let trains = if param.is_require_grad() { "trains" } else { "is frozen" };
         let digits = digits(&[param.val().into_data()], ());

@@ -18,8 +18,15 @@ impl Backward {
     /// As with [workers](crate::Workers), the loss of a replica should be its share of the batch's loss, and
     /// not the mean of its part. A replica without a part gives [`Backward::sum`] of nothing.
     ///
+    /// All replicas must call it, with models of which the same parameters train: let them
+    /// [agree](Replicas::agree) on that before.
+    ///
     /// What is sent is one buffer of `f32`: the gradients in the order of the model's parameters, a zero or
     /// one for each parameter that says whether it has a gradient, and the loss.
+    ///
+    /// # Panics
+    ///
+    /// As [`Replicas::sum`].
     pub fn all_reduce<B: AutodiffBackend, M: AutodiffModule<B>>(
         self,
         model: &M,

@@ -1,6 +1,6 @@
 //! Replicas that are processes, on one machine or many, over MPI.
 
-use std::{fmt, thread};
+use std::{fmt, marker::PhantomData, thread};
 
 use mpi::{
     Threading,
@@ -18,9 +18,11 @@ const MOST: usize = 1 << 28;
 /// This process among those that `mpirun` started. It needs the feature `mpi`, and an MPI such as Open MPI.
 ///
 /// A process that is started without `mpirun` is a single replica. If this is dropped by a panic, all processes
-/// are ended.
+/// are ended. After an error, call [`abort`](Self::abort): to drop it waits for the others, which wait for this one.
 pub struct MpiReplicas {
     world: SimpleCommunicator,
+    /// It stays in the thread that started MPI.
+    _thread: PhantomData<*const ()>,
     /// Ends MPI when it is dropped, which comes after all else.
     _universe: Universe,
 }
@@ -39,7 +41,7 @@ impl MpiReplicas {
         // Operations have threads of their own, which never call MPI.
         let started = mpi::initialize_with_threading(Threading::Funneled);
         let (universe, _) = started.expect("MPI was started before");
-        Self { world: universe.world(), _universe: universe }
+        Self { world: universe.world(), _thread: PhantomData, _universe: universe }
     }
 
     /// Ends all processes, this one with the exit code `code`. A replica that cannot go on must do so, since

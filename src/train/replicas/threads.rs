@@ -10,6 +10,9 @@ use super::Replicas;
 /// autodiff keeps the operations of clones in one graph, and two threads that work on that can wait for each
 /// other for ever.
 ///
+/// Move the replica into its thread. Then it is dropped when the thread ends, and the others, which would wait
+/// for it, panic instead.
+///
 /// Sums are formed in the order of the replicas, so that they have the same bits in every run. To share a CPU
 /// among threads, use [`Workers`](crate::Workers), which need one copy of what trains, and one optimizer.
 #[derive(Debug)]
@@ -66,11 +69,12 @@ impl State {
         if self.brought.iter().any(Option::is_none) {
             return false;
         }
+        let lengths: Vec<_> = self.brought.iter().flatten().map(Vec::len).collect();
+        let equal = lengths.iter().all(|length| *length == lengths[0]);
+        assert!(equal, "buffers of {lengths:?} numbers cannot be added");
         let mut buffers = self.brought.iter_mut().filter_map(Option::take);
         let mut sum = buffers.next().unwrap_or_default();
         for buffer in buffers {
-            let (expected, found) = (sum.len(), buffer.len());
-            assert!(expected == found, "buffers of {expected} and {found} numbers cannot be added");
             sum.iter_mut().zip(buffer).for_each(|(sum, number)| *sum += number);
         }
         self.sum = Arc::new(sum);
