@@ -15,7 +15,7 @@ mod common;
 mod plan;
 mod train;
 
-use std::{fs, panic::resume_unwind, path::PathBuf, process::ExitCode, thread};
+use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{
     module::{AutodiffModule, Module},
@@ -145,23 +145,15 @@ fn run(args: Args) -> Result<()> {
         }
         match args.replicas {
             1 => run_replica(&args, base, &digits, &rotated, replicas),
-            count => on_threads(count, |it| {
-                // Graphs of two threads must have nothing in common.
-                let base = base.clone().fork(&Default::default());
-                run_replica(&args, base, &digits, &rotated, &Counted::new(&it))
-            }),
+            count => {
+                let results = ThreadReplica::run(count, |it| {
+                    // Graphs of two threads must have nothing in common.
+                    let base = base.clone().fork(&Default::default());
+                    run_replica(&args, base, &digits, &rotated, &Counted::new(&it))
+                });
+                results.into_iter().collect()
+            }
         }
-    })
-}
-
-/// Runs each replica in a thread.
-fn on_threads(count: usize, work: impl Fn(ThreadReplica) -> Result<()> + Sync) -> Result<()> {
-    let work = &work;
-    thread::scope(|scope| {
-        let replicas = ThreadReplica::new(count).into_iter();
-        let threads: Vec<_> = replicas.map(|it| scope.spawn(|| work(it))).collect();
-        let results = threads.into_iter().map(|it| it.join());
-        results.map(|it| it.unwrap_or_else(|panic| resume_unwind(panic))).collect()
     })
 }
 

@@ -28,8 +28,6 @@ pub use threads::ThreadReplica;
 /// ([`ThreadReplica`]), MPI (`MpiReplicas`, behind the feature `mpi`), and [`Alone`].
 ///
 /// ```
-/// use std::thread;
-///
 /// use burn::{
 ///     backend::{Autodiff, Flex},
 ///     module::Module,
@@ -53,7 +51,7 @@ pub use threads::ThreadReplica;
 /// let base = base.attach(&LoraConfig::new(2, 4.0))?;
 /// let batch = Tensor::<B, 2>::ones([10, 8], &device);
 ///
-/// let train = |replica: ThreadReplica| {
+/// let trained = ThreadReplica::run(2, |replica| {
 ///     let mut model = base.clone().fork(&device);
 ///     replica.agree(&fingerprint(&model))?;
 ///     let mut optimizer = AdamConfig::new().init();
@@ -65,13 +63,9 @@ pub use threads::ThreadReplica;
 ///         model = optimizer.step(1e-3, model, step.gradients);
 ///     }
 ///     Ok::<_, LoraError>(model.adapters().fingerprint())
-/// };
-/// let results = thread::scope(|scope| {
-///     let threads: Vec<_> =
-///         ThreadReplica::new(2).into_iter().map(|it| scope.spawn(|| train(it))).collect();
-///     threads.into_iter().map(|it| it.join().unwrap()).collect::<Result<Vec<_>, _>>()
-/// })?;
-/// assert_eq!(results[0], results[1]);
+/// });
+/// let trained = trained.into_iter().collect::<Result<Vec<_>, _>>()?;
+/// assert_eq!(trained[0], trained[1]);
 /// # Ok(())
 /// # }
 /// ```
@@ -108,9 +102,9 @@ pub trait Replicas {
         count[0] > 0.0
     }
 
-    /// Checks that all replicas have the same lines of text, apart from the spaces around them, such as the [`fingerprint`] of the model, the
-    /// learning rate, and the number of steps that were done. Call it before the first step: replicas that
-    /// differ would train on without an error, to a wrong result.
+    /// Checks that all replicas have the same lines of text, apart from the spaces around them, such as the
+    /// [`fingerprint`] of the model, the learning rate, and the number of steps that were done. Call it before
+    /// the first step: replicas that differ would train on without an error, to a wrong result.
     ///
     /// # Errors
     ///

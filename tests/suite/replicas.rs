@@ -1,6 +1,9 @@
 //! Replicas, each with its part of the batch, train as one model with the whole batch.
 
-use std::{cell::Cell, panic::resume_unwind, thread};
+use std::{
+    cell::Cell,
+    panic::{UnwindSafe, catch_unwind},
+};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
@@ -46,17 +49,6 @@ fn parameters(model: &Model) -> Vec<f64> {
     all.0
 }
 
-/// What `work` gives for each of `count` replicas, which are threads.
-fn on_threads<T: Send>(count: usize, work: impl Fn(ThreadReplica) -> T + Sync) -> Vec<T> {
-    let work = &work;
-    thread::scope(|scope| {
-        let replicas = ThreadReplica::new(count).into_iter();
-        let threads: Vec<_> = replicas.map(|it| scope.spawn(|| work(it))).collect();
-        let results = threads.into_iter().map(|it| it.join());
-        results.map(|it| it.unwrap_or_else(|panic| resume_unwind(panic))).collect()
-    })
-}
-
 /// The part of replica `index` of `count` of the batch of a step: `[rows, 6]` and `[rows, 3]`. The parts are
 /// not equally long.
 fn part(step: u64, index: usize, count: usize) -> [Tensor<Train, 2>; 2] {
@@ -94,13 +86,13 @@ fn replicas_with_parts_train_as_one_model_with_the_whole_batch() {
     };
     assert!(difference(&one, &start) > 0.1 * norm(&start), "it trains");
     for count in [2, 4] {
-        let traces = on_threads(count, |replica| train(&replica));
+        let traces = ThreadReplica::run(count, |replica| train(&replica));
         let last = traces[0].last().unwrap();
         let error = difference(last, &one) / norm(&one);
         assert!(error < 1e-6, "{count} replicas: {error}");
         // All bits, after every step.
         assert!(traces.iter().all(|trace| *trace == traces[0]));
-        assert_eq!(on_threads(count, |replica| train(&replica))[0], traces[0]);
+        assert_eq!(ThreadReplica::run(count, |replica| train(&replica))[0], traces[0]);
     }
 }
 
@@ -124,7 +116,7 @@ impl<R: Replicas> Replicas for Counted<R> {
 
 #[test]
 fn only_what_trains_is_sent() {
-    let sent = on_threads(2, |replica| {
+    let sent = ThreadReplica::run(2, |replica| {
         let (model, replica) = (model(), Counted(replica, Cell::default()));
         Backward::sum(&model, []).all_reduce(&model, &replica);
         (replica.1.get(), model.parameters())
@@ -173,7 +165,7 @@ fn a_parameter_that_no_replica_uses_has_no_gradient() {
     let alone: Vec<_> =
         passes.iter().zip(&models).map(|(it, model)| gradients(model, &it.gradients)).collect();
     let loss: f64 = passes.iter().map(|it| it.loss).sum();
-    let sums = on_threads(3, |replica| {
+    let sums = ThreadReplica::run(3, |replica| {
         let model = model();
         let step = pass(&model, replica.index()).all_reduce(&model, &replica);
         assert!((step.loss - loss).abs() < 1e-4 * loss.abs(), "{} {loss}", step.loss);
@@ -201,7 +193,7 @@ fn a_parameter_that_no_replica_uses_has_no_gradient() {
 
 /// What replicas with these lines say to each other.
 fn agreement(lines: &[String]) -> Result<(), String> {
-    let results = on_threads(lines.len(), |replica| {
+    let results = ThreadReplica::run(lines.len(), |replica| {
         let result = replica.agree(&lines[replica.index()]);
         // The next sum is not disturbed.
         assert!(replica.any(replica.index() == 0) && !replica.any(false));
@@ -264,15 +256,11 @@ fn replicas_that_differ_are_refused_with_the_difference() {
     assert!(agreement(&[int8, nf4]).is_err());
 }
 
-/// The message with which one of two replicas panics.
-fn panic_of(work: impl Fn(ThreadReplica) + Sync) -> String {
-    let panics: Vec<_> = thread::scope(|scope| {
-        let threads: Vec<_> =
-            ThreadReplica::new(2).into_iter().map(|it| scope.spawn(|| work(it))).collect();
-        threads.into_iter().filter_map(|it| it.join().err()).collect()
-    });
-    let messages = panics.iter().filter_map(|it| it.downcast_ref::<String>()).cloned();
-    messages.collect::<Vec<_>>().join("; ")
+/// The message with which two replicas end.
+fn panic_of(work: impl Fn(ThreadReplica) + Sync + UnwindSafe) -> String {
+    let panic = catch_unwind(|| ThreadReplica::run(2, work)).expect_err("it panics");
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|it| (*it).to_owned())).unwrap()
 }
 
 #[test]
@@ -283,12 +271,16 @@ fn nobody_waits_for_a_replica_that_ended() {
             replica.wait();
         }
     });
-    assert_eq!(message, "replica 1 ended, and replica 0 waits for its part");
+    assert_eq!(message, "replica 1 ended, and replica 0 waits for it");
+    // The first cause is told, and not what the others see of it.
+    let message = panic_of(|replica| match replica.index() {
+        1 => panic!("the disk is full"),
+        _ => replica.wait(),
+    });
+    assert_eq!(message, "the disk is full");
     let message = panic_of(|replica| replica.sum(&mut vec![1.0; 2 + replica.index()]));
-    assert!(message.contains("buffers of [2, 3] numbers cannot be added"), "{message}");
-    assert!(message.contains("ended, and replica"), "{message}");
-    let none = std::panic::catch_unwind(|| ThreadReplica::new(0));
-    assert!(none.is_err());
+    assert_eq!(message, "buffers of [2, 3] numbers cannot be added");
+    assert!(catch_unwind(|| ThreadReplica::run(0, drop)).is_err());
 }
 
 /// A model that uses one layer twice.
@@ -315,7 +307,7 @@ fn a_parameter_at_two_places_is_sent_once() {
     };
     let model_alone = model();
     let expected = of(&model_alone, &pass(&model_alone, 3.0));
-    let sums = on_threads(2, |replica| {
+    let sums = ThreadReplica::run(2, |replica| {
         let (model, replica) = (model(), Counted(replica, Cell::default()));
         let scale = 1.0 + replica.index() as f64;
         let step = pass(&model, scale).all_reduce(&model, &replica);

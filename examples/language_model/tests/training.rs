@@ -124,12 +124,7 @@ fn together(
     recipe: impl Fn(usize) -> Recipe + Sync,
     stops: bool,
 ) -> Vec<crate::common::Result<(History, TensorData)>> {
-    let work = |it: ThreadReplica| trained_as(&it, dir, &recipe(it.index()), stops);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            ThreadReplica::new(count).into_iter().map(|it| scope.spawn(|| work(it))).collect();
-        threads.into_iter().map(|it| it.join().unwrap()).collect()
-    })
+    ThreadReplica::run(count, |it| trained_as(&it, dir, &recipe(it.index()), stops))
 }
 
 #[test]

@@ -1,6 +1,10 @@
 //! Replicas that are threads of one process.
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::{
+    panic::resume_unwind,
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    thread,
+};
 
 use super::Replicas;
 
@@ -9,9 +13,6 @@ use super::Replicas;
 /// Each thread needs a [`fork`](burn::module::Module::fork) of the model, or a model that it made itself. Burn's
 /// autodiff keeps the operations of clones in one graph, and two threads that work on that can wait for each
 /// other for ever.
-///
-/// Move the replica into its thread. Then it is dropped when the thread ends, and the others, which would wait
-/// for it, panic instead.
 ///
 /// Sums are formed in the order of the replicas, so that they have the same bits in every run. To share a CPU
 /// among threads, use [`Workers`](crate::Workers), which need one copy of what trains, and one optimizer.
@@ -39,21 +40,46 @@ struct State {
     ended: Option<usize>,
 }
 
+/// With what a replica unwinds that would wait for ever for another one.
+struct Ended(usize);
+
 impl ThreadReplica {
-    /// `count` replicas, one for each thread.
+    /// Runs `work` in a thread for each of `count` replicas, and returns what they give, in their order.
     ///
     /// # Panics
     ///
-    /// If `count` is 0.
-    #[allow(clippy::new_ret_no_self, reason = "there is never a single one")]
-    pub fn new(count: usize) -> Vec<Self> {
+    /// If `count` is 0, if `work` panics, or if one replica ends while others wait for it.
+    pub fn run<T: Send>(count: usize, work: impl Fn(Self) -> T + Sync) -> Vec<T> {
         assert!(count > 0, "at least one replica expected");
+        let work = &work;
+        let ends: Vec<_> = thread::scope(|scope| {
+            let replicas = Self::all(count).into_iter();
+            let threads: Vec<_> = replicas.map(|it| scope.spawn(|| work(it))).collect();
+            threads.into_iter().map(|it| it.join()).collect()
+        });
+        let mut ended = None;
+        let mut results = Vec::new();
+        for (end, replica) in ends.into_iter().zip(0..) {
+            match end.map_err(|panic| panic.downcast::<Ended>()) {
+                Ok(result) => results.push(result),
+                Err(Ok(other)) => ended = ended.or(Some((replica, other.0))),
+                // What the others tell is only what came of it.
+                Err(Err(panic)) => resume_unwind(panic),
+            }
+        }
+        if let Some((replica, other)) = ended {
+            panic!("replica {other} ended, and replica {replica} waits for it");
+        }
+        results
+    }
+
+    fn all(count: usize) -> Vec<Self> {
         let state = Mutex::new(State { brought: vec![None; count], ..State::default() });
         let shared = Arc::new(Shared { count, state, changed: Condvar::new() });
         (0..count).map(|index| Self { index, shared: shared.clone() }).collect()
     }
 
-    /// No replica panics while it holds the lock with the state half changed.
+    /// A replica that panics while it holds the lock leaves the state as it was.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.shared.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -102,7 +128,7 @@ impl Replicas for ThreadReplica {
         while state.sums == before {
             if let Some(ended) = state.ended {
                 drop(state);
-                panic!("replica {ended} ended, and replica {} waits for its part", self.index);
+                resume_unwind(Box::new(Ended(ended)));
             }
             let waited = self.shared.changed.wait(state);
             state = waited.unwrap_or_else(PoisonError::into_inner);
