@@ -11,7 +11,7 @@ sweeps = summary.pop("sweeps")
 print(summary)
 assert (summary["task"], summary["dataset"]) == ("digits", "generated")
 assert sweeps.keys() == {
-    "rank", "scaling", "layers", "alpha", "initialisation", "singular_values"
+    "rank", "scaling", "layers", "alpha", "initialization", "singular_values"
 }
 base, full = summary["base_accuracy_new"], summary["full"]
 assert summary["base_accuracy_old"] > 95 and base < 50, "the changed task must defeat the base"
@@ -75,7 +75,7 @@ assert distances[0] < 0.1 * distances[-1]
 assert means(sweeps["alpha"], "accuracy")[0] < best - 20
 
 # One factor at zero keeps the base as it is, and learns. Both at zero do not learn.
-starts = {start["name"]: start for start in sweeps["initialisation"]["starts"]}
+starts = {start["name"]: start for start in sweeps["initialization"]["starts"]}
 for start in starts.values():
     print({name: value for name, value in start.items() if name not in ("steps", "losses")})
 for name in ["A random, B zero", "A zero, B random", "both zero"]:
@@ -88,7 +88,7 @@ assert len(set(means([{"loss": loss} for loss in stuck["losses"]], "loss"))) == 
 for name, start in starts.items():
     if name != "both zero":
         assert start["losses"][-1]["mean"] < 0.5 * start["losses"][0]["mean"]
-random = sweeps["initialisation"]["both_random"]
+random = sweeps["initialization"]["both_random"]
 print(random)
 changes = means(random, "logit_change")
 assert starts["both random"]["at_start"]["logit_change"]["low"] > 0

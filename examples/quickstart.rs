@@ -1,4 +1,4 @@
-//! From a trained base to a merged model: a network has learnt one curve, and a small adapter learns
+//! From a trained base to a merged model: a network has learned one curve, and a small adapter learns
 //! another.
 //!
 //! ```text

@@ -25,7 +25,7 @@ use burn::{
 
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::fused;
-use crate::{config::Scaling, quantised::Weight};
+use crate::{config::Scaling, quantized::Weight};
 
 use tensors::{cast, trainable};
 use training::Training;
@@ -152,7 +152,7 @@ impl<B: Backend> LoraAdapter<B> {
             observer.observe(&x);
         }
         if self.magnitude.is_some() {
-            return self.forward_rows_normalised(x, weight, bias);
+            return self.forward_rows_normalized(x, weight, bias);
         }
         #[cfg(any(feature = "flex", feature = "ndarray"))]
         if let Some(y) = self.in_one_operation(&x, &weight, &bias) {

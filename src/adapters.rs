@@ -1,9 +1,9 @@
-//! The adapters of a model, as a value.
+//! The adapters of a model, as a value, and what combining them needs.
 
 mod combine;
 pub(crate) mod low_rank;
 pub(crate) mod peft_targets;
-mod renaming;
+pub(crate) mod renaming;
 
 use std::{collections::BTreeMap, fmt};
 
@@ -18,7 +18,7 @@ use peft_targets::{Targets, within_any};
 
 pub use combine::Combination;
 pub use low_rank::Approximation;
-pub use renaming::Renaming;
+use renaming::Renaming;
 
 /// The adapters of a whole model, by the paths of its layers, separate from the model.
 ///

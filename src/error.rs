@@ -63,9 +63,9 @@ pub enum LoraError {
         problem: String,
     },
 
-    /// The weight of a layer cannot be quantised.
-    #[error("`{path}` cannot be quantised: {problem}")]
-    NotQuantisable {
+    /// The weight of a layer cannot be quantized.
+    #[error("`{path}` cannot be quantized: {problem}")]
+    NotQuantizable {
         /// The layer's path.
         path: String,
         /// Why not, and what to do.
@@ -146,7 +146,7 @@ pub enum LoraError {
         problem: String,
     },
 
-    /// What trains together is not the same everywhere, see [`Replicas::agree`](crate::Replicas::agree).
+    /// What trains together is not the same everywhere, see [`Replicas::agree`](crate::train::Replicas::agree).
     #[error("replica {replica} has `{found}` where replica 0 has `{expected}`")]
     ReplicasDiffer {
         /// The first replica that differs from replica 0.

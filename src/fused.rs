@@ -11,7 +11,7 @@ mod linear;
 mod mixed;
 mod node;
 mod patches;
-mod quantised;
+mod quantized;
 mod rows;
 
 pub(crate) use columns::{Columns, column_squares, times_columns};
@@ -21,4 +21,4 @@ pub(crate) use gelu::gelu;
 pub(crate) use heads::swapped;
 pub(crate) use linear::{Layer, forward};
 pub(crate) use mixed::{MixedLayer, Update, forward_mixed};
-pub(crate) use quantised::{dense, times_quantised};
+pub(crate) use quantized::{dense, times_quantized};

@@ -8,7 +8,7 @@ mod heads;
 pub(crate) mod letter;
 mod linear;
 mod module;
-pub(crate) mod quantised;
+pub(crate) mod quantized;
 
 use burn::{
     module::{Param, ParamId},
@@ -18,15 +18,20 @@ use burn::{
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout, at_least_f32, frozen},
     config::LoraConfig,
-    quantised::QuantisedWeight,
+    quantized::QuantizedWeight,
 };
 
-pub use attention::{LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention};
-pub use conv::{LoraConv1d, LoraConv2d, LoraConvTranspose2d};
-pub use embedding::LoraEmbedding;
+pub use attention::{
+    LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, LoraMultiHeadAttentionRecord,
+};
+pub use conv::{
+    LoraConv1d, LoraConv1dRecord, LoraConv2d, LoraConv2dRecord, LoraConvTranspose2d,
+    LoraConvTranspose2dRecord,
+};
+pub use embedding::{LoraEmbedding, LoraEmbeddingRecord};
 pub use gelu::gelu;
 pub use heads::swap_heads;
-pub use linear::LoraLinear;
+pub use linear::{LoraLinear, LoraLinearRecord};
 
 /// A base layer with at most one adapter, as a walk through a model sees it.
 pub(crate) trait LoraLayer<B: Backend> {
@@ -61,24 +66,24 @@ pub(crate) trait LoraLayer<B: Backend> {
         true
     }
 
-    /// The base's weight, if it is quantised.
-    fn quantised(&self) -> Option<&QuantisedWeight<B>> {
+    /// The base's weight, if it is quantized.
+    fn quantized(&self) -> Option<&QuantizedWeight<B>> {
         None
     }
 
-    /// Whether the base's weight can be quantised.
-    fn takes_quantised(&self) -> bool {
+    /// Whether the base's weight can be quantized.
+    fn takes_quantized(&self) -> bool {
         false
     }
 
-    /// Replaces the base's weight by a quantised one. Panics if it has another shape, or the layer
-    /// [cannot take one](Self::takes_quantised).
-    fn set_quantised(&mut self, _weight: QuantisedWeight<B>) {
-        unreachable!("the weight of this layer cannot be quantised")
+    /// Replaces the base's weight by a quantized one. Panics if it has another shape, or the layer
+    /// [cannot take one](Self::takes_quantized).
+    fn set_quantized(&mut self, _weight: QuantizedWeight<B>) {
+        unreachable!("the weight of this layer cannot be quantized")
     }
 
-    /// Unpacks the base's weight, if it is quantised.
-    fn dequantise(&mut self) {}
+    /// Unpacks the base's weight, if it is quantized.
+    fn dequantize(&mut self) {}
 
     /// The device of the base.
     fn device(&self) -> B::Device;
@@ -158,7 +163,7 @@ pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdap
 }
 
 /// The parameter plus `delta`, frozen. The sum is formed in `f32` or better, and then cast to the
-/// parameter's type. A quantised parameter becomes one of `f32`.
+/// parameter's type. A quantized parameter becomes one of `f32`.
 pub(crate) fn plus<B: Backend, const D: usize>(
     param: &Param<Tensor<B, D>>,
     delta: Tensor<B, D>,
@@ -168,12 +173,12 @@ pub(crate) fn plus<B: Backend, const D: usize>(
         let dtype = value.dtype();
         let value = at_least_f32(value.detach().set_require_grad(false));
         let sum = value.clone() + delta.cast(value.dtype());
-        if is_quantised(dtype) { sum } else { sum.cast(dtype) }
+        if is_quantized(dtype) { sum } else { sum.cast(dtype) }
     })
 }
 
-/// Whether the elements are quantised by one of Burn's schemes.
-pub(crate) fn is_quantised(dtype: DType) -> bool {
+/// Whether the elements are quantized by one of Burn's schemes.
+pub(crate) fn is_quantized(dtype: DType) -> bool {
     matches!(dtype, DType::QFloat(_))
 }
 

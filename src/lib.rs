@@ -3,7 +3,7 @@
 //!
 //! LoRA adapts a trained model to a new task without training it: the weights stay frozen, and each
 //! weight matrix W gets an update of low rank, the product of two thin matrices A and B, which is
-//! learnt in its place:
+//! learned in its place:
 //!
 //! ```text
 //! y = x·W + b + s·(x·A)·B
@@ -74,13 +74,12 @@
 //! - [`LoraConfig`]: rank, scale, which layers, what trains next to them.
 //! - [`LoraModule`] and [`Lora`]: what can be done with a model, and with an adapted one. [`Lora::overlay`]
 //!   adapts stock modules as they are.
-//! - [`LoraLinear`], [`LoraConv1d`], [`LoraConv2d`], [`LoraConvTranspose2d`], [`LoraEmbedding`],
-//!   [`LoraMultiHeadAttention`]: the layers. [`swap_heads`], [`gelu`]: for models of your own.
-//! - [`QuantiseConfig`], [`QuantisedWeight`]: a base in 4 or 8 bits.
-//! - [`MultiLora`], [`AdapterStore`]: many sets of adapters at once, and from directories.
-//! - [`LoraAdapters`]: adapters as values and files. [`Renaming`]: other names in Python.
-//! - [`LoraPlus`], [`AtomicRecorder`], [`last_checkpoint`]: training. [`Workers`] and [`segments`]: in less
-//!   time, and in less memory. [`Replicas`]: on several machines.
+//! - [`LoraLinear`], and in [`nn`] the other layers, and functions for models of your own.
+//! - [`LoraAdapters`]: adapters as values and files. [`adapters`] has what combining them needs, [`peft`] their
+//!   names in Python.
+//! - [`quantize`]: a base in 4 or 8 bits.
+//! - [`serve`]: many sets of adapters at once, and from directories.
+//! - [`train`]: LoRA+ and checkpoints; less time by workers, less memory by segments, several machines.
 //! - [`LoraAdapter`]: the formula itself.
 //! - [First steps](first_steps): checkpoints from elsewhere, nested models, threads, exporting, and what
 //!   PEFT's functions are called here.
@@ -91,53 +90,73 @@
 //! and `ndarray` give linear layers a faster way on these CPU backends; name the one that you use.
 
 mod adapter;
-mod adapters;
+pub mod adapters;
 mod config;
 mod decomposition;
-mod error;
+pub mod error;
 mod files;
+mod formats;
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 mod fused;
 mod layer;
 mod model;
 mod pattern;
-mod peft;
-mod quantised;
-mod serve;
+mod quantized;
+pub mod serve;
 mod table;
-mod train;
+pub mod train;
 
-// The configuration, and what can be wrong with it.
-pub use config::{Init, LoraConfig, Scaling};
-pub use error::{LoraError, Mismatch};
-
-// Layers, for models of one's own.
 pub use adapter::LoraAdapter;
-pub use layer::{
-    LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraLinear, LoraMhaCache,
-    LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
-};
+pub use adapters::LoraAdapters;
+pub use config::{Init, LoraConfig, Scaling};
+pub use error::LoraError;
+pub use layer::LoraLinear;
+pub use model::{Lora, LoraModule};
 
-// Bases in 4 and 8 bits.
-pub use model::{QuantisationReport, QuantiseConfig, QuantisedLayer};
-pub use quantised::{GgufType, Quantisation, QuantisedWeight};
+/// Layers that can carry an adapter, and functions for models of one's own.
+///
+/// Each layer is a drop-in for one of Burn's: it has the same outputs, parameter paths and files.
+/// [`LoraLinear`] is the simplest of them, and the one to read first.
+pub mod nn {
+    #[doc(no_inline)]
+    pub use crate::LoraLinear;
+    pub use crate::layer::{
+        Adaptable, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraMhaCache,
+        LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
+    };
+}
 
-// Whole models.
-pub use model::{LayerReport, Lora, LoraModule, ParameterReport};
+/// The names that a model has in Python.
+///
+/// The files themselves are read and written by [`LoraAdapters::load`](crate::LoraAdapters::load) and
+/// [`save`](crate::LoraAdapters::save).
+pub mod peft {
+    pub use crate::adapters::renaming::Renaming;
+}
 
-// Adapters as values and files.
-pub use adapters::{Approximation, Combination, LoraAdapters, Renaming};
+/// Bases in 4 and 8 bits.
+///
+/// [`LoraModule::quantize`](crate::LoraModule::quantize) rounds the weights of a model;
+/// [`LoraModule::with_quantized`](crate::LoraModule::with_quantized) puts in those of a file, bit by bit.
+pub mod quantize {
+    pub use crate::model::{QuantizationReport, QuantizeConfig, QuantizedLayer};
+    pub use crate::quantized::{GgufType, Quantization, QuantizedWeight, QuantizedWeightItem};
+}
 
-// Many adapters at once.
-pub use serve::{AdapterStore, MixedBatch, MultiLora, StoredAdapters};
+/// What trains in a model.
+pub mod report {
+    pub use crate::model::{LayerReport, ParameterReport};
+}
 
-// Training.
-pub use train::{AtomicRecorder, Backward, Blocks, LoraPlus, Workers, last_checkpoint, segments};
-
-// Training on several processes or devices.
-#[cfg(feature = "mpi")]
-pub use train::MpiReplicas;
-pub use train::{Alone, Replicas, ThreadReplica, fingerprint};
+/// What checkpoints hold. These types are the `Record` of this crate's modules; there is no need to name them.
+pub mod record {
+    pub use crate::adapter::LoraAdapterRecord;
+    pub use crate::layer::{
+        LoraConv1dRecord, LoraConv2dRecord, LoraConvTranspose2dRecord, LoraEmbeddingRecord,
+        LoraLinearRecord, LoraMultiHeadAttentionRecord,
+    };
+    pub use crate::model::{LoraRecord, ParameterRecord, PlacedAdapterRecord};
+}
 
 #[cfg(any(doc, doctest))]
 #[doc = include_str!("../docs/first-steps.md")]

@@ -9,7 +9,7 @@ mod lora;
 mod mix;
 mod module;
 mod put_on;
-mod quantise;
+mod quantize;
 mod record;
 mod report;
 mod slot;
@@ -24,13 +24,14 @@ use crate::{
     adapters::{Approximation, LoraAdapters},
     config::LoraConfig,
     error::LoraError,
-    quantised::QuantisedWeight,
+    quantized::QuantizedWeight,
 };
 
 pub use lora::Lora;
 pub(crate) use mix::{ByPath, mixed};
-pub use quantise::{QuantisationReport, QuantiseConfig, QuantisedLayer};
+pub use quantize::{QuantizationReport, QuantizeConfig, QuantizedLayer};
 pub(crate) use record::adapters as adapters_of;
+pub use record::{LoraRecord, ParameterRecord, PlacedAdapterRecord};
 pub use report::{LayerReport, ParameterReport};
 pub(crate) use walk::{Place, Visit, draw, layers, visit};
 
@@ -130,12 +131,12 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// ```
     /// use burn::{backend::{Autodiff, Flex}, nn::LinearConfig};
-    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, Quantisation};
+    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, quantize::Quantization};
     ///
     /// # fn main() -> Result<(), burn_lora::LoraError> {
     /// type B = Autodiff<Flex>;
     /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
-    /// let (base, report) = base.quantise(Quantisation::Nf4)?;
+    /// let (base, report) = base.quantize(Quantization::Nf4)?;
     /// assert!(report.bytes() * 7 < report.bytes_before());
     /// let model = base.attach(&LoraConfig::new(8, 16.0))?;
     /// # Ok(())
@@ -143,52 +144,52 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// ```
     ///
     /// Each [`LoraLinear`](crate::LoraLinear), also those of attention, and each
-    /// [`LoraEmbedding`](crate::LoraEmbedding) can be quantised. A [`QuantiseConfig`] in place of the
-    /// [`Quantisation`](crate::Quantisation) chooses some of them: leave out a model's head, which everything
-    /// goes through. What is quantised is frozen for good.
+    /// [`LoraEmbedding`](crate::nn::LoraEmbedding) can be quantized. A [`QuantizeConfig`] in place of the
+    /// [`Quantization`](crate::quantize::Quantization) chooses some of them: leave out a model's head, which everything
+    /// goes through. What is quantized is frozen for good.
     ///
     /// # Errors
     ///
-    /// If a pattern is invalid or matches nothing, or a chosen weight is quantised already, empty, or not
+    /// If a pattern is invalid or matches nothing, or a chosen weight is quantized already, empty, or not
     /// finite.
-    fn quantise(
+    fn quantize(
         &self,
-        config: impl Into<QuantiseConfig>,
-    ) -> Result<(Self, QuantisationReport), LoraError> {
-        quantise::quantise(drawn(self), &config.into(), |_| false)
+        config: impl Into<QuantizeConfig>,
+    ) -> Result<(Self, QuantizationReport), LoraError> {
+        quantize::quantize(drawn(self), &config.into(), |_| false)
     }
 
-    /// The model quantised, with adapters that start as what rounding took from the weights (LoftQ,
+    /// The model quantized, with adapters that start as what rounding took from the weights (LoftQ,
     /// [Li et al. 2023](https://arxiv.org/abs/2310.08659)): the first output is nearer to that of the model than
     /// without adapters.
     ///
     /// In each iteration the weight less the update is rounded, and the update becomes the best approximation
     /// of what is missing, of the rank in `config`. One iteration is PEFT's default. Unlike in PEFT, the factors
     /// are divided by the root of the scale, so that the update is right for any scale. Chosen layers that are
-    /// not quantised get fresh adapters.
+    /// not quantized get fresh adapters.
     ///
     /// ```
     /// use burn::{backend::{Autodiff, Flex}, nn::LinearConfig};
-    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, Quantisation};
+    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, quantize::Quantization};
     ///
     /// # fn main() -> Result<(), burn_lora::LoraError> {
     /// type B = Autodiff<Flex>;
     /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
-    /// let model = base.attach_loftq(Quantisation::Nf4, &LoraConfig::new(8, 16.0), 1)?;
+    /// let model = base.attach_loftq(Quantization::Nf4, &LoraConfig::new(8, 16.0), 1)?;
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
     ///
-    /// As for [`quantise`](Self::quantise) and [`attach`](Self::attach).
+    /// As for [`quantize`](Self::quantize) and [`attach`](Self::attach).
     ///
     /// # Panics
     ///
     /// If there are no iterations.
     fn attach_loftq(
         &self,
-        to: impl Into<QuantiseConfig>,
+        to: impl Into<QuantizeConfig>,
         config: &LoraConfig,
         iterations: usize,
     ) -> Result<Lora<B, Self>, LoraError> {
@@ -245,24 +246,24 @@ pub trait LoraModule<B: Backend>: Module<B> {
         eva::attach(drawn(self), config, rho, see)
     }
 
-    /// The model with its quantised weights unpacked, in full and frozen: for files of other programs, say.
-    fn dequantise(&self) -> Self {
-        quantise::dequantise(self.clone())
+    /// The model with its quantized weights unpacked, in full and frozen: for files of other programs, say.
+    fn dequantize(&self) -> Self {
+        quantize::dequantize(self.clone())
     }
 
     /// The model with these weights for the layers at these paths, such as those of a
-    /// [GGUF file](QuantisedWeight::from_gguf). Weights that were never used are drawn one at a time, and dropped,
+    /// [GGUF file](QuantizedWeight::from_gguf). Weights that were never used are drawn one at a time, and dropped,
     /// so that the model never needs memory for all of them.
     ///
     /// # Errors
     ///
-    /// [`LoraError::Mismatch`], listing every path at which the model has no layer that can be quantised, or
+    /// [`LoraError::Mismatch`], listing every path at which the model has no layer that can be quantized, or
     /// one of another shape.
-    fn with_quantised(
+    fn with_quantized(
         self,
-        weights: BTreeMap<String, QuantisedWeight<B>>,
+        weights: BTreeMap<String, QuantizedWeight<B>>,
     ) -> Result<Self, LoraError> {
-        quantise::with_weights(self, weights)
+        quantize::with_weights(self, weights)
     }
 
     /// What trains, per layer and in all. On a backend without autodiff, where nothing can be marked,

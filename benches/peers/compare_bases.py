@@ -135,8 +135,8 @@ def main():
                     f"--rank={RANK}", f"--alpha={ALPHA}", "--warmup=1", "--eval-every=1000"]
         for name, model in [
             ("in full", [f"--model={dense}"]),
-            ("int8", [f"--model={dense}", "--quantise=int8"]),
-            ("NF4", [f"--model={dense}", "--quantise=nf4"]),
+            ("int8", [f"--model={dense}", "--quantize=int8"]),
+            ("NF4", [f"--model={dense}", "--quantize=nf4"]),
             ("GGUF, Q4_1", [f"--model={gguf}"]),
         ]:
             for how, more in [("", []), (", in segments, one worker", ["--segments", "--workers=1"])]:

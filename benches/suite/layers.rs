@@ -8,7 +8,10 @@ use burn::{
     },
     tensor::{Distribution, Tensor},
 };
-use burn_lora::{Lora, LoraConfig, LoraConv2d, LoraMhaInput};
+use burn_lora::{
+    Lora, LoraConfig,
+    nn::{LoraConv2d, LoraMhaInput},
+};
 
 use crate::{
     backend::Train,

@@ -5,7 +5,7 @@
 //! cargo bench --bench suite --no-default-features --features flex
 //! ```
 //!
-//! Names after `--` choose parts: `-- forward train_step text methods quantised mixed workers layers
+//! Names after `--` choose parts: `-- forward train_step text methods quantized mixed workers layers
 //! growth adapters files`. `--plots DIR` draws the growth and the workers.
 
 // Only a main function.
@@ -23,7 +23,7 @@ mod methods;
 mod minilm;
 mod mixed;
 mod models;
-mod quantised;
+mod quantized;
 mod smollm2;
 mod text;
 mod train_step;
@@ -69,7 +69,7 @@ const PARTS: [Part; 11] = [
     ("train_step", |_| train_step::run()),
     ("text", |_| text::run()),
     ("methods", |_| methods::run()),
-    ("quantised", |_| quantised::run()),
+    ("quantized", |_| quantized::run()),
     ("mixed", |_| mixed::run()),
     ("workers", |args| workers::run(args.plot("workers.svg").as_deref())),
     ("layers", |_| layers::run()),

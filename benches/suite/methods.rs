@@ -26,7 +26,7 @@ fn methods(rank: usize) -> [(&'static str, LoraConfig); 4] {
     [
         ("LoRA", config.clone()),
         ("DoRA", config.clone().with_dora(true)),
-        ("PiSSA", config.clone().with_init(Init::PissaRandomised { iterations: 16 })),
+        ("PiSSA", config.clone().with_init(Init::PissaRandomized { iterations: 16 })),
         ("LoRA-FA", config.with_freeze_a(true)),
     ]
 }
@@ -79,7 +79,7 @@ fn initial_values() {
         ("Kaiming", Init::KaimingUniform),
         ("orthogonal", Init::Orthogonal),
         ("OLoRA", Init::Olora),
-        ("PiSSA, 16 iterations", Init::PissaRandomised { iterations: 16 }),
+        ("PiSSA, 16 iterations", Init::PissaRandomized { iterations: 16 }),
         ("PiSSA, all singular values", Init::Pissa),
     ] {
         row(name, &|| drop(base.attach(&config(init)).expect("it can be attached")));

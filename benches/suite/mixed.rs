@@ -5,7 +5,10 @@ use burn::{
     nn::LinearConfig,
     tensor::{Distribution, Int, Tensor},
 };
-use burn_lora::{Init, LoraConfig, LoraLinear, LoraModule, MixedBatch, MultiLora};
+use burn_lora::{
+    Init, LoraConfig, LoraLinear, LoraModule,
+    serve::{MixedBatch, MultiLora},
+};
 
 use crate::{
     backend::Plain,

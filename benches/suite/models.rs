@@ -9,7 +9,10 @@ use burn::{
         backend::Backend,
     },
 };
-use burn_lora::{LoraLinear, LoraMhaInput, LoraMultiHeadAttention};
+use burn_lora::{
+    LoraLinear,
+    nn::{LoraMhaInput, LoraMultiHeadAttention},
+};
 
 /// A stock layer, for the overlay.
 #[derive(Module, Debug)]

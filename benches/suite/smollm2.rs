@@ -19,7 +19,10 @@ use burn::{
         backend::{AutodiffBackend, Backend},
     },
 };
-use burn_lora::{Backward, Blocks, Lora, segments};
+use burn_lora::{
+    Lora,
+    train::{Backward, Blocks, segments},
+};
 use serde_json::json;
 
 use config::LlamaConfig;

@@ -7,7 +7,10 @@ use burn::{
     optim::{AdamConfig, Optimizer},
     tensor::{Int, Tensor},
 };
-use burn_lora::{Backward, Lora, LoraConfig, LoraModule, Workers};
+use burn_lora::{
+    Lora, LoraConfig, LoraModule,
+    train::{Backward, Workers},
+};
 
 use crate::{
     backend::Train,

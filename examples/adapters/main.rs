@@ -18,7 +18,10 @@ use std::{
 };
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{Approximation, Combination, Lora, LoraAdapters, LoraConfig, LoraModule};
+use burn_lora::{
+    Lora, LoraAdapters, LoraConfig, LoraModule,
+    adapters::{Approximation, Combination},
+};
 use clap::Parser;
 use serde::Serialize;
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};

@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use burn_lora::ParameterReport;
+use burn_lora::report::ParameterReport;
 use serde::Serialize;
 
 use crate::{

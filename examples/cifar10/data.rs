@@ -22,7 +22,7 @@ pub const CHANNELS: usize = 3;
 /// The number of values of an image.
 pub const VALUES: usize = CHANNELS * SIDE * SIDE;
 
-/// A colour image, channel by channel and row by row, and its class.
+/// A color image, channel by channel and row by row, and its class.
 #[derive(Clone, Debug)]
 pub struct Photo {
     pub pixels: Vec<u8>,

@@ -15,7 +15,7 @@ mod model;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, Renaming};
+use burn_lora::{LoraConfig, LoraModule, peft::Renaming};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -150,7 +150,7 @@ fn run(args: Args) -> Result<()> {
     });
     let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
     println!(
-        "\nThe base recognises {base_accuracy_old:.2} % of photographs, and \
+        "\nThe base recognizes {base_accuracy_old:.2} % of photographs, and \
          {base_accuracy_new:.2} % of negatives.\n"
     );
 

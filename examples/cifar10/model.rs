@@ -9,7 +9,7 @@ use burn::{
     },
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraConv2d, LoraLinear};
+use burn_lora::{LoraLinear, nn::LoraConv2d};
 
 use crate::{
     common::classifier::Classifier,
@@ -18,7 +18,7 @@ use crate::{
 
 /// A convolutional network for images of 32×32 pixels.
 ///
-/// The norms are group norms, which normalise each image by itself. Batch norms would update their
+/// The norms are group norms, which normalize each image by itself. Batch norms would update their
 /// running statistics although the base is frozen, and so change the outputs on the old task.
 #[derive(Module, Debug)]
 pub struct Cnn<B: Backend> {

@@ -3,7 +3,7 @@
 use std::{path::Path, time::Duration};
 
 use burn::{module::Module, tensor::Tensor};
-use burn_lora::{Lora, LoraAdapters, ParameterReport, Renaming};
+use burn_lora::{Lora, LoraAdapters, peft::Renaming, report::ParameterReport};
 use serde::Serialize;
 
 use super::{

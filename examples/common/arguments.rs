@@ -9,6 +9,9 @@ use super::{Context, Result, download::write_atomically};
 /// The file in the directory of a run.
 const ARGUMENTS: &str = "arguments.json";
 
+/// Arguments that had another name in runs of the first version, and that name.
+const RENAMED: [(&str, &str); 1] = [("quantize", "quantise")];
+
 /// Writes the arguments of a new run with the directory `out`. Removes `checkpoints`, a directory of
 /// earlier runs there, which must not be taken for those of this run.
 pub fn begin(out: &Path, checkpoints: &str, arguments: &Value) -> Result<()> {
@@ -35,8 +38,9 @@ pub fn resume(out: &Path, arguments: &Value) -> Result<()> {
     let before: Value = serde_json::from_slice(&before).context(path.display())?;
     let fields = arguments.as_object().into_iter().flatten();
     for (field, now) in fields {
-        if before[field] != *now {
-            let then = &before[field];
+        let old_name = RENAMED.iter().find(|(name, _)| name == field).map(|(_, old)| *old);
+        let then = before.get(field).or_else(|| before.get(old_name?)).unwrap_or(&Value::Null);
+        if then != now {
             return Err(format!("{}: `{field}` was {then}, and is {now} now", path.display()));
         }
     }

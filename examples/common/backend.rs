@@ -1,5 +1,5 @@
 //! The backend that the cargo features choose, for examples, tests and benches. With several features
-//! the most specialised one wins, so `--features wgpu` overrides the default.
+//! the most specialized one wins, so `--features wgpu` overrides the default.
 
 // No program uses all of it.
 #![allow(dead_code)]

@@ -23,7 +23,10 @@ use burn::{
         metric::{AccuracyMetric, LossMetric},
     },
 };
-use burn_lora::{AtomicRecorder, Backward, Lora, LoraPlus, Workers, last_checkpoint};
+use burn_lora::{
+    Lora,
+    train::{AtomicRecorder, Backward, LoraPlus, Workers, last_checkpoint},
+};
 
 use super::{
     Context, Result,

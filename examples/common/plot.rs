@@ -42,7 +42,7 @@ pub struct Extras<'a> {
     pub spreads: Vec<Vec<(f64, f64)>>,
 }
 
-/// Colours that people with colour-vision deficiencies can tell apart (Okabe and Ito).
+/// Colors that people with color-vision deficiencies can tell apart (Okabe and Ito).
 const COLORS: [RGBColor; 5] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
@@ -126,7 +126,7 @@ fn draw_panel(
         }
     }
     for (index, ((name, _), y)) in extras.levels.iter().zip(levels()).enumerate() {
-        // From the other end of the colours, and with gaps as long as in the legend.
+        // From the other end of the colors, and with gaps as long as in the legend.
         let style = COLORS[COLORS.len() - 1 - index % COLORS.len()].stroke_width(1);
         let line = sides.map(|x| (x, y));
         chart.draw_series(DashedLineSeries::new(line, 5, 4, style))?.label(*name).legend(

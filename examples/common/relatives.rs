@@ -35,7 +35,7 @@ impl Relative {
     ) -> Result<Lora<B, M>, LoraError> {
         let config = match self {
             Self::Dora => config.with_dora(true),
-            Self::Pissa => config.with_init(Init::PissaRandomised { iterations: 16 }),
+            Self::Pissa => config.with_init(Init::PissaRandomized { iterations: 16 }),
             Self::Olora => config.with_init(Init::Olora),
             Self::Orthogonal => config.with_init(Init::Orthogonal),
             Self::LoraFa => config.with_freeze_a(true),

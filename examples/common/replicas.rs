@@ -2,7 +2,7 @@
 
 use std::{cell::Cell, time::Instant};
 
-use burn_lora::{Alone, Replicas};
+use burn_lora::train::{Alone, Replicas};
 use clap::Args;
 
 use super::Result;
@@ -28,7 +28,7 @@ impl MpiArg {
 
 #[cfg(feature = "mpi")]
 fn with_mpi(work: impl FnOnce(&Counted<'_>) -> Result<()>) -> Result<()> {
-    let replicas = burn_lora::MpiReplicas::new();
+    let replicas = burn_lora::train::MpiReplicas::new();
     let result = work(&Counted::new(&replicas));
     match (result, replicas.count()) {
         (Err(error), 2..) => {

@@ -21,7 +21,10 @@ use burn::{
     module::{AutodiffModule, Module},
     tensor::backend::Backend,
 };
-use burn_lora::{Lora, LoraConfig, LoraModule, Replicas, ThreadReplica};
+use burn_lora::{
+    Lora, LoraConfig, LoraModule,
+    train::{Replicas, ThreadReplica},
+};
 use clap::{Parser, Subcommand};
 use mimalloc::MiMalloc;
 use serde::Serialize;

@@ -3,7 +3,10 @@
 use std::time::Instant;
 
 use burn::optim::{AdamConfig, Optimizer};
-use burn_lora::{Backward, Lora, Replicas, fingerprint};
+use burn_lora::{
+    Lora,
+    train::{Backward, Replicas, fingerprint},
+};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 use crate::common::{

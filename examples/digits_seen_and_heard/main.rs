@@ -1,4 +1,4 @@
-//! Joins a recogniser of pictures and one of sounds, which were trained apart, by a small head that tells
+//! Joins a recognizer of pictures and one of sounds, which were trained apart, by a small head that tells
 //! whether the picture shows the digit that is spoken. Then the pictures are turned and the voice is a new
 //! one, and nothing but such pairs says which digits these are. Compares full fine-tuning, LoRA in both
 //! encoders, and frozen encoders, of which only the head trains.
@@ -26,7 +26,7 @@ mod tests;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{Lora, LoraConfig, LoraModule, Renaming};
+use burn_lora::{Lora, LoraConfig, LoraModule, peft::Renaming};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -38,7 +38,7 @@ use common::{
     classifier::{Sample, accuracy, logits},
     digits::rotate,
     live::during,
-    recogniser::Recogniser,
+    recognizer::Recognizer,
     table::grouped,
     workers::WorkersArg,
     write_summary,
@@ -181,11 +181,11 @@ fn run(args: Args) -> Result<()> {
     // 1. Train the encoders apart: each with a head of its own, which tells the ten digits.
     let device = Default::default();
     Plain::seed(&device, args.seed);
-    let [eye, ear] = [0; 2].map(|_| Recogniser::<Train>::new(DIGITS, &device));
+    let [eye, ear] = [0; 2].map(|_| Recognizer::<Train>::new(DIGITS, &device));
     // Reports wrong targets before the training.
     let check = Matcher::new(eye.clone(), ear.clone());
     check.attach(&config).context("attaching adapters")?;
-    let pretrain = |name, model: Recogniser<Train>, Sense { train, test }: &Sense| {
+    let pretrain = |name, model: Recognizer<Train>, Sense { train, test }: &Sense| {
         let model = model.train_only(&[".*"]).context("pretraining")?;
         let job = job(&args, args.base_epochs, &[]);
         let (model, _) = job.fit(name, model, args.learning_rate, train, test)?;
@@ -194,13 +194,13 @@ fn run(args: Args) -> Result<()> {
     let eye = pretrain("eye: upright digits", eye, &seen_before)?;
     let ear = pretrain("ear: old speakers", ear, &heard_before)?;
     let [eye_accuracy, ear_accuracy] = during("testing the encoders", || {
-        let of = |model: &Recogniser<Plain>, [old, new]: [&Sense; 2]| {
+        let of = |model: &Recognizer<Plain>, [old, new]: [&Sense; 2]| {
             [old, new].map(|sense| accuracy(logits(model, &sense.test), &sense.test))
         };
         [of(&eye, [&seen_before, &seen]), of(&ear, [&heard_before, &heard])]
     });
     println!(
-        "\nThe eye recognises {:.2} % of upright digits, and {:.2} % of turned ones.\n\
+        "\nThe eye recognizes {:.2} % of upright digits, and {:.2} % of turned ones.\n\
          The ear understands {:.2} % of what the old speakers say, and {:.2} % of what {speaker} says.\n",
         eye_accuracy[0], eye_accuracy[1], ear_accuracy[0], ear_accuracy[1],
     );

@@ -1,4 +1,4 @@
-//! The model: a recogniser of pictures and one of sounds, joined by a small head.
+//! The model: a recognizer of pictures and one of sounds, joined by a small head.
 
 use burn::{
     module::{Module, Param},
@@ -10,7 +10,7 @@ use burn::{
 };
 
 use crate::{
-    common::{classifier::Classifier, recogniser::Recogniser},
+    common::{classifier::Classifier, recognizer::Recognizer},
     pairs::Pair,
 };
 
@@ -23,14 +23,14 @@ pub const FUSION: &str = "fusion";
 /// Tells whether a picture shows the digit that is spoken.
 #[derive(Module, Debug)]
 pub struct Matcher<B: Backend> {
-    pub eye: Recogniser<B>,
-    pub ear: Recogniser<B>,
+    pub eye: Recognizer<B>,
+    pub ear: Recognizer<B>,
     fusion: Fusion<B>,
 }
 
 impl<B: Backend> Matcher<B> {
-    /// Joins two recognisers by a head that knows nothing yet.
-    pub fn new(eye: Recogniser<B>, ear: Recogniser<B>) -> Self {
+    /// Joins two recognizers by a head that knows nothing yet.
+    pub fn new(eye: Recognizer<B>, ear: Recognizer<B>) -> Self {
         let scores = Tensor::zeros([DIGITS, DIGITS], &Default::default());
         Self { eye, ear, fusion: Fusion { scores: Param::from_tensor(scores) } }
     }

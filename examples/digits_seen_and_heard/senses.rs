@@ -5,7 +5,7 @@ use std::path::Path;
 use crate::common::{
     Result,
     digits::{Digit, Digits, PIXELS, SIDE},
-    recogniser::Grid,
+    recognizer::Grid,
     speech::{Recording, Recordings},
 };
 

@@ -12,7 +12,7 @@ use crate::{
         backend::{Plain, Train},
         classifier::{Sample, logits},
         digits::{Digit, Digits, PIXELS},
-        recogniser::{Grid, Recogniser},
+        recognizer::{Grid, Recognizer},
         speech::generated,
     },
     model::{DIGITS, FUSION, Matcher},
@@ -110,8 +110,8 @@ fn stacks_pictures_and_sounds() {
 fn adapters_are_in_both_encoders() {
     let device = Default::default();
     Plain::seed(&device, 1);
-    let recogniser = || Recogniser::<Train>::new(DIGITS, &device);
-    let base = Matcher::new(recogniser(), recogniser());
+    let recognizer = || Recognizer::<Train>::new(DIGITS, &device);
+    let base = Matcher::new(recognizer(), recognizer());
     let config = LoraConfig::new(2, 4.0).with_modules_to_save([FUSION]);
     let model = base.attach(&config).unwrap();
     let layers = model.parameters().layers;

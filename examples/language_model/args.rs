@@ -2,11 +2,11 @@
 
 use std::{net::IpAddr, path::PathBuf};
 
-use burn_lora::Quantisation;
+use burn_lora::quantize::Quantization;
 use clap::{Parser, Subcommand};
 
 use crate::common::{
-    self, Result, quantise::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg,
+    self, Result, quantize::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg,
 };
 
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
@@ -39,14 +39,14 @@ pub struct BaseArgs {
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
     /// Hold the linear layers in 8 or in 4 bits
-    #[arg(long, value_name = "KIND")]
-    pub quantise: Option<Kind>,
+    #[arg(long, alias = "quantise", value_name = "KIND")]
+    pub quantize: Option<Kind>,
 }
 
 impl BaseArgs {
-    /// What the linear layers are quantised to.
-    pub fn quantisation(&self) -> Option<Quantisation> {
-        self.quantise.map(Into::into)
+    /// What the linear layers are quantized to.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantize.map(Into::into)
     }
 }
 
@@ -88,7 +88,7 @@ pub struct TrainArgs {
     #[arg(long, value_name = "KIND")]
     pub relative: Option<Relative>,
     /// Train all weights instead of adapters, to compare; only curves and checkpoints are written
-    #[arg(long, conflicts_with_all = ["relative", "quantise"])]
+    #[arg(long, conflicts_with_all = ["relative", "quantize"])]
     pub full: bool,
     /// Number of steps
     #[arg(long, default_value = "200", value_parser = common::positive)]

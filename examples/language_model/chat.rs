@@ -25,7 +25,7 @@ pub struct Message {
 /// The tokens and the chat template of a model.
 pub struct Chat {
     tokenizer: Tokenizer,
-    /// Writes a conversation as the model learnt to read it, and its source. Base models have none.
+    /// Writes a conversation as the model learned to read it, and its source. Base models have none.
     template: Option<(Environment<'static>, String)>,
     begin: String,
     end: String,

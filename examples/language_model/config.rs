@@ -94,9 +94,9 @@ impl LlamaConfig {
 
     /// The configuration with the fields of `config.json`.
     pub fn from_json(json: Value) -> Result<Self, String> {
-        // Quantised weights have other tensors.
-        if let Some(quantised) = json.get("quantization_config").filter(|it| !it.is_null()) {
-            let method = quantised.get("quant_method").unwrap_or(quantised);
+        // Quantized weights have other tensors.
+        if let Some(quantized) = json.get("quantization_config").filter(|it| !it.is_null()) {
+            let method = quantized.get("quant_method").unwrap_or(quantized);
             return Err(format!("`quantization_config` ({method}) is not supported"));
         }
         let config: Self = serde_json::from_value(json).map_err(|error| error.to_string())?;
@@ -183,7 +183,7 @@ impl LlamaConfig {
         })
     }
 
-    /// Whether the queries and keys of each head are normalised.
+    /// Whether the queries and keys of each head are normalized.
     pub fn norms_queries_and_keys(&self) -> bool {
         self.model_type == ModelType::Qwen3
     }

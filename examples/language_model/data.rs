@@ -15,7 +15,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Text {
     pub ids: Vec<u32>,
-    /// The number of tokens at its beginning that are given, and not learnt.
+    /// The number of tokens at its beginning that are given, and not learned.
     pub given: usize,
 }
 
@@ -32,7 +32,7 @@ pub struct Batch<B: Backend> {
     /// `[rows, length]`
     pub ids: Tensor<B, 2, Int>,
     pub places: Places<B>,
-    /// Where the next token is learnt, in the rows one after the other: `[targets]`.
+    /// Where the next token is learned, in the rows one after the other: `[targets]`.
     pub at: Tensor<B, 1, Int>,
     /// These next tokens: `[targets, 1]`.
     pub targets: Tensor<B, 2, Int>,
@@ -81,7 +81,7 @@ fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
 /// # Errors
 ///
 /// If the model has no chat template, or writes questions without answers in another way; or if nothing of
-/// the conversation is to be learnt.
+/// the conversation is to be learned.
 pub fn conversation(messages: &[Message], chat: &Chat, reading: &Reading) -> Result<Text> {
     let mut ids = chat.encode(&chat.render(messages, false)?, false)?;
     let mut given = 0;
@@ -115,7 +115,7 @@ fn long_enough(text: Text) -> Result<Text> {
 }
 
 impl Text {
-    /// The number of tokens that are learnt: all that follow another, but those that are given.
+    /// The number of tokens that are learned: all that follow another, but those that are given.
     pub fn targets(&self) -> usize {
         self.ids.len().saturating_sub(self.given.max(1))
     }
@@ -184,9 +184,9 @@ impl<B: Backend> Batch<B> {
         let (mut at, mut targets, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         for row in rows {
             for text in row {
-                let learnt = text.given.max(1)..text.ids.len();
-                at.extend(learnt.clone().map(|next| (ids.len() + next - 1) as i32));
-                targets.extend(text.ids[learnt].iter().map(|&id| id as i32));
+                let learned = text.given.max(1)..text.ids.len();
+                at.extend(learned.clone().map(|next| (ids.len() + next - 1) as i32));
+                targets.extend(text.ids[learned].iter().map(|&id| id as i32));
                 ids.extend(text.ids.iter().map(|&id| id as i32));
             }
             let filling = length - tokens(row);

@@ -4,7 +4,7 @@
 use std::{collections::BTreeSet, path::Path, sync::atomic::AtomicBool};
 
 use burn::{module::Initializer, tensor::backend::Backend};
-use burn_lora::{Alone, LoraModule};
+use burn_lora::{LoraModule, train::Alone};
 use rand::{SeedableRng, rngs::StdRng, seq::IndexedRandom};
 use serde_json::json;
 use tokenizers::{
@@ -118,7 +118,7 @@ fn write_lines(path: &Path, texts: impl Iterator<Item = [String; 2]>) -> Result<
     write_atomically(path, lines.collect::<String>().as_bytes()).context(path.display())
 }
 
-/// Writes a small model to `dir`, in Hugging Face's format, after it has learnt what there is to know of
+/// Writes a small model to `dir`, in Hugging Face's format, after it has learned what there is to know of
 /// the animals. The same seed gives the same model.
 ///
 /// # Errors

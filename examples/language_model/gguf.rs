@@ -30,7 +30,7 @@ pub struct Packed {
     offset: u64,
 }
 
-/// How values are packed. The quantised ones come in blocks of 32 values, which share a scale.
+/// How values are packed. The quantized ones come in blocks of 32 values, which share a scale.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub enum Packing {
     F32,

@@ -10,7 +10,7 @@ use burn::{
     module::ParamId,
     tensor::{DType, TensorData, backend::Backend},
 };
-use burn_lora::{GgufType, QuantisedWeight};
+use burn_lora::quantize::{GgufType, QuantizedWeight};
 use burn_store::{TensorSnapshot, TensorSnapshotError};
 use serde_json::{Value, json};
 
@@ -66,12 +66,12 @@ impl Matrix {
     /// # Errors
     ///
     /// If the file cannot be read, or a scale in it is not finite.
-    pub fn read<B: Backend>(&self, device: &B::Device) -> Result<QuantisedWeight<B>, String> {
+    pub fn read<B: Backend>(&self, device: &B::Device) -> Result<QuantizedWeight<B>, String> {
         let mut bytes = self.file.bytes(&self.name)?;
         if let Some(heads) = self.heads {
             bytes = in_halves(&bytes, heads, self.shape[0]);
         }
-        QuantisedWeight::from_gguf(self.kind, self.shape, &bytes, device)
+        QuantizedWeight::from_gguf(self.kind, self.shape, &bytes, device)
             .map_err(|error| format!("`{}`: {error}", self.name))
     }
 }

@@ -21,7 +21,10 @@ use burn::{
         backend::Backend,
     },
 };
-use burn_lora::{LoraEmbedding, LoraLinear, swap_heads};
+use burn_lora::{
+    LoraLinear,
+    nn::{LoraEmbedding, swap_heads},
+};
 
 use super::config::{LlamaConfig, Rope};
 
@@ -33,7 +36,7 @@ pub struct Llama<B: Backend> {
     lm_head: Option<LoraLinear<B>>,
     #[module(skip)]
     rope: Rope,
-    /// The length of the longest text that it learnt to read, in tokens.
+    /// The length of the longest text that it learned to read, in tokens.
     pub longest: usize,
 }
 

@@ -1,7 +1,7 @@
 //! What training makes small: how much the next tokens surprise the model.
 
 use burn::tensor::{Int, Tensor, activation::log_softmax, backend::Backend};
-use burn_lora::Blocks;
+use burn_lora::train::Blocks;
 
 use crate::{
     data::{Batch, Text},

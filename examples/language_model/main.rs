@@ -51,7 +51,9 @@ use std::{
 };
 
 use burn::{module::AutodiffModule, tensor::backend::Backend};
-use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraModule, Quantisation, Replicas};
+use burn_lora::{
+    Lora, LoraAdapters, LoraConfig, LoraModule, quantize::Quantization, train::Replicas,
+};
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
@@ -116,13 +118,13 @@ fn find(given: &Option<PathBuf>) -> Result<PathBuf> {
 /// The model and its tokens.
 fn read<B: Backend>(
     dir: &Path,
-    quantise: Option<Quantisation>,
+    quantize: Option<Quantization>,
     device: &B::Device,
 ) -> Result<(Llama<B>, Chat)> {
     let start = Instant::now();
     let doing = format!("reading {}", dir.display());
-    let (llama, chat, stored) = during(&doing, || read_silently::<B>(dir, quantise, device))?;
-    match quantised_bytes(&llama) {
+    let (llama, chat, stored) = during(&doing, || read_silently::<B>(dir, quantize, device))?;
+    match quantized_bytes(&llama) {
         0 if stored == "F32" => {}
         0 => println!("The weights are {stored} in the file, and F32 here."),
         bytes => println!(
@@ -138,21 +140,21 @@ fn read<B: Backend>(
 /// The same without a word, and how the weights are stored.
 fn read_silently<B: Backend>(
     dir: &Path,
-    quantise: Option<Quantisation>,
+    quantize: Option<Quantization>,
     device: &B::Device,
 ) -> Result<(Llama<B>, Chat, String)> {
     let chat = Chat::read(dir)?;
-    let loaded = pretrained::load::<B>(dir, quantise, device)?;
+    let loaded = pretrained::load::<B>(dir, quantize, device)?;
     Ok((loaded.llama, chat, loaded.stored.unwrap_or("F32".to_owned())))
 }
 
-/// The bytes of the weights that are quantised.
-fn quantised_bytes<B: Backend>(llama: &Llama<B>) -> usize {
+/// The bytes of the weights that are quantized.
+fn quantized_bytes<B: Backend>(llama: &Llama<B>) -> usize {
     let report = llama.parameters();
-    report.layers.iter().map(|it| it.quantised_bytes).sum()
+    report.layers.iter().map(|it| it.quantized_bytes).sum()
 }
 
-/// How texts are read. None is longer than those that the model learnt to read.
+/// How texts are read. None is longer than those that the model learned to read.
 fn reading<B: Backend>(max_length: usize, mask_prompt: bool, llama: &Llama<B>) -> Reading {
     Reading { max_length: max_length.min(llama.longest), mask_prompt }
 }
@@ -165,7 +167,7 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     let device = Default::default();
     let is_first = replicas.is_first();
     let arguments = json!({
-        "model": args.base.model, "quantise": args.base.quantise.map(|it| format!("{it:?}")),
+        "model": args.base.model, "quantize": args.base.quantize.map(|it| format!("{it:?}")),
         "generated": args.generated, "data": args.data, "sst2": args.sst2,
         "rank": args.rank, "alpha": args.alpha,
         "targets": args.targets, "relative": args.relative.map(Relative::name), "full": args.full,
@@ -184,10 +186,10 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         true => generated(args, is_first, &stop),
         false => find(&args.base.model),
     })?;
-    let quantise = args.base.quantisation();
+    let quantize = args.base.quantization();
     let (llama, chat) = match is_first {
-        true => read::<Train>(&model, quantise, &device)?,
-        false => read_silently::<Train>(&model, quantise, &device).map(|it| (it.0, it.1))?,
+        true => read::<Train>(&model, quantize, &device)?,
+        false => read_silently::<Train>(&model, quantize, &device).map(|it| (it.0, it.1))?,
     };
     let reading = reading(args.max_length, args.mask_prompt, &llama);
     let (texts, valid) = replicas.first_then_others(|| texts(args, is_first, &chat, &reading))?;
@@ -198,9 +200,9 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     questions.truncate(args.questions.unwrap_or(usize::MAX));
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
-    if args.full && quantised_bytes(&llama) > 0 {
+    if args.full && quantized_bytes(&llama) > 0 {
         let path = model.display();
-        return Err(format!("{path}: `--full` needs weights that are not quantised"));
+        return Err(format!("{path}: `--full` needs weights that are not quantized"));
     }
     let model = match args.relative {
         None if args.full => llama.train_only(&[".*"]),
@@ -308,7 +310,7 @@ fn texts(
     reading: &Reading,
 ) -> Result<(Vec<Text>, Vec<Text>)> {
     if let Some(dir) = &args.sst2 {
-        // As many as are learnt from, and some to watch.
+        // As many as are learned from, and some to watch.
         let count = args.iters * args.batch * args.accumulate;
         let train = reviews::texts(&dir.join("train.tsv"), count, chat, reading)?;
         return Ok((train, reviews::texts(&dir.join("dev.tsv"), WATCHED, chat, reading)?));
@@ -329,7 +331,7 @@ fn texts(
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
-    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantisation(), &device)?;
+    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantization(), &device)?;
     let reading = reading(args.max_length, args.mask_prompt, &llama);
     let texts = data::read(&args.data, &chat, &reading)?;
     let told = |name: &str, llama: &Llama<Plain>| {
@@ -348,7 +350,7 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
 fn run_generate(args: &GenerateArgs) -> Result<()> {
     let device = Default::default();
     let sets = args.adapter.iter().map(|dir| adapters(dir)).collect::<Result<Vec<_>>>()?;
-    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantisation(), &device)?;
+    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantization(), &device)?;
     let prompt = chat.prompt(&args.prompt)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     let answer = |llama: &Llama<Plain>| {
@@ -381,16 +383,16 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
 fn run_merge(args: &MergeArgs) -> Result<()> {
     let set = adapters(&args.adapter)?;
     let model = find(&args.base.model)?;
-    let (llama, chat) = read::<Plain>(&model, args.base.quantisation(), &Default::default())?;
+    let (llama, chat) = read::<Plain>(&model, args.base.quantization(), &Default::default())?;
     let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
     let merged = adapted.merge().map_err(|error| error.to_string())?;
-    merged::save(&merged.dequantise(), &chat, &model, &args.out)?;
+    merged::save(&merged.dequantize(), &chat, &model, &args.out)?;
     println!("The merged model is in {}.", args.out.display());
     Ok(())
 }
 
 fn run_serve(args: &ServeArgs) -> Result<()> {
     let model = find(&args.base.model)?;
-    let (llama, chat) = read::<Plain>(&model, args.base.quantisation(), &Default::default())?;
+    let (llama, chat) = read::<Plain>(&model, args.base.quantization(), &Default::default())?;
     serve::serve(args, llama, chat)
 }

@@ -13,7 +13,10 @@ use burn::{
     module::Initializer,
     tensor::{DType, Tensor, backend::Backend},
 };
-use burn_lora::{LoraModule, Quantisation, QuantisedWeight};
+use burn_lora::{
+    LoraModule,
+    quantize::{Quantization, QuantizedWeight},
+};
 use burn_store::{
     BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
     TensorSnapshot,
@@ -29,9 +32,9 @@ use super::{
 const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
-/// The linear layers of a block, by the ends of their names. These are quantised: the table of embeddings, the
+/// The linear layers of a block, by the ends of their names. These are quantized: the table of embeddings, the
 /// head and the norms stay.
-const QUANTISED: [&str; 7] =
+const QUANTIZED: [&str; 7] =
     ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// A decoder that was read.
@@ -43,8 +46,8 @@ pub struct Pretrained<B: Backend> {
 
 type Tensors = BTreeMap<String, TensorSnapshot>;
 
-/// The decoder in `path`, a directory or a GGUF file. Its linear layers are quantised as they are read, if
-/// `quantise` says to what. What has 4 or 8 bits in a GGUF file stays as it is. So there is never a model in
+/// The decoder in `path`, a directory or a GGUF file. Its linear layers are quantized as they are read, if
+/// `quantize` says to what. What has 4 or 8 bits in a GGUF file stays as it is. So there is never a model in
 /// full if it is not wanted.
 ///
 /// # Errors
@@ -53,7 +56,7 @@ type Tensors = BTreeMap<String, TensorSnapshot>;
 /// or has another shape. The error lists all of them.
 pub fn load<B: Backend>(
     path: &Path,
-    quantise: Option<Quantisation>,
+    quantize: Option<Quantization>,
     device: &B::Device,
 ) -> Result<Pretrained<B>, String> {
     let (config, mut tensors, matrices, types) = match is_gguf(path) {
@@ -73,8 +76,8 @@ pub fn load<B: Backend>(
     let told = |problem: &dyn Display| format!("{}: {problem}", path.display());
     check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
     let llama = config.init(&Initializer::Zeros, device);
-    let weights = quantised(&mut tensors, &matrices, quantise, device);
-    let llama = llama.with_quantised(weights.map_err(|problem| told(&problem))?);
+    let weights = quantized(&mut tensors, &matrices, quantize, device);
+    let llama = llama.with_quantized(weights.map_err(|problem| told(&problem))?);
     let mut llama = llama.map_err(|error| told(&error))?;
     let found = match_up(&llama, &config, &mut tensors);
     let found = found.map_err(|problems| told(&problems.join("; ")))?;
@@ -87,18 +90,18 @@ pub fn load<B: Backend>(
     }
 }
 
-/// Takes the weights that are quantised out of the tensors, by the paths of their layers.
-fn quantised<B: Backend>(
+/// Takes the weights that are quantized out of the tensors, by the paths of their layers.
+fn quantized<B: Backend>(
     tensors: &mut Tensors,
     matrices: &BTreeMap<String, Matrix>,
-    to: Option<Quantisation>,
+    to: Option<Quantization>,
     device: &B::Device,
-) -> Result<BTreeMap<String, QuantisedWeight<B>>, String> {
+) -> Result<BTreeMap<String, QuantizedWeight<B>>, String> {
     let mut weights = BTreeMap::new();
     let names: Vec<_> = tensors.keys().cloned().collect();
     for name in names {
         let Some(path) = name.strip_suffix(".weight") else { continue };
-        let is_linear = path.rsplit('.').next().is_some_and(|it| QUANTISED.contains(&it));
+        let is_linear = path.rsplit('.').next().is_some_and(|it| QUANTIZED.contains(&it));
         let weight = match (matrices.get(&name), to.filter(|_| is_linear)) {
             (Some(matrix), _) => matrix.read(device)?,
             (None, Some(to)) => rounded(&tensors[&name], to, device)
@@ -114,9 +117,9 @@ fn quantised<B: Backend>(
 /// A matrix of the file, rounded.
 fn rounded<B: Backend>(
     tensor: &TensorSnapshot,
-    to: Quantisation,
+    to: Quantization,
     device: &B::Device,
-) -> Result<QuantisedWeight<B>, String> {
+) -> Result<QuantizedWeight<B>, String> {
     let &[rows, columns] = &tensor.shape.to_vec()[..] else {
         return Err(format!("{:?} is not the shape of a matrix", tensor.shape.to_vec()));
     };
@@ -125,7 +128,7 @@ fn rounded<B: Backend>(
     if rows * columns == 0 || !numbers.iter().all(|it| it.is_finite()) {
         return Err("a number is not finite, or there is none".to_owned());
     }
-    Ok(QuantisedWeight::new(Tensor::from_data(data, device), to))
+    Ok(QuantizedWeight::new(Tensor::from_data(data, device), to))
 }
 
 /// Whether the path is that of a GGUF file.

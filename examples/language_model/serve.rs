@@ -16,7 +16,7 @@ mod text;
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc, thread};
 
-use burn_lora::AdapterStore;
+use burn_lora::serve::AdapterStore;
 use sha2::{Digest, Sha256};
 use tokio::{net::TcpListener, runtime::Runtime, signal, sync::mpsc};
 

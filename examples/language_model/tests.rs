@@ -17,7 +17,10 @@ use burn::{
     optim::GradientsParams,
     tensor::{Tensor, TensorData},
 };
-use burn_lora::{Alone, LoraConfig, LoraModule, Replicas, ThreadReplica};
+use burn_lora::{
+    LoraConfig, LoraModule,
+    train::{Alone, Replicas, ThreadReplica},
+};
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Deserialize;
 use serde_json::json;

@@ -13,7 +13,10 @@ use burn::{
     optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::Tensor,
 };
-use burn_lora::{Backward, Lora, Replicas, Workers, fingerprint, segments};
+use burn_lora::{
+    Lora,
+    train::{Backward, Replicas, Workers, fingerprint, segments},
+};
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
 

@@ -13,7 +13,7 @@ mod common;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, Renaming};
+use burn_lora::{LoraConfig, LoraModule, peft::Renaming};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -141,7 +141,7 @@ fn run(args: Args) -> Result<()> {
     });
     let base_accuracy_old = accuracy(base_logits.clone(), &digits.test);
     println!(
-        "\nThe base recognises {base_accuracy_old:.2} % of upright digits,\nand \
+        "\nThe base recognizes {base_accuracy_old:.2} % of upright digits,\nand \
          {base_accuracy_new:.2} % of digits rotated by {DEGREES} degrees.\n"
     );
 

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use burn::tensor::Tensor;
-use burn_lora::{Lora, LoraConfig, LoraModule, Scaling, Workers};
+use burn_lora::{Lora, LoraConfig, LoraModule, Scaling, train::Workers};
 use serde::Serialize;
 
 use crate::{
@@ -66,7 +66,7 @@ pub struct Measured {
     pub trainable: usize,
     /// The size of what trains in memory.
     pub bytes: usize,
-    /// The percentage of test samples that are recognised.
+    /// The percentage of test samples that are recognized.
     pub accuracy: Spread,
     /// The mean of the training loss over the last epoch.
     pub loss: Spread,

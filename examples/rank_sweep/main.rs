@@ -59,7 +59,7 @@ use common::{
     write_summary,
 };
 use lab::Lab;
-use sweeps::{alpha, initialisation, layers, rank, scaling, singular_values};
+use sweeps::{alpha, initialization, layers, rank, scaling, singular_values};
 use task::Task;
 
 /// Reuses the memory of large tensors: every training step allocates them again.
@@ -129,7 +129,7 @@ enum Sweep {
     Scaling,
     Layers,
     Alpha,
-    Initialisation,
+    Initialization,
     SingularValues,
 }
 
@@ -154,7 +154,7 @@ fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
     let task = &lab.task;
     let base_accuracy = lab.base_accuracy();
     println!(
-        "\nThe base recognises {base_accuracy:.2} % of the new task. Adapting on {} samples ({}), testing on \
+        "\nThe base recognizes {base_accuracy:.2} % of the new task. Adapting on {} samples ({}), testing on \
          {}, with the {} backend. Trainings for each point: {}, of {} epochs.\n",
         grouped(task.train.len()),
         task.dataset,
@@ -195,7 +195,7 @@ fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
             Sweep::Scaling => scaling::run(&mut lab, &full, &figure)?,
             Sweep::Layers => layers::run(&mut lab, &full, &figure)?,
             Sweep::Alpha => alpha::run(&mut lab, &full, &figure)?,
-            Sweep::Initialisation => initialisation::run(&lab, &figure)?,
+            Sweep::Initialization => initialization::run(&lab, &figure)?,
             Sweep::SingularValues => singular_values::run(&lab, &tuned[0], &figure)?,
         };
         results.insert(name, report.values);

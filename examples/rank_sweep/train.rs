@@ -5,7 +5,10 @@ use burn::{
     module::AutodiffModule,
     optim::{AdamConfig, Optimizer},
 };
-use burn_lora::{Backward, Lora, Workers};
+use burn_lora::{
+    Lora,
+    train::{Backward, Workers},
+};
 
 use crate::common::{
     backend::Train,

@@ -1,4 +1,4 @@
-//! Adapts a recogniser of spoken digits to a new speaker with a few dozen recordings, and compares three
+//! Adapts a recognizer of spoken digits to a new speaker with a few dozen recordings, and compares three
 //! methods: full fine-tuning, LoRA on all layers, and training only the last layer.
 //!
 //! ```text
@@ -9,7 +9,7 @@
 //! ```
 //!
 //! The base never hears the new speaker. What a sound is to the model is in
-//! `examples/common/speech/spectrogram.rs`, and the model in `examples/common/recogniser.rs`.
+//! `examples/common/speech/spectrogram.rs`, and the model in `examples/common/recognizer.rs`.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -20,7 +20,7 @@ mod tests;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, Renaming};
+use burn_lora::{LoraConfig, LoraModule, peft::Renaming};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -31,7 +31,7 @@ use common::{
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
     live::during,
-    recogniser::{Grid, Recogniser},
+    recognizer::{Grid, Recognizer},
     speech::Recordings,
     table::grouped,
     workers::WorkersArg,
@@ -43,7 +43,7 @@ use split::Split;
 #[global_allocator]
 static ALLOCATOR: MiMalloc = MiMalloc;
 
-/// Adapt a recogniser of spoken digits to a new speaker, and compare full fine-tuning, LoRA and training
+/// Adapt a recognizer of spoken digits to a new speaker, and compare full fine-tuning, LoRA and training
 /// only the last layer.
 #[derive(Parser, Debug)]
 struct Args {
@@ -151,7 +151,7 @@ fn run(args: Args) -> Result<()> {
 
     // 1. Train a base on the old speakers. It never hears the new one.
     Plain::seed(&Default::default(), args.seed);
-    let base = Recogniser::<Train>::new(10, &Default::default());
+    let base = Recognizer::<Train>::new(10, &Default::default());
     // Reports wrong targets before the training.
     base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;

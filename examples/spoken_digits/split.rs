@@ -2,7 +2,7 @@
 
 use crate::common::{
     Result,
-    recogniser::Grid,
+    recognizer::Grid,
     speech::{Recording, Recordings},
 };
 

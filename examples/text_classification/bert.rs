@@ -16,7 +16,11 @@ use burn::{
     },
     tensor::{Bool, Int, Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{LoraEmbedding, LoraLinear, LoraMhaInput, LoraMultiHeadAttention, Renaming, gelu};
+use burn_lora::{
+    LoraLinear,
+    nn::{LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention, gelu},
+    peft::Renaming,
+};
 use serde::Deserialize;
 
 /// The sizes of a BERT, named as in Hugging Face's `config.json`.

@@ -29,7 +29,10 @@ use burn::{
     module::{AutodiffModule, Module},
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Lora, LoraConfig, LoraModule, Quantisation, QuantisationReport, QuantiseConfig};
+use burn_lora::{
+    Lora, LoraConfig, LoraModule,
+    quantize::{Quantization, QuantizationReport, QuantizeConfig},
+};
 use clap::Parser;
 use mimalloc::MiMalloc;
 use serde::Serialize;
@@ -44,7 +47,7 @@ use common::{
     classifier::{Classifier, Sample, Start, accuracy, logits},
     hub,
     live::during,
-    quantise::Kind,
+    quantize::Kind,
     relatives::Relative,
     table::grouped,
     workers::WorkersArg,
@@ -94,8 +97,8 @@ struct Args {
     lora_plus: Option<f64>,
     /// Also train LoRA on an encoder whose linear layers are held in 8 or 4 bits; several kinds are separated
     /// by commas
-    #[arg(long, value_name = "KINDS", value_delimiter = ',')]
-    quantise: Vec<Kind>,
+    #[arg(long, alias = "quantise", value_name = "KINDS", value_delimiter = ',')]
+    quantize: Vec<Kind>,
     /// Also train with relatives of LoRA on all linear layers; several are separated by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',')]
     relatives: Vec<Relative>,
@@ -244,8 +247,8 @@ fn run(args: Args) -> Result<()> {
         let model = Lora::from_inner(model);
         methods.push(adapt(&job, relative.name(), model, lora_rate)?.0);
     }
-    for &kind in &args.quantise {
-        let (base, report) = quantise(&base, kind)?;
+    for &kind in &args.quantize {
+        let (base, report) = quantize(&base, kind)?;
         println!("\n{report}\n");
         let model = attach(base.train::<Train>(), &ALL_LINEAR)?;
         let name = match kind {
@@ -295,12 +298,12 @@ fn run(args: Args) -> Result<()> {
 }
 
 /// The classifier with the encoder's linear layers in few bits.
-fn quantise(
+fn quantize(
     base: &TextClassifier<Plain>,
     kind: Kind,
-) -> Result<(TextClassifier<Plain>, QuantisationReport)> {
-    let config = QuantiseConfig::from(Quantisation::from(kind)).with_targets(ALL_LINEAR);
-    base.clone().quantise(config).context("quantising the encoder")
+) -> Result<(TextClassifier<Plain>, QuantizationReport)> {
+    let config = QuantizeConfig::from(Quantization::from(kind)).with_targets(ALL_LINEAR);
+    base.clone().quantize(config).context("quantizing the encoder")
 }
 
 /// The learning rates of full fine-tuning and of LoRA.
@@ -313,12 +316,12 @@ fn rates(args: &Args) -> [f64; 2] {
 /// arguments.
 fn start(args: &Args, epochs: usize) -> Result<Start> {
     let [rate, lora_rate] = rates(args);
-    let kinds: Vec<_> = args.quantise.iter().map(|kind| format!("{kind:?}")).collect();
+    let kinds: Vec<_> = args.quantize.iter().map(|kind| format!("{kind:?}")).collect();
     let relatives: Vec<_> = args.relatives.iter().map(|it| it.name()).collect();
     let arguments = json!({
         "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
         "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
-        "lora_plus": args.lora_plus, "quantise": kinds, "relatives": relatives, "seed": args.seed, "backend": backend::NAME,
+        "lora_plus": args.lora_plus, "quantize": kinds, "relatives": relatives, "seed": args.seed, "backend": backend::NAME,
         "learning_rate": rate, "lora_learning_rate": lora_rate,
         "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(),
     });

@@ -5,7 +5,7 @@ use burn::{
     nn::{Linear, LinearConfig, loss::CrossEntropyLossConfig},
     tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::{Blocks, Renaming};
+use burn_lora::{peft::Renaming, train::Blocks};
 
 use super::bert::{self, Bert, BertConfig, Tokens};
 

@@ -11,7 +11,7 @@ use burn::{
     },
     tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::{LoraMhaInput, LoraMultiHeadAttention};
+use burn_lora::nn::{LoraMhaInput, LoraMultiHeadAttention};
 
 /// The number of different symbols, and the length of a sequence.
 pub const SYMBOLS: usize = 12;

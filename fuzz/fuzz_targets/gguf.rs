@@ -12,7 +12,7 @@ mod gguf;
 use std::fs;
 
 use burn::backend::Flex;
-use burn_lora::{GgufType, QuantisedWeight};
+use burn_lora::quantize::{GgufType, QuantizedWeight};
 use gguf::{Gguf, Packing};
 use libfuzzer_sys::fuzz_target;
 
@@ -36,7 +36,7 @@ fuzz_target!(|bytes: &[u8]| {
         };
         let &[rows, columns] = &tensor.shape[..] else { continue };
         let weight =
-            QuantisedWeight::<Flex>::from_gguf(kind, [rows, columns], &data, &Default::default());
+            QuantizedWeight::<Flex>::from_gguf(kind, [rows, columns], &data, &Default::default());
         if let Ok(weight) = weight {
             assert_eq!(weight.dense().dims(), [rows, columns]);
         }

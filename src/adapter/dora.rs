@@ -21,7 +21,7 @@ use super::{
 };
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::fused::{Columns, column_squares, times_columns};
-use crate::{layer::cat, quantised::Weight};
+use crate::{layer::cat, quantized::Weight};
 
 impl<B: Backend> LoraAdapter<B> {
     /// The adapter with the magnitudes that the weight has with its update.
@@ -63,7 +63,7 @@ impl<B: Backend> LoraAdapter<B> {
     }
 
     /// The output of a linear layer whose adapter has magnitudes: `[batch, d_input]` to `[batch, d_output]`.
-    pub(crate) fn forward_rows_normalised(
+    pub(crate) fn forward_rows_normalized(
         &self,
         x: Tensor<B, 2>,
         weight: Weight<B>,
@@ -82,12 +82,12 @@ impl<B: Backend> LoraAdapter<B> {
                 plus(times(y, gain, 1), bias)
             });
         }
-        self.forward_normalised(x, weight.matrix(), bias, forward)
+        self.forward_normalized(x, weight.matrix(), bias, forward)
     }
 
     /// The outputs `y` of the weight with its update, without the bias, with the columns' lengths, if the
     /// adapter has magnitudes. `dim` is the dimension of the columns; each may be there for several groups.
-    pub(crate) fn normalised<const D: usize>(
+    pub(crate) fn normalized<const D: usize>(
         &self,
         y: Tensor<B, D>,
         dim: usize,
@@ -105,7 +105,7 @@ impl<B: Backend> LoraAdapter<B> {
     ///
     /// Dropout concerns the adapter and what the magnitudes change, as in PEFT. Where x is dropped, the base
     /// sees it nevertheless.
-    pub(crate) fn forward_normalised<const D: usize>(
+    pub(crate) fn forward_normalized<const D: usize>(
         &self,
         x: Tensor<B, D>,
         weight: Tensor<B, 2>,
@@ -114,7 +114,7 @@ impl<B: Backend> LoraAdapter<B> {
     ) -> Tensor<B, D> {
         let drops = self.dropout.prob > 0.0 && B::ad_enabled(&x.device());
         let read = if drops { self.dropout.forward(x.clone()) } else { x.clone() };
-        let y = self.normalised(forward(read.clone(), Some(&self.plain())), 1, || weight);
+        let y = self.normalized(forward(read.clone(), Some(&self.plain())), 1, || weight);
         let y = if drops { y + forward(x - read, None) } else { y };
         plus(y, bias)
     }
@@ -139,7 +139,7 @@ impl<B: Backend> LoraAdapter<B> {
             return product;
         }
         let weight = cast(constant(weight()), product.dtype());
-        self.normalised(weight.clone() + product, 1, || weight.clone()) - weight
+        self.normalized(weight.clone() + product, 1, || weight.clone()) - weight
     }
 }
 

@@ -50,8 +50,8 @@ impl<B: Backend> LoraAdapter<B> {
         });
         let start = match config.init {
             Init::Pissa => Some(pissa::exact(weight(), rank, scale(rank))),
-            Init::PissaRandomised { iterations } => {
-                Some(pissa::randomised(weight(), rank, iterations, scale(rank)))
+            Init::PissaRandomized { iterations } => {
+                Some(pissa::randomized(weight(), rank, iterations, scale(rank)))
             }
             Init::Olora => Some(olora::factors(weight(), rank)),
             _ => None,

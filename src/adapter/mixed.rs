@@ -8,7 +8,7 @@ use burn::{
 use super::{LoraAdapter, add};
 #[cfg(any(feature = "flex", feature = "ndarray"))]
 use crate::fused;
-use crate::quantised::Weight;
+use crate::quantized::Weight;
 
 /// The adapters of one layer for the samples of a batch, which are sorted by adapter.
 #[derive(Clone, Debug)]

@@ -68,7 +68,7 @@ impl<B: Backend> LoraAdapters<B> {
     /// ```
     /// # fn main() -> Result<(), burn_lora::LoraError> {
     /// use burn::{backend::Flex, tensor::Tensor};
-    /// use burn_lora::{Combination, LoraAdapter, LoraAdapters, Scaling};
+    /// use burn_lora::{LoraAdapter, LoraAdapters, Scaling, adapters::Combination};
     ///
     /// let device = Default::default();
     /// let set = |value: f32| {

@@ -10,7 +10,7 @@ use crate::error::LoraError;
 /// A mapping from a model's paths to the names that the same model has in Python, as pairs of templates.
 ///
 /// ```
-/// use burn_lora::Renaming;
+/// use burn_lora::peft::Renaming;
 ///
 /// let names = Renaming::new([
 ///     ("blocks.*.attention", "encoder.layer.*.attention.self"),
@@ -29,7 +29,7 @@ use crate::error::LoraError;
 ///
 /// ```no_run
 /// # use burn::{module::Module, tensor::backend::Backend};
-/// # use burn_lora::{Lora, LoraAdapters, LoraError, LoraModule, Renaming};
+/// # use burn_lora::{Lora, LoraAdapters, LoraError, LoraModule, peft::Renaming};
 /// # fn run<B: Backend, M: Module<B>>(base: M, model: Lora<B, M>, names: Renaming, device: B::Device) -> Result<(), LoraError> {
 /// model.adapters().renamed(&names)?.save("adapters/for-python")?;
 /// let adapters = LoraAdapters::load("adapters/from-python", &device)?;

@@ -7,7 +7,7 @@ use super::LoraConfig;
 /// The initial values of a fresh adapter's factors. Except with [`RandomBoth`](Self::RandomBoth), a fresh
 /// adapter changes nothing: B is zero, or `A·B` is, or what A and B hold is in the weight already.
 ///
-/// On a [`LoraEmbedding`](crate::LoraEmbedding), A is zero instead of B, which is drawn from the normal
+/// On a [`LoraEmbedding`](crate::nn::LoraEmbedding), A is zero instead of B, which is drawn from the normal
 /// distribution; with [`RandomBoth`](Self::RandomBoth) both are.
 ///
 /// PiSSA and OLoRA take A and B from the weight, and train what was there. In Python they subtract
@@ -36,7 +36,7 @@ pub enum Init {
     Pissa,
     /// The same approximately, which is much faster for large weights: PEFT's `"pissa_niter_16"`, for
     /// 16 iterations.
-    PissaRandomised {
+    PissaRandomized {
         /// The number of iterations. The more there are, the nearer the values are to the exact ones.
         iterations: usize,
     },
@@ -49,7 +49,7 @@ pub enum Init {
 impl LoraConfig {
     /// Whether the initial values depend on the weight.
     pub(crate) fn reads_weight(&self) -> bool {
-        let takes = matches!(self.init, Init::Pissa | Init::PissaRandomised { .. } | Init::Olora);
+        let takes = matches!(self.init, Init::Pissa | Init::PissaRandomized { .. } | Init::Olora);
         takes || self.dora
     }
 
@@ -66,7 +66,7 @@ impl LoraConfig {
                 }
                 None => Ok(()),
             },
-            Init::Pissa | Init::PissaRandomised { .. } if alphas.any(|alpha| alpha == 0.0) => {
+            Init::Pissa | Init::PissaRandomized { .. } if alphas.any(|alpha| alpha == 0.0) => {
                 Err(("init", "is PiSSA, which divides by alpha, and that is 0".to_owned()))
             }
             _ => Ok(()),

@@ -19,7 +19,7 @@ use super::{
     linear::{self, Fused},
     mixed::{self, Mixes},
     patches::Window,
-    quantised::{self, Unpacks},
+    quantized::{self, Unpacks},
 };
 
 /// A backend that computes on the CPU and gives access to its tensors as slices.
@@ -61,7 +61,7 @@ pub(super) struct Way {
     pub times_columns: fn(&dyn Any) -> Computed,
     pub column_squares: fn(&dyn Any) -> Computed,
     pub dense: fn(&dyn Any) -> Computed,
-    pub times_quantised: fn(&dyn Any, &dyn Any) -> Computed,
+    pub times_quantized: fn(&dyn Any, &dyn Any) -> Computed,
 }
 
 const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Scales + Unpacks>() -> Way {
@@ -74,8 +74,8 @@ const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Scales + Unpacks>() -
         gelu: gelu::run_on::<K>,
         times_columns: columns::times_on::<K>,
         column_squares: columns::squares_on::<K>,
-        dense: quantised::dense_on::<K>,
-        times_quantised: quantised::times_on::<K>,
+        dense: quantized::dense_on::<K>,
+        times_quantized: quantized::times_on::<K>,
     }
 }
 

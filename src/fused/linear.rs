@@ -18,7 +18,7 @@ use super::{
     cpu::{Cpu, SHARED, WAYS},
     rows::add_product,
 };
-use crate::quantised::Weight;
+use crate::quantized::Weight;
 
 /// The values that the layer computes with.
 pub(crate) struct Layer<B: Backend> {
@@ -77,7 +77,7 @@ impl<K: Cpu> Layer<K> {
             let hidden = K::times_thin(read, self.a.clone()).mul_scalar(self.scale);
             let y = match &self.weight {
                 Weight::Full(weight) => K::product(x, weight.clone()),
-                Weight::Quantised(weight) => weight.product(x),
+                Weight::Quantized(weight) => weight.product(x),
             };
             let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
             (hidden, y)
@@ -108,7 +108,7 @@ impl<B: Backend> Layer<B> {
         let bias = self.bias.as_ref();
         let weight = match &self.weight {
             Weight::Full(weight) => Some(weight),
-            Weight::Quantised(_) => None,
+            Weight::Quantized(_) => None,
         };
         let in_f32 = |it: &Tensor<B, 2>| it.dtype() == DType::F32;
         weight.is_none_or(in_f32)

@@ -18,7 +18,7 @@ use super::{
     linear::in_pool,
     rows::{add_rows, row_by_row, rows},
 };
-use crate::quantised::Weight;
+use crate::quantized::Weight;
 
 /// Up to this number of rows, a product reads the factors as they are: packing them would take longer.
 const FEW: usize = 4;
@@ -86,7 +86,7 @@ impl<K: Cpu> Mixes for K {
         Some(in_pool(x.dims()[0], layer.weight.dims(), || {
             let y = match &layer.weight {
                 Weight::Full(weight) => K::product(x.clone(), weight.clone()),
-                Weight::Quantised(weight) => weight.product(x.clone()),
+                Weight::Quantized(weight) => weight.product(x.clone()),
             };
             add_updates(y, x, layer)
         }))
@@ -206,7 +206,7 @@ impl<B: Backend> MixedLayer<B> {
     fn is_in_f32(&self) -> bool {
         let weight = match &self.weight {
             Weight::Full(weight) => weight.dtype(),
-            Weight::Quantised(_) => DType::F32,
+            Weight::Quantized(_) => DType::F32,
         };
         let updates = self.groups.iter().filter_map(|(_, update)| update.as_ref());
         let types = updates.flat_map(|it| {

@@ -16,10 +16,10 @@ use burn::{
 use super::{
     cpu::Cpu,
     linear::{Fused, Layer, in_pool},
-    quantised::{gradient, without_autodiff},
+    quantized::{gradient, without_autodiff},
     rows::{add_product, transposed},
 };
-use crate::quantised::Weight;
+use crate::quantized::Weight;
 
 #[derive(Debug)]
 struct LoraLinearNode;
@@ -114,7 +114,7 @@ impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
         let inner = Layer {
             weight: match &layer.weight {
                 Weight::Full(weight) => Weight::Full(inner(weight)),
-                Weight::Quantised(weight) => Weight::Quantised(without_autodiff(weight)),
+                Weight::Quantized(weight) => Weight::Quantized(without_autodiff(weight)),
             },
             bias: layer.bias.as_ref().map(inner),
             read: layer.read.as_ref().map(inner),
@@ -168,7 +168,7 @@ pub(super) fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
 fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Weight<K>) -> Tensor<K, 2> {
     let weight = match weight {
         Weight::Full(weight) => weight,
-        Weight::Quantised(weight) => return gradient(y, &weight),
+        Weight::Quantized(weight) => return gradient(y, &weight),
     };
     let ([batch, _], [d_input, d_output]) = (y.dims(), weight.dims());
     // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to

@@ -18,7 +18,7 @@ use crate::{config::LoraConfig, error::LoraError};
 ///
 /// ```
 /// use burn::{backend::Flex, nn::attention::MultiHeadAttentionConfig, tensor::Tensor};
-/// use burn_lora::{LoraConfig, LoraMhaInput};
+/// use burn_lora::{LoraConfig, nn::LoraMhaInput};
 ///
 /// let device = Default::default();
 /// let base = MultiHeadAttentionConfig::new(64, 4).init::<Flex>(&device);

@@ -40,7 +40,7 @@ pub struct LoraConv1d<B: Backend> {
 ///
 /// ```
 /// use burn::{backend::Flex, nn::{PaddingConfig2d, conv::Conv2dConfig}, tensor::Tensor};
-/// use burn_lora::{LoraConfig, LoraConv2d};
+/// use burn_lora::{LoraConfig, nn::LoraConv2d};
 ///
 /// let device = Default::default();
 /// let base = Conv2dConfig::new([16, 32], [3, 3]).with_padding(PaddingConfig2d::Same);
@@ -86,11 +86,11 @@ impl<B: Backend> LoraConv1d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        let normalised = normalised(self, &self.base.bias, &input, |x, adapter| {
+        let normalized = normalized(self, &self.base.bias, &input, |x, adapter| {
             let base = Conv1d { bias: None, ..self.base.clone() };
             Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
         });
-        if let Some(y) = normalised {
+        if let Some(y) = normalized {
             return y;
         }
         let Conv1d { weight, bias, groups, .. } = &self.base;
@@ -152,11 +152,11 @@ impl<B: Backend> LoraConv2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        let normalised = normalised(self, &self.base.bias, &input, |x, adapter| {
+        let normalized = normalized(self, &self.base.bias, &input, |x, adapter| {
             let base = Conv2d { bias: None, ..self.base.clone() };
             Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
         });
-        if let Some(y) = normalised {
+        if let Some(y) = normalized {
             return y;
         }
         let Conv2d { weight, bias, groups, .. } = &self.base;
@@ -191,11 +191,11 @@ impl<B: Backend> LoraConvTranspose2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        let normalised = normalised(self, &self.base.bias, &input, |x, adapter| {
+        let normalized = normalized(self, &self.base.bias, &input, |x, adapter| {
             let base = ConvTranspose2d { bias: None, ..self.base.clone() };
             Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
         });
-        if let Some(y) = normalised {
+        if let Some(y) = normalized {
             return y;
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
@@ -218,7 +218,7 @@ impl<B: Backend> LoraConvTranspose2d<B> {
 
 /// The output of a layer whose adapter has magnitudes; `None` if it has none. `forward` applies the layer
 /// without its bias, with an adapter or without.
-fn normalised<B: Backend, const D: usize>(
+fn normalized<B: Backend, const D: usize>(
     layer: &dyn LoraLayer<B>,
     bias: &Option<Param<Tensor<B, 1>>>,
     input: &Tensor<B, D>,
@@ -226,7 +226,7 @@ fn normalised<B: Backend, const D: usize>(
 ) -> Option<Tensor<B, D>> {
     let adapter = layer.adapter().filter(|it| it.magnitude.is_some())?;
     let (weight, bias) = (layer.weight_matrix(), bias.as_ref().map(frozen));
-    Some(adapter.forward_normalised(input.clone(), weight, bias, forward))
+    Some(adapter.forward_normalized(input.clone(), weight, bias, forward))
 }
 
 /// The parameter with its values. A clone of one that was never used would draw its own.
@@ -324,6 +324,6 @@ fn for_each_group<B: Backend, const D: usize>(
     cat(&vec![filters; groups], 0)
 }
 
-lora_layer!(LoraConv1d, Conv1d, 3, weight, bias);
-lora_layer!(LoraConv2d, Conv2d, 4, weight, bias);
-lora_layer!(LoraConvTranspose2d, ConvTranspose2d, 4, weight, bias);
+lora_layer!(LoraConv1d, LoraConv1dRecord, Conv1d, 3, weight, bias);
+lora_layer!(LoraConv2d, LoraConv2dRecord, Conv2d, 4, weight, bias);
+lora_layer!(LoraConvTranspose2d, LoraConvTranspose2dRecord, ConvTranspose2d, 4, weight, bias);

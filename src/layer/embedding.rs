@@ -6,7 +6,7 @@ use burn::{
 use super::{LoraLayer, module::lora_layer};
 use crate::{
     adapter::{LoraAdapter, Mixed, Tie, WeightLayout, add, frozen},
-    quantised::QuantisedWeight,
+    quantized::QuantizedWeight,
 };
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.
@@ -19,7 +19,7 @@ use crate::{
 ///
 /// ```
 /// use burn::{backend::Flex, nn::EmbeddingConfig, tensor::Tensor};
-/// use burn_lora::{LoraConfig, LoraEmbedding};
+/// use burn_lora::{LoraConfig, nn::LoraEmbedding};
 ///
 /// let device = Default::default();
 /// let base = EmbeddingConfig::new(1000, 64).init(&device);
@@ -38,7 +38,7 @@ pub struct LoraEmbedding<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
-    quantised: Option<QuantisedWeight<B>>,
+    quantized: Option<QuantizedWeight<B>>,
 }
 
 impl<B: Backend> LoraEmbedding<B> {
@@ -48,7 +48,7 @@ impl<B: Backend> LoraEmbedding<B> {
         let [_, d_model] = self.weight_shape();
         let is_empty = batch * length == 0;
         let is_plain = self.adapter.is_none() && self.mixed.is_none();
-        let base = match &self.quantised {
+        let base = match &self.quantized {
             None if is_plain => return self.base.forward(input),
             None => embedding(frozen(&self.base.weight), input.clone()),
             Some(_) if is_empty => Tensor::zeros([batch, length, d_model], &input.device()),
@@ -68,7 +68,7 @@ impl<B: Backend> LoraEmbedding<B> {
             (Some(mixed), _) => mixed.add_to(base, &input, update),
             (None, Some(adapter)) => {
                 let y = add(base, update(adapter, input));
-                adapter.normalised(y, 2, || self.weight_matrix())
+                adapter.normalized(y, 2, || self.weight_matrix())
             }
             (None, None) => base,
         }
@@ -114,7 +114,7 @@ impl<B: Backend> LoraEmbedding<B> {
                 // The table's columns are what is summed over here.
                 let hidden = match adapter.tie {
                     Tie::Leaves => hidden,
-                    _ => adapter.normalised(hidden, 1, || self.weight_matrix()),
+                    _ => adapter.normalized(hidden, 1, || self.weight_matrix()),
                 };
                 let base = self.projected(hidden.clone(), frozen(&self.base.weight));
                 update(base, adapter, hidden)
@@ -123,9 +123,9 @@ impl<B: Backend> LoraEmbedding<B> {
         logits.reshape([batch, length, n_embedding])
     }
 
-    /// The product of each row with each embedding of the table, which is `table` if it is not quantised.
+    /// The product of each row with each embedding of the table, which is `table` if it is not quantized.
     fn projected(&self, rows: Tensor<B, 2>, table: Tensor<B, 2>) -> Tensor<B, 2> {
-        match &self.quantised {
+        match &self.quantized {
             None => rows.matmul(table.transpose()),
             Some(table) => table.product(rows),
         }
@@ -140,4 +140,4 @@ impl<B: Backend> LoraEmbedding<B> {
     }
 }
 
-lora_layer!(LoraEmbedding, Embedding, 2, weight; quantised);
+lora_layer!(LoraEmbedding, LoraEmbeddingRecord, Embedding, 2, weight; quantized as quantised);

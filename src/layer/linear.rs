@@ -7,7 +7,7 @@ use burn::{
 use super::module::lora_layer;
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout, frozen},
-    quantised::{QuantisedWeight, Weight},
+    quantized::{QuantizedWeight, Weight},
 };
 
 /// A drop-in for Burn's [`Linear`] that can carry an adapter: `y = x·W + b + s·(x·A)·B`, with W and
@@ -45,7 +45,7 @@ pub struct LoraLinear<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
-    quantised: Option<QuantisedWeight<B>>,
+    quantized: Option<QuantizedWeight<B>>,
 }
 
 impl<B: Backend> LoraLinear<B> {
@@ -81,11 +81,11 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let quantised = || self.quantised.clone().map(Weight::Quantised);
+        let quantized = || self.quantized.clone().map(Weight::Quantized);
         // Constants, whatever the flags of the base say.
-        let weight = || quantised().unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
+        let weight = || quantized().unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
         let bias = || self.base.bias.as_ref().map(frozen);
-        match (&self.mixed, &self.adapter, quantised()) {
+        match (&self.mixed, &self.adapter, quantized()) {
             (Some(mixed), ..) => mixed.forward_on(x, weight(), bias()),
             (None, Some(adapter), _) => adapter.forward_on(x, weight(), bias()),
             (None, None, None) => self.base.forward(x),
@@ -104,4 +104,4 @@ impl<B: Backend> LoraLinear<B> {
     }
 }
 
-lora_layer!(LoraLinear, Linear, 2, weight, bias; quantised);
+lora_layer!(LoraLinear, LoraLinearRecord, Linear, 2, weight, bias; quantized as quantised);

@@ -5,20 +5,37 @@
 /// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
 /// `base`, `adapter` and `mixed`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
 /// dimensions. The next arguments name the base's parameters. The record holds these and the adapter.
-/// The last argument is the field of the quantised weight, in layers that can have one.
+/// The last argument is the field of the quantized weight, in layers that can have one, and its name in records,
+/// which files of the first version hold.
 macro_rules! lora_layer {
     (
-        $Layer:ident, $Base:ident, $D:literal, $weight:ident $(, $bias:ident)? $(; $quantised:ident)?
+        $Layer:ident, $Record:ident, $Base:ident, $D:literal, $weight:ident $(, $bias:ident)? $(; $quantized:ident as $recorded:ident)?
     ) => {
+        #[doc = concat!("What a record holds of a [`", stringify!($Layer), "`](crate::nn::", stringify!($Layer), "): the fields of the base's record, and the adapter.")]
+        #[derive(Debug, Clone, burn::record::Record)]
+        pub struct $Record<B: burn::tensor::backend::Backend> {
+            /// The base's weight.
+            pub $weight: burn::module::Param<burn::tensor::Tensor<B, $D>>,
+            $(
+                /// The base's bias, if it has one.
+                pub $bias: Option<burn::module::Param<burn::tensor::Tensor<B, 1>>>,
+            )?
+            /// The adapter, if there is one.
+            pub adapter: Option<crate::adapter::LoraAdapterRecord<B>>,
+            $(
+                /// The base's weight, if it is quantized. The other one is then empty.
+                pub $recorded: Option<crate::layer::QuantizedWeight<B>>,
+            )?
+        }
+
         const _: () = {
             use std::fmt;
 
             use burn::{
                 module::{
                     AutodiffModule, Content, Devices, DisplaySettings, HasAutodiffModule, Module,
-                    ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor, Param,
+                    ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor,
                 },
-                record::Record,
                 tensor::{
                     Tensor,
                     backend::{AutodiffBackend, Backend},
@@ -26,30 +43,13 @@ macro_rules! lora_layer {
             };
 
             use crate::{
-                adapter::{LoraAdapter, LoraAdapterRecord, Mixed, WeightLayout, frozen},
+                adapter::{LoraAdapter, Mixed, WeightLayout, frozen},
                 config::LoraConfig,
                 layer::{
                     self, LoraLayer,
                     letter::{self, ADAPTER, TAG},
                 },
             };
-
-            /// The record of a layer: the fields of the base's record, and the adapter.
-            #[derive(Debug, Clone, Record)]
-            pub struct LayerRecord<B: Backend> {
-                /// The base's weight.
-                pub $weight: Param<Tensor<B, $D>>,
-                $(
-                    /// The base's bias, if it has one.
-                    pub $bias: Option<Param<Tensor<B, 1>>>,
-                )?
-                /// The adapter, if there is one.
-                pub adapter: Option<LoraAdapterRecord<B>>,
-                $(
-                    /// The base's weight, if it is quantised. The other one is then empty.
-                    pub $quantised: Option<layer::QuantisedWeight<B>>,
-                )?
-            }
 
             impl<B: Backend> $Layer<B> {
                 /// The adapter, if there is one.
@@ -69,7 +69,7 @@ macro_rules! lora_layer {
                         layer::check_fit(self, &adapter);
                         LoraAdapter { layout: self.layout(), ..adapter }
                     });
-                    // `val` also initialises a base that was never used, so that later clones share
+                    // `val` also initializes a base that was never used, so that later clones share
                     // its values.
                     let trains = || {
                         self.base.$weight.val().is_require_grad()
@@ -84,43 +84,43 @@ macro_rules! lora_layer {
                 fn assemble(
                     base: $Base<B>,
                     adapter: Option<LoraAdapter<B>>,
-                    $($quantised: Option<layer::QuantisedWeight<B>>,)?
+                    $($quantized: Option<layer::QuantizedWeight<B>>,)?
                 ) -> Self {
-                    let mut layer = Self { base, adapter: None, mixed: None $(, $quantised)? };
+                    let mut layer = Self { base, adapter: None, mixed: None $(, $quantized)? };
                     layer.set_adapter(adapter);
                     layer
                 }
 
                 $(
-                    /// The shape of the base's weight, quantised or not, as Burn has it.
+                    /// The shape of the base's weight, quantized or not, as Burn has it.
                     pub fn weight_shape(&self) -> [usize; 2] {
                         LoraLayer::weight_shape(self)
                     }
 
-                    /// The base's weight, if it is quantised. `base.weight` is empty then, and visitors
+                    /// The base's weight, if it is quantized. `base.weight` is empty then, and visitors
                     /// of the module do not see it.
-                    pub fn quantised(&self) -> Option<&layer::QuantisedWeight<B>> {
-                        self.$quantised.as_ref()
+                    pub fn quantized(&self) -> Option<&layer::QuantizedWeight<B>> {
+                        self.$quantized.as_ref()
                     }
 
-                    /// Replaces the base's weight by a quantised one, which does not train. The adapter
+                    /// Replaces the base's weight by a quantized one, which does not train. The adapter
                     /// stays.
                     ///
                     /// # Panics
                     ///
-                    /// If it has not the shape of the weight, as [`QuantisedWeight`](crate::QuantisedWeight) has it.
-                    pub fn set_quantised(&mut self, weight: layer::QuantisedWeight<B>) {
-                        let shape = layer::quantised::shape(&weight, &self.layout());
+                    /// If it has not the shape of the weight, as [`QuantizedWeight`](crate::quantize::QuantizedWeight) has it.
+                    pub fn set_quantized(&mut self, weight: layer::QuantizedWeight<B>) {
+                        let shape = layer::quantized::shape(&weight, &self.layout());
                         let expected = self.weight_shape();
                         assert!(
                             shape == expected,
-                            "the quantised weight must be {expected:?} = [d_input, d_output], got \
+                            "the quantized weight must be {expected:?} = [d_input, d_output], got \
                              {shape:?}"
                         );
                         let weight = weight.to_device(&LoraLayer::device(self));
                         let empty = Tensor::zeros([0, 0], &weight.device());
-                        self.base.$weight = Param::initialized(self.base.$weight.id, empty);
-                        self.$quantised = Some(weight);
+                        self.base.$weight = burn::module::Param::initialized(self.base.$weight.id, empty);
+                        self.$quantized = Some(weight);
                     }
 
                 )?
@@ -129,7 +129,7 @@ macro_rules! lora_layer {
             impl<B: Backend> From<$Base<B>> for $Layer<B> {
                 /// The layer without an adapter; nothing is copied or frozen.
                 fn from(base: $Base<B>) -> Self {
-                    Self { base, adapter: None, mixed: None $(, $quantised: None)? }
+                    Self { base, adapter: None, mixed: None $(, $quantized: None)? }
                 }
             }
 
@@ -161,11 +161,11 @@ macro_rules! lora_layer {
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
-                    $(if let Some(weight) = &self.$quantised {
-                        return layer::quantised::shape(weight, &self.layout());
+                    $(if let Some(weight) = &self.$quantized {
+                        return layer::quantized::shape(weight, &self.layout());
                     })?
                     // `lazy_shape` cannot be used: until a weight in Burn's column layout is
-                    // initialised, its `lazy_shape` is transposed.
+                    // initialized, its `lazy_shape` is transposed.
                     self.layout().matrix_shape(&self.base.$weight.shape())
                 }
 
@@ -174,8 +174,8 @@ macro_rules! lora_layer {
                 }
 
                 fn weight_matrix(&self) -> Tensor<B, 2> {
-                    $(if let Some(weight) = &self.$quantised {
-                        return layer::quantised::matrix(weight, &self.layout());
+                    $(if let Some(weight) = &self.$quantized {
+                        return layer::quantized::matrix(weight, &self.layout());
                     })?
                     self.layout().to_matrix(frozen(&self.base.$weight))
                 }
@@ -185,23 +185,23 @@ macro_rules! lora_layer {
                 }
 
                 $(
-                    fn quantised(&self) -> Option<&layer::QuantisedWeight<B>> {
-                        self.$quantised.as_ref()
+                    fn quantized(&self) -> Option<&layer::QuantizedWeight<B>> {
+                        self.$quantized.as_ref()
                     }
 
-                    fn takes_quantised(&self) -> bool {
+                    fn takes_quantized(&self) -> bool {
                         true
                     }
 
-                    fn set_quantised(&mut self, weight: layer::QuantisedWeight<B>) {
-                        self.set_quantised(weight);
+                    fn set_quantized(&mut self, weight: layer::QuantizedWeight<B>) {
+                        self.set_quantized(weight);
                     }
 
-                    fn dequantise(&mut self) {
-                        if let Some(weight) = self.$quantised.take() {
-                            let matrix = layer::quantised::matrix(&weight, &self.layout());
+                    fn dequantize(&mut self) {
+                        if let Some(weight) = self.$quantized.take() {
+                            let matrix = layer::quantized::matrix(&weight, &self.layout());
                             let matrix = matrix.detach().set_require_grad(false);
-                            self.base.$weight = Param::initialized(self.base.$weight.id, matrix);
+                            self.base.$weight = burn::module::Param::initialized(self.base.$weight.id, matrix);
                         }
                     }
                 )?
@@ -211,9 +211,9 @@ macro_rules! lora_layer {
                 }
 
                 fn merge_adapter(&mut self) -> bool {
-                    $(if self.adapter.is_some() && self.$quantised.is_some() {
+                    $(if self.adapter.is_some() && self.$quantized.is_some() {
                         let mut dense = self.clone();
-                        dense.dequantise();
+                        dense.dequantize();
                         let merged = dense.merge_adapter();
                         if merged {
                             *self = dense;
@@ -243,7 +243,7 @@ macro_rules! lora_layer {
             }
 
             impl<B: Backend> Module<B> for $Layer<B> {
-                type Record = LayerRecord<B>;
+                type Record = $Record<B>;
 
                 fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
                     let devices = self.base.collect_devices(devices);
@@ -254,7 +254,7 @@ macro_rules! lora_layer {
                     let layer = Self::assemble(
                         self.base.fork(device),
                         self.adapter.fork(device),
-                        $(self.$quantised.map(|it| it.to_device(device)),)?
+                        $(self.$quantized.map(|it| it.to_device(device)),)?
                     );
                     Self { mixed: self.mixed.map(|it| it.fork(device)), ..layer }
                 }
@@ -263,13 +263,13 @@ macro_rules! lora_layer {
                     let layer = Self::assemble(
                         self.base.to_device(device),
                         self.adapter.to_device(device),
-                        $(self.$quantised.map(|it| it.to_device(device)),)?
+                        $(self.$quantized.map(|it| it.to_device(device)),)?
                     );
                     Self { mixed: self.mixed.map(|it| it.fork(device)), ..layer }
                 }
 
                 fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
-                    match LoraLayer::quantised(self) {
+                    match LoraLayer::quantized(self) {
                         None => self.base.visit(visitor),
                         Some(_) => {
                             $(
@@ -288,7 +288,7 @@ macro_rules! lora_layer {
 
                 fn map<M: ModuleMapper<B>>(self, mapper: &mut M) -> Self {
                     let mut layer = self;
-                    layer.base = match LoraLayer::quantised(&layer) {
+                    layer.base = match LoraLayer::quantized(&layer) {
                         None => layer.base.map(mapper),
                         Some(_) => {
                             let base = layer.base;
@@ -315,18 +315,18 @@ macro_rules! lora_layer {
                     let adapter = layer.adapter.take();
                     layer.base.$weight = layer.base.$weight.load_record(record.$weight);
                     $(layer.base.$bias = layer.base.$bias.load_record(record.$bias);)?
-                    $(layer.$quantised = record.$quantised.map(|it| it.to_device(&device));)?
+                    $(layer.$quantized = record.$recorded.map(|it| it.to_device(&device));)?
                     let loaded = record.adapter.map(|it| LoraAdapter::from_record(it, &device));
                     layer.set_adapter(loaded.or(adapter));
                     layer
                 }
 
                 fn into_record(self) -> Self::Record {
-                    LayerRecord {
+                    $Record {
                         $weight: self.base.$weight.into_record(),
                         $($bias: self.base.$bias.into_record(),)?
                         adapter: self.adapter.into_record(),
-                        $($quantised: self.$quantised,)?
+                        $($recorded: self.$quantized,)?
                     }
                 }
             }
@@ -339,7 +339,7 @@ macro_rules! lora_layer {
                         base: self.base.valid(),
                         adapter: self.adapter.valid(),
                         mixed: None,
-                        $($quantised: self.$quantised.as_ref().map(layer::QuantisedWeight::valid),)?
+                        $($quantized: self.$quantized.as_ref().map(layer::QuantizedWeight::valid),)?
                     }
                 }
 
@@ -348,7 +348,7 @@ macro_rules! lora_layer {
                     Self::assemble(
                         AutodiffModule::from_inner(module.base),
                         AutodiffModule::from_inner(module.adapter),
-                        $(module.$quantised.map(layer::QuantisedWeight::from_inner),)?
+                        $(module.$quantized.map(layer::QuantizedWeight::from_inner),)?
                     )
                 }
             }
@@ -363,7 +363,7 @@ macro_rules! lora_layer {
                         base: self.base.clone(),
                         adapter: self.adapter.clone(),
                         mixed: self.mixed.clone(),
-                        $($quantised: self.$quantised.clone(),)?
+                        $($quantized: self.$quantized.clone(),)?
                     }
                 }
             }
@@ -371,7 +371,7 @@ macro_rules! lora_layer {
             impl<B: Backend> ModuleDisplayDefault for $Layer<B> {
                 fn content(&self, content: Content) -> Option<Content> {
                     let content = content.set_top_level_type(stringify!($Layer));
-                    let (content, total) = match LoraLayer::quantised(self) {
+                    let (content, total) = match LoraLayer::quantized(self) {
                         None => (self.base.custom_content(content)?, 0),
                         Some(weight) => {
                             (content.add("weight", weight), weight.shape().iter().product())

@@ -8,7 +8,7 @@ use burn::{
 };
 
 use super::walk::{Map, Place, Walk};
-use crate::layer::is_quantised;
+use crate::layer::is_quantized;
 
 /// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
 /// others. Running statistics, and factors that were frozen, never train. What trains gets an id of its own where two parameters have
@@ -33,8 +33,8 @@ impl<B: Backend, F: FnMut(&Place) -> bool> Map<B> for Marker<F> {
     ) -> Param<Tensor<B, D>> {
         let can_train = !place.is_statistic() && !place.is_frozen_factor();
         let trains = can_train && (self.trains)(place);
-        // A quantised parameter cannot train, and `detach` would make it one of floats.
-        if !B::ad_enabled(&param.lazy_device()) || is_quantised(param.dtype()) {
+        // A quantized parameter cannot train, and `detach` would make it one of floats.
+        if !B::ad_enabled(&param.lazy_device()) || is_quantized(param.dtype()) {
             return param;
         }
         let (mut id, tensor, mapper) = param.consume();

@@ -5,7 +5,7 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{Lora, LoraModule, QuantiseConfig};
+use super::{Lora, LoraModule, QuantizeConfig};
 use crate::{
     adapter::{LoraAdapter, frozen},
     config::{Init, LoraConfig},
@@ -14,22 +14,22 @@ use crate::{
 
 pub(super) fn attach<B: Backend, M: Module<B>>(
     model: &M,
-    to: &QuantiseConfig,
+    to: &QuantizeConfig,
     config: &LoraConfig,
     iterations: usize,
 ) -> Result<Lora<B, M>, LoraError> {
     assert!(iterations > 0, "LoftQ needs at least one iteration, got 0");
     // The updates alone: what trains in full is put on by `attach`.
     let alone = LoraConfig { modules_to_save: Vec::new(), ..config.clone() };
-    let (mut quantised, _) = model.quantise(to.clone())?;
-    let mut updates = quantised.extract(model, &alone)?.adapters;
+    let (mut quantized, _) = model.quantize(to.clone())?;
+    let mut updates = quantized.extract(model, &alone)?.adapters;
     for _ in 1..iterations {
         let rest = model.switch(&updates.scaled(-1.0))?.merge()?;
-        quantised = rest.quantise(to.clone())?.0;
-        updates = quantised.extract(model, &alone)?.adapters;
+        quantized = rest.quantize(to.clone())?.0;
+        updates = quantized.extract(model, &alone)?.adapters;
     }
     // LoftQ has initial values of its own.
-    let lora = quantised.attach(&config.clone().with_init(Init::default()))?;
+    let lora = quantized.attach(&config.clone().with_init(Init::default()))?;
     Ok(lora.change_layers(move |path, layer| {
         let (Some(adapter), Some(update)) = (layer.adapter(), updates.get(path)) else { return };
         let (adapter, update) = (adapter.clone(), update.clone());

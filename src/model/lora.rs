@@ -12,7 +12,7 @@ use super::{
     ParameterReport, freeze,
     in_full::{self, Values},
     put_on,
-    quantise::{self, QuantisationReport, QuantiseConfig},
+    quantize::{self, QuantizationReport, QuantizeConfig},
     record, report,
     slot::{self, Slot},
     statistics, walk,
@@ -122,7 +122,7 @@ use crate::{
 ///
 /// Such adapters are *dense*: `A·B` and its gradient exist for each adapted weight, in every step. A
 /// training step takes about the time and memory of full fine-tuning: 0.98 and 1.08 times as much for
-/// attention of width 512, where [`LoraMultiHeadAttention`](crate::LoraMultiHeadAttention) takes 0.53
+/// attention of width 512, where [`LoraMultiHeadAttention`](crate::nn::LoraMultiHeadAttention) takes 0.53
 /// and 0.22 (`cargo bench`). Without autodiff the weights are composed in the first pass, and kept: for
 /// one row and a layer of width 1024 that pass takes 9 times as long as one of the merged layer, and
 /// every later one as long as that. The adapted weights then take their memory twice. Use LoRA layers
@@ -136,7 +136,7 @@ use crate::{
 /// twice has two adapters.
 #[derive(Clone, Debug)]
 pub struct Lora<B: Backend, M> {
-    /// Boxed, since modules are moved a lot: unoptimised programs keep a copy for each move on the stack.
+    /// Boxed, since modules are moved a lot: unoptimized programs keep a copy for each move on the stack.
     pub(super) model: Box<M>,
     /// Where stock modules can carry dense adapters, if this is an overlay.
     pub(super) slots: Vec<Slot<B>>,
@@ -297,18 +297,18 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         put_on::in_full(self.clone(), patterns, "train_only")
     }
 
-    /// The adapted model on a base in 4 or 8 bits, as [`LoraModule::quantise`](crate::LoraModule::quantise)
+    /// The adapted model on a base in 4 or 8 bits, as [`LoraModule::quantize`](crate::LoraModule::quantize)
     /// makes it. The adapters stay as they are.
     ///
     /// # Errors
     ///
     /// As there, and if a chosen weight trains in full.
-    pub fn quantise(
+    pub fn quantize(
         &self,
-        config: impl Into<QuantiseConfig>,
-    ) -> Result<(Self, QuantisationReport), LoraError> {
-        quantise::quantise(self.clone(), &config.into(), |layer| {
-            self.originals.contains_key(&quantise::weight_path(layer))
+        config: impl Into<QuantizeConfig>,
+    ) -> Result<(Self, QuantizationReport), LoraError> {
+        quantize::quantize(self.clone(), &config.into(), |layer| {
+            self.originals.contains_key(&quantize::weight_path(layer))
         })
     }
 

@@ -13,7 +13,7 @@ use burn::{
 };
 
 use super::{
-    Lora, in_full, quantise, record, slot,
+    Lora, in_full, quantize, record, slot,
     walk::{self, Place, Visit},
 };
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     adapters::LoraAdapters,
     config::LoraConfig,
     error::{LoraError, Mismatch, named},
-    layer::{LoraLayer, fresh as fresh_adapter, is_quantised},
+    layer::{LoraLayer, fresh as fresh_adapter, is_quantized},
     pattern::{Pattern, require_matches},
 };
 
@@ -58,10 +58,10 @@ fn require_usable<B: Backend, M: Module<B>>(
     impl<B: Backend, F: Fn(&str) -> bool> Visit<B> for Check<F> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
             let (dtype, device) = (param.dtype(), param.lazy_device());
-            let problem = if is_quantised(dtype) {
+            let problem = if is_quantized(dtype) {
                 B::ad_enabled(&device).then(|| {
-                    "its weight is quantised, and Burn has no autodiff for that: use the model \
-                     without autodiff, or dequantise the weight"
+                    "its weight is quantized, and Burn has no autodiff for that: use the model \
+                     without autodiff, or dequantize the weight"
                         .to_owned()
                 })
             } else {
@@ -203,9 +203,9 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
     let is_adapted = |path: &str| adapted.contains(path);
     let cannot_train = |path: &str| LoraError::InvalidConfig {
         field,
-        problem: format!("names `{path}`, which is quantised, and cannot train"),
+        problem: format!("names `{path}`, which is quantized, and cannot train"),
     };
-    if let Some(path) = quantise::meant::<B, _>(&lora, &patterns, is_adapted) {
+    if let Some(path) = quantize::meant::<B, _>(&lora, &patterns, is_adapted) {
         return Err(cannot_train(&path));
     }
     let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
@@ -219,7 +219,7 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
         (!param.is_statistic && !param.is_base_of(is_adapted)).then_some((param, module))
     });
     let covered: Vec<_> = covered.collect();
-    if let Some((param, _)) = covered.iter().find(|(param, _)| param.is_quantised) {
+    if let Some((param, _)) = covered.iter().find(|(param, _)| param.is_quantized) {
         return Err(cannot_train(&param.path));
     }
     let trains: BTreeSet<_> = covered.iter().map(|(param, _)| param.path.clone()).collect();

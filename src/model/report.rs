@@ -42,8 +42,8 @@ pub struct LayerReport {
     pub trainable: usize,
     /// How many parameters the layer has without its adapter.
     pub total: usize,
-    /// The bytes of the weight if it is quantised, or else 0.
-    pub quantised_bytes: usize,
+    /// The bytes of the weight if it is quantized, or else 0.
+    pub quantized_bytes: usize,
 }
 
 /// What trains in the model, where `trains` says so for each parameter.
@@ -53,12 +53,12 @@ pub(super) fn of<B: Backend, M: Module<B>>(
 ) -> ParameterReport {
     let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
         let adapter = layer.adapter().map(|it| (it.rank(), it.scale()));
-        let bytes = layer.quantised().map(|it| it.num_bytes());
+        let bytes = layer.quantized().map(|it| it.num_bytes());
         (path.to_owned(), layer.weight_shape(), adapter, bytes)
     });
     // Their weights are not among the parameters.
-    let quantised = layers.iter().filter_map(|it| Some((it.0.clone(), it.1, it.3?)));
-    let quantised: Vec<_> = quantised.collect();
+    let quantized = layers.iter().filter_map(|it| Some((it.0.clone(), it.1, it.3?)));
+    let quantized: Vec<_> = quantized.collect();
     let layers: BTreeMap<_, _> =
         layers.into_iter().map(|(path, shape, adapter, _)| (path, (shape, adapter))).collect();
     // A parameter belongs to the layer whose adapter it is part of, or to the module that holds it.
@@ -73,20 +73,20 @@ pub(super) fn of<B: Backend, M: Module<B>>(
         let place = rows.iter().position(|row| row.path == path).unwrap_or_else(|| {
             let (shape, adapter) = layers.get(&path).copied().unzip();
             let adapter = adapter.flatten();
-            let (trainable, total, quantised_bytes) = (0, 0, 0);
-            rows.push(LayerReport { path, shape, adapter, trainable, total, quantised_bytes });
+            let (trainable, total, quantized_bytes) = (0, 0, 0);
+            rows.push(LayerReport { path, shape, adapter, trainable, total, quantized_bytes });
             rows.len() - 1
         });
         rows[place].trainable += trainable;
         rows[place].total += total;
-        rows[place].quantised_bytes += bytes;
+        rows[place].quantized_bytes += bytes;
     };
     for param in walk::params(model).iter().filter(|it| !it.is_statistic) {
         let size = param.num_elements;
         let trainable = if trains(param) { size } else { 0 };
         count(owner(param), trainable, if param.in_adapter { 0 } else { size }, 0);
     }
-    for (path, shape, bytes) in quantised {
+    for (path, shape, bytes) in quantized {
         count(path, 0, shape.iter().product(), bytes);
     }
     let (trainable, total) = (sum(&rows, |row| row.trainable), sum(&rows, |row| row.total));
@@ -172,7 +172,7 @@ mod tests {
             adapter,
             trainable,
             total: 401_920,
-            quantised_bytes: 0,
+            quantized_bytes: 0,
         };
         let norm = LayerReport { shape: None, total: 1024, ..layer("norm", None, 1024) };
         let report = ParameterReport {
@@ -198,7 +198,7 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
             adapter: Some((4, 1.0)),
             trainable: 272,
             total: 256,
-            quantised_bytes: 0,
+            quantized_bytes: 0,
         };
         let report = ParameterReport { trainable: 272, total: 256, layers: vec![layer] };
         let expected = "warning: the adapter of `head` has more parameters than the weight";

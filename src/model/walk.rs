@@ -10,7 +10,7 @@ use burn::{
 use crate::{
     adapter::FROZEN,
     layer::{
-        LoraLayer, is_quantised,
+        LoraLayer, is_quantized,
         letter::{self, ADAPTER, Change, Look, TAG},
     },
 };
@@ -212,7 +212,7 @@ pub(crate) struct Seen {
     /// Whether PyTorch's `Linear` has it transposed.
     pub transposed: bool,
     pub num_elements: usize,
-    pub is_quantised: bool,
+    pub is_quantized: bool,
     pub requires_grad: bool,
     pub in_adapter: bool,
     pub is_statistic: bool,
@@ -242,7 +242,7 @@ impl<B: Backend> Visit<B> for Vec<Seen> {
             torch_name: in_torch.name,
             torch_shape: shape,
             transposed: in_torch.transposed,
-            is_quantised: is_quantised(param.dtype()),
+            is_quantized: is_quantized(param.dtype()),
             requires_grad: param.is_require_grad(),
             in_adapter: place.adapted_layer().is_some(),
             is_statistic: place.is_statistic(),

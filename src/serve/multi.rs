@@ -17,7 +17,7 @@ use crate::{
 ///
 /// ```
 /// use burn::{backend::Flex, nn::LinearConfig, tensor::Tensor};
-/// use burn_lora::{Init, LoraConfig, LoraLinear, LoraModule, MultiLora};
+/// use burn_lora::{Init, LoraConfig, LoraLinear, LoraModule, serve::MultiLora};
 ///
 /// # fn main() -> Result<(), burn_lora::LoraError> {
 /// let device = Default::default();

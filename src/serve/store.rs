@@ -13,10 +13,10 @@ use burn::{module::Module, tensor::backend::Backend};
 
 use super::MultiLora;
 use crate::{
-    adapters::{LoraAdapters, Renaming},
+    adapters::{LoraAdapters, renaming::Renaming},
     error::LoraError,
     files::{Identity, identity},
-    peft,
+    formats,
 };
 
 /// How often a set is read that others replace in the meantime.
@@ -26,7 +26,7 @@ const ATTEMPTS: usize = 20;
 ///
 /// ```no_run
 /// use burn::{module::Module, tensor::backend::Backend};
-/// use burn_lora::{AdapterStore, LoraError};
+/// use burn_lora::{LoraError, serve::AdapterStore};
 ///
 /// fn answer<B: Backend, M: Module<B>>(base: M) -> Result<(), LoraError> {
 ///     // At most 1 GB of adapters; those that were not asked for for the longest time go first.
@@ -148,7 +148,7 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
         let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
         let holds_adapters =
-            |name: &String| self.find(name).is_some_and(|dir| dir.join(peft::CONFIG).is_file());
+            |name: &String| self.find(name).is_some_and(|dir| dir.join(formats::CONFIG).is_file());
         let mut names: Vec<_> = names.filter(holds_adapters).collect();
         names.sort();
         names
@@ -185,7 +185,7 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
             Ok(file) => within(&file),
             Err(_) => true,
         };
-        (within(&dir) && dir.is_dir() && peft::FILES.iter().all(is_inside)).then_some(dir)
+        (within(&dir) && dir.is_dir() && formats::FILES.iter().all(is_inside)).then_some(dir)
     }
 
     fn stamp(&self, dir: &Path) -> Stamp {
@@ -193,7 +193,7 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
             let file = fs::metadata(dir.join(file)).ok()?;
             Some((identity(&file), file.len(), file.modified().ok()))
         };
-        Stamp(peft::FILES.iter().map(stamp).collect())
+        Stamp(formats::FILES.iter().map(stamp).collect())
     }
 
     fn load(

@@ -24,7 +24,7 @@ use crate::files::{sync, unfinished_in};
 ///
 /// ```
 /// use burn::record::{FullPrecisionSettings, NamedMpkFileRecorder};
-/// use burn_lora::{AtomicRecorder, last_checkpoint};
+/// use burn_lora::train::{AtomicRecorder, last_checkpoint};
 ///
 /// # let dir = std::path::Path::new("nowhere");
 /// let recorder = AtomicRecorder::<NamedMpkFileRecorder<FullPrecisionSettings>>::default();

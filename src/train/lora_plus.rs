@@ -18,7 +18,7 @@ use crate::model::{Place, Visit, visit};
 ///
 /// ```
 /// use burn::{backend::{Autodiff, Flex}, optim::AdamWConfig};
-/// use burn_lora::{LoraLinear, LoraPlus};
+/// use burn_lora::{LoraLinear, train::LoraPlus};
 ///
 /// type B = Autodiff<Flex>;
 /// let adamw = AdamWConfig::new().init::<B, LoraLinear<B>>();

@@ -36,7 +36,8 @@ pub use threads::ThreadReplica;
 ///     tensor::{Tensor, backend::Backend},
 /// };
 /// use burn_lora::{
-///     Backward, LoraConfig, LoraError, LoraLinear, LoraModule, Replicas, ThreadReplica, fingerprint,
+///     LoraConfig, LoraError, LoraLinear, LoraModule,
+///     train::{Backward, Replicas, ThreadReplica, fingerprint},
 /// };
 ///
 /// #[derive(Module, Debug)]

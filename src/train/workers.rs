@@ -20,7 +20,7 @@ use super::Backward;
 ///     nn::LinearConfig,
 ///     tensor::{Tensor, backend::Backend},
 /// };
-/// use burn_lora::{Backward, LoraConfig, LoraLinear, LoraModule, Workers};
+/// use burn_lora::{LoraConfig, LoraLinear, LoraModule, train::{Backward, Workers}};
 ///
 /// #[derive(Module, Debug)]
 /// struct Net<B: Backend> {

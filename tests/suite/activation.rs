@@ -3,7 +3,7 @@
 use std::f64::consts::PI;
 
 use burn::tensor::{Tensor, TensorData};
-use burn_lora::gelu;
+use burn_lora::nn::gelu;
 
 use crate::model::{Plain, Train, device};
 

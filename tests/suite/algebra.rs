@@ -2,7 +2,8 @@
 
 use burn::tensor::Tensor;
 use burn_lora::{
-    Combination, Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraModule, Scaling,
+    Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraModule, Scaling,
+    adapters::Combination,
 };
 
 use crate::{

@@ -12,8 +12,8 @@ use burn::{
     tensor::{Bool, Tensor, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraConfig, LoraLinear, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention,
-    swap_heads,
+    Init, Lora, LoraConfig, LoraLinear,
+    nn::{LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, swap_heads},
 };
 use proptest::prelude::*;
 

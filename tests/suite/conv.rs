@@ -18,7 +18,8 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    Lora, LoraAdapter, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d, Scaling,
+    Lora, LoraAdapter, LoraConfig, Scaling,
+    nn::{LoraConv1d, LoraConv2d, LoraConvTranspose2d},
 };
 use proptest::prelude::*;
 

@@ -9,7 +9,7 @@ use burn::{
     },
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraAdapter, LoraConv2d, Scaling};
+use burn_lora::{LoraAdapter, Scaling, nn::LoraConv2d};
 
 use crate::{
     model::{Plain, Train, device},

@@ -12,9 +12,11 @@ use burn::{
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use burn_lora::{
-    Combination, Init, Lora, LoraAdapter, LoraAdapters, LoraConfig, LoraConv1d, LoraConv2d,
-    LoraConvTranspose2d, LoraEmbedding, LoraError, LoraLinear, LoraModule, MultiLora, Quantisation,
-    Scaling,
+    Init, Lora, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule, Scaling,
+    adapters::Combination,
+    nn::{LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding},
+    quantize::Quantization,
+    serve::MultiLora,
 };
 
 use crate::{
@@ -183,14 +185,14 @@ fn a_column_of_zeros_stays_one() {
 }
 
 #[test]
-fn a_quantised_base_gives_what_its_values_give() {
+fn a_quantized_base_gives_what_its_values_give() {
     let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth).with_dora(true);
     let base = filled(Mlp::<Plain>::new(&device::<Plain>()));
-    let (quantised, _) = base.quantise(Quantisation::Int8).unwrap();
-    let dense = quantised.clone().dequantise();
+    let (quantized, _) = base.quantize(Quantization::Int8).unwrap();
+    let dense = quantized.clone().dequantize();
     let x = || Matrix::random(10, 6, 5).tensor::<Plain, 2>([10, 6], &device::<Plain>());
-    let [quantised, dense] = [quantised, dense].map(|it| it.attach(&config).unwrap().forward(x()));
-    quantised
+    let [quantized, dense] = [quantized, dense].map(|it| it.attach(&config).unwrap().forward(x()));
+    quantized
         .into_data()
         .assert_approx_eq::<f32>(&dense.into_data(), burn::tensor::Tolerance::rel_abs(1e-5, 1e-5));
 }

@@ -4,7 +4,7 @@ use burn::{
     nn::{Embedding, EmbeddingConfig},
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{Init, Lora, LoraAdapter, LoraConfig, LoraEmbedding, Scaling};
+use burn_lora::{Init, Lora, LoraAdapter, LoraConfig, Scaling, nn::LoraEmbedding};
 use proptest::{collection::vec, prelude::*};
 
 use crate::{

@@ -8,7 +8,7 @@ use burn::{
     },
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Init, LoraConfig, LoraMhaInput};
+use burn_lora::{Init, LoraConfig, nn::LoraMhaInput};
 
 use crate::{
     model::{Plain, Train, device},

@@ -16,8 +16,12 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding,
-    LoraMhaInput, LoraModule, LoraMultiHeadAttention, Quantisation,
+    Init, Lora, LoraConfig, LoraModule,
+    nn::{
+        LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraMhaInput,
+        LoraMultiHeadAttention,
+    },
+    quantize::Quantization,
 };
 use burn_store::{ModuleSnapshot, SafetensorsStore};
 
@@ -63,15 +67,15 @@ impl Family for Mlps {
 }
 
 /// The same on a base in 4 bits.
-struct Quantised;
+struct Quantized;
 
-impl Family for Quantised {
+impl Family for Quantized {
     type Model<B: Backend> = Mlp<B>;
 
     const ADAPTERS: usize = Mlps::ADAPTERS;
 
     fn new<B: Backend>(device: &B::Device) -> Mlp<B> {
-        Mlps::new::<B>(device).quantise(Quantisation::Nf4).unwrap().0
+        Mlps::new::<B>(device).quantize(Quantization::Nf4).unwrap().0
     }
 
     fn config() -> LoraConfig {
@@ -335,16 +339,16 @@ fn every_pair_of_trips_of_every_layer() {
 }
 
 #[test]
-fn every_trip_on_a_quantised_base() {
-    let model = Quantised::new::<Train>(&device::<Train>()).attach(&Quantised::config()).unwrap();
-    let base = |model: &Adapted<Quantised, Train>| {
-        let layers = model.blocks.iter().map(|it| bits(it.quantised().unwrap().dense().inner()));
+fn every_trip_on_a_quantized_base() {
+    let model = Quantized::new::<Train>(&device::<Train>()).attach(&Quantized::config()).unwrap();
+    let base = |model: &Adapted<Quantized, Train>| {
+        let layers = model.blocks.iter().map(|it| bits(it.quantized().unwrap().dense().inner()));
         layers.collect::<Vec<_>>()
     };
     for trip in TRIPS {
-        let there = Model::<Quantised>::Train(model.clone()).through(trip).into_train();
+        let there = Model::<Quantized>::Train(model.clone()).through(trip).into_train();
         assert_eq!(base(&there), base(&model), "{trip}");
-        assert_only_adapters_train::<Quantised>(there, 1, trip);
+        assert_only_adapters_train::<Quantized>(there, 1, trip);
     }
 }
 

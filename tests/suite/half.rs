@@ -1,4 +1,4 @@
-//! A base in half precision or quantised, with adapters in `f32`. The reference for half precision is
+//! A base in half precision or quantized, with adapters in `f32`. The reference for half precision is
 //! the same layer in `f32` with the same, rounded, numbers. On backends that have no numbers in half
 //! precision there is nothing to test.
 
@@ -16,7 +16,10 @@ use burn::{
         quantization::{QTensorPrimitive, QuantLevel, QuantParam, QuantValue},
     },
 };
-use burn_lora::{Init, Lora, LoraConfig, LoraMhaInput, LoraModule, LoraMultiHeadAttention};
+use burn_lora::{
+    Init, Lora, LoraConfig, LoraModule,
+    nn::{LoraMhaInput, LoraMultiHeadAttention},
+};
 
 use crate::{
     model::{Mlp, Plain, Train, device},
@@ -148,8 +151,8 @@ fn attention() {
     }
 }
 
-/// A model whose first block is quantised by one of Burn's own schemes.
-fn quantised() -> Mlp<Plain> {
+/// A model whose first block is quantized by one of Burn's own schemes.
+fn quantized() -> Mlp<Plain> {
     let scheme = <QuantizedTensor<Plain> as QTensorPrimitive>::default_scheme()
         .with_value(QuantValue::Q8S)
         .with_level(QuantLevel::Tensor)
@@ -161,15 +164,15 @@ fn quantised() -> Mlp<Plain> {
 }
 
 /// The model with its weights as numbers of `f32`.
-fn dequantised(mut model: Mlp<Plain>) -> Mlp<Plain> {
+fn dequantized(mut model: Mlp<Plain>) -> Mlp<Plain> {
     let weight = &mut model.blocks[0].base.weight;
     *weight = Param::from_tensor(weight.val().dequantize());
     model
 }
 
 #[test]
-fn a_quantised_base_stays_quantised() {
-    let base = quantised();
+fn a_quantized_base_stays_quantized() {
+    let base = quantized();
     let expected = base.blocks[0].base.weight.val().into_data();
     let unchanged = |model: &Mlp<Plain>| {
         let weight = model.blocks[0].base.weight.val();
@@ -179,29 +182,29 @@ fn a_quantised_base_stays_quantised() {
     let x = || Matrix::random(10, 6, 5).tensor::<Plain, 2>([10, 6], &device::<Plain>());
     let model = base.attach(&config()).unwrap();
     unchanged(&model);
-    let dense = dequantised(base.clone()).switch(&model.adapters()).unwrap();
+    let dense = dequantized(base.clone()).switch(&model.adapters()).unwrap();
     assert_close(model.forward(x()), &values(dense.forward(x())), 1e-5);
     let switched = base.switch(&model.adapters()).unwrap();
     unchanged(&switched);
     assert_identical(switched.forward(x()), model.forward(x()));
     unchanged(&model.detach());
-    // The sum of a quantised weight and an update is not quantised.
+    // The sum of a quantized weight and an update is not quantized.
     let merged = model.merge().unwrap();
     assert_eq!(merged.blocks[0].base.weight.dtype(), DType::F32);
     assert_close(merged.forward(x()), &values(dense.forward(x())), 1e-5);
 }
 
 #[test]
-fn a_quantised_base_cannot_train() {
-    let base = Mlp::<Train>::from_inner(quantised());
+fn a_quantized_base_cannot_train() {
+    let base = Mlp::<Train>::from_inner(quantized());
     let error = base.attach(&config()).unwrap_err().to_string();
     assert!(
-        error.contains("`blocks.0` cannot carry an adapter: its weight is quantised"),
+        error.contains("`blocks.0` cannot carry an adapter: its weight is quantized"),
         "{error}"
     );
-    // What is not quantised can.
+    // What is not quantized can.
     let model = base.attach(&config().with_targets(["head"])).unwrap();
     assert!(matches!(model.blocks[0].base.weight.dtype(), DType::QFloat(_)));
     let error = base.train_only(&["blocks"]).unwrap_err().to_string();
-    assert!(error.contains("names `blocks.0.weight`, which is quantised"), "{error}");
+    assert!(error.contains("names `blocks.0.weight`, which is quantized"), "{error}");
 }

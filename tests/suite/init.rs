@@ -105,7 +105,7 @@ fn a_fresh_adapter_changes_no_bit() {
 }
 
 const FROM_THE_WEIGHT: [Init; 3] =
-    [Init::Pissa, Init::PissaRandomised { iterations: 8 }, Init::Olora];
+    [Init::Pissa, Init::PissaRandomized { iterations: 8 }, Init::Olora];
 
 #[test]
 fn an_adapter_that_starts_with_values_changes_nothing_yet() {
@@ -134,7 +134,7 @@ fn an_adapter_that_starts_with_values_changes_nothing_yet() {
 fn pissa_takes_the_principal_part() {
     let w = Matrix::random(14, 9, 3);
     let weight = w.tensor::<Plain, 2>([14, 9], &device::<Plain>());
-    for (init, bound) in [(Init::Pissa, 1e-5), (Init::PissaRandomised { iterations: 60 }, 1e-3)] {
+    for (init, bound) in [(Init::Pissa, 1e-5), (Init::PissaRandomized { iterations: 60 }, 1e-3)] {
         let base = burn::nn::Linear {
             weight: burn::module::Param::from_tensor(weight.clone()),
             bias: None,

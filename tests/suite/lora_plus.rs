@@ -12,7 +12,9 @@ use burn::{
         backend::{Backend, DeviceOps},
     },
 };
-use burn_lora::{Init, Lora, LoraConfig, LoraEmbedding, LoraLinear, LoraModule, LoraPlus};
+use burn_lora::{
+    Init, Lora, LoraConfig, LoraLinear, LoraModule, nn::LoraEmbedding, train::LoraPlus,
+};
 
 use crate::{
     model::{Plain, Train, device},

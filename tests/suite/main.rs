@@ -29,7 +29,7 @@ mod mixed;
 mod overlay;
 mod peft;
 mod program;
-mod quantised;
+mod quantized;
 mod replicas;
 mod resuming;
 mod sizes;

@@ -12,9 +12,13 @@ use burn::{
     tensor::{Int, Tensor, backend::Backend},
 };
 use burn_lora::{
-    Init, LoraAdapter, LoraAdapters, LoraConfig, LoraConv1d, LoraConv2d, LoraConvTranspose2d,
-    LoraEmbedding, LoraError, LoraLinear, LoraMhaInput, LoraModule, LoraMultiHeadAttention,
-    MixedBatch, MultiLora, Quantisation, Scaling,
+    Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule, Scaling,
+    nn::{
+        LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraMhaInput,
+        LoraMultiHeadAttention,
+    },
+    quantize::Quantization,
+    serve::{MixedBatch, MultiLora},
 };
 use proptest::prelude::*;
 
@@ -215,8 +219,8 @@ fn a_mixed_model_stays_one_on_its_trips() {
 }
 
 #[test]
-fn a_quantised_base_is_shared_by_all() {
-    let (base, _) = linear([70, 9]).quantise(Quantisation::Nf4).unwrap();
+fn a_quantized_base_is_shared_by_all() {
+    let (base, _) = linear([70, 9]).quantize(Quantization::Nf4).unwrap();
     let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
     let adapted = base.attach(&config).unwrap();
     let mut models = MultiLora::new(base.clone()).unwrap();

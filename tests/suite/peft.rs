@@ -159,7 +159,7 @@ fn adapters_from_the_weight_start_as_those_of_python() {
     for (name, init) in [
         ("pissa", Init::Pissa),
         // With few iterations, both sides' results depend on what they drew.
-        ("pissa", Init::PissaRandomised { iterations: 200 }),
+        ("pissa", Init::PissaRandomized { iterations: 200 }),
         ("olora", Init::Olora),
     ] {
         for (suffix, scaling) in

@@ -12,7 +12,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraAdapters, LoraConfig, LoraConv2d, LoraError, LoraLinear, LoraModule,
+    Init, Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule, nn::LoraConv2d,
 };
 
 use crate::{

@@ -12,8 +12,9 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    Alone, Backward, Init, Lora, LoraConfig, LoraError, LoraModule, Quantisation, Replicas,
-    ThreadReplica, fingerprint,
+    Init, Lora, LoraConfig, LoraError, LoraModule,
+    quantize::Quantization,
+    train::{Alone, Backward, Replicas, ThreadReplica, fingerprint},
 };
 
 use crate::{
@@ -246,13 +247,13 @@ fn replicas_that_differ_are_refused_with_the_difference() {
     assert!(lines.contains("blocks.1: an adapter of rank 2, scale 0.7"), "{lines}");
     assert!(lines.contains("head.adapter.b: [2, 3] of F32 trains"), "{lines}");
     // Weights that no visitor sees.
-    let quantised = |kind| {
-        let (model, _) = base().attach(&config()).unwrap().quantise(kind).unwrap();
+    let quantized = |kind| {
+        let (model, _) = base().attach(&config()).unwrap().quantize(kind).unwrap();
         fingerprint(&model)
     };
-    let (int8, nf4) = (quantised(Quantisation::Int8), quantised(Quantisation::Nf4));
-    assert_eq!(quantised(Quantisation::Nf4), nf4);
-    refused(int8.clone(), "blocks.0: a quantised weight [8, 6]");
+    let (int8, nf4) = (quantized(Quantization::Int8), quantized(Quantization::Nf4));
+    assert_eq!(quantized(Quantization::Nf4), nf4);
+    refused(int8.clone(), "blocks.0: a quantized weight [8, 6]");
     assert!(agreement(&[int8, nf4]).is_err());
 }
 

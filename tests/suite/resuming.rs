@@ -31,7 +31,8 @@ use burn::{
     },
 };
 use burn_lora::{
-    AtomicRecorder, Lora, LoraConfig, LoraLinear, LoraModule, LoraPlus, last_checkpoint,
+    Lora, LoraConfig, LoraLinear, LoraModule,
+    train::{AtomicRecorder, LoraPlus, last_checkpoint},
 };
 use resume::Resumed;
 use serde::{Serialize, de::DeserializeOwned};
@@ -178,7 +179,7 @@ fn a_resumed_training_comes_to_the_same_bits() {
     let resumed = train(&dir.0.join("stopped"), EPOCHS, recorder);
     assert_same(&resumed, &straight);
 
-    // The model has learnt, and frozen parameters did not change.
+    // The model has learned, and frozen parameters did not change.
     let start = base::<Plain>();
     assert_ne!(bits(resumed.head.weight.val()), bits(start.head.weight.val()));
     assert!(bits(resumed.fc.adapter().unwrap().b.val()).iter().any(|&bits| bits != 0));

@@ -13,8 +13,9 @@ use burn::{
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
 use burn_lora::{
-    Backward, Blocks, Init, Lora, LoraConfig, LoraEmbedding, LoraLinear, LoraMhaInput, LoraModule,
-    LoraMultiHeadAttention, Workers, segments,
+    Init, Lora, LoraConfig, LoraLinear, LoraModule,
+    nn::{LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention},
+    train::{Backward, Blocks, Workers, segments},
 };
 
 use crate::model::{Plain, Train, device};

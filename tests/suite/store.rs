@@ -11,7 +11,9 @@ use std::{
 };
 
 use burn_lora::{
-    AdapterStore, Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Renaming, StoredAdapters,
+    Init, LoraAdapters, LoraConfig, LoraError, LoraModule,
+    peft::Renaming,
+    serve::{AdapterStore, StoredAdapters},
 };
 use tempfile::TempDir;
 

@@ -16,8 +16,10 @@ use std::{
 
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 use burn_lora::{
-    Backward, Blocks, Init, LoraAdapters, LoraConfig, LoraError, LoraModule, Quantisation,
-    QuantiseConfig, Renaming, segments,
+    Init, LoraAdapters, LoraConfig, LoraError, LoraModule,
+    peft::Renaming,
+    quantize::{Quantization, QuantizeConfig},
+    train::{Backward, Blocks, segments},
 };
 use safetensors::{SafeTensors, tensor::TensorView};
 use serde::Deserialize;
@@ -90,13 +92,13 @@ fn vectors_of_minilm_are_those_of_transformers() {
     assert_embeds(&bert.switch(&adapters).unwrap(), &path.join("expected.json"), 1e-4);
 
     // Rounding changes the matrices as much as it is known to: all 36 by 0.64 and 9.39 %. Two blocks are enough.
-    for (to, expected) in [(Quantisation::Int8, 0.0064), (Quantisation::Nf4, 0.094)] {
-        let config = QuantiseConfig::from(to).with_targets([r"blocks\.[05]\..*"]);
-        let (_, report) = bert.quantise(config).unwrap();
+    for (to, expected) in [(Quantization::Int8, 0.0064), (Quantization::Nf4, 0.094)] {
+        let config = QuantizeConfig::from(to).with_targets([r"blocks\.[05]\..*"]);
+        let (_, report) = bert.quantize(config).unwrap();
         assert_eq!(report.layers.len(), 12);
         let error = report.layers.iter().map(|it| it.error).sum::<f64>() / 12.0;
         assert!((error / expected - 1.0).abs() < 0.02, "{to:?}: {error}");
-        let most = if to == Quantisation::Nf4 { 0.145 } else { 0.27 };
+        let most = if to == Quantization::Nf4 { 0.145 } else { 0.27 };
         assert!((report.bytes() as f64) < most * report.bytes_before() as f64);
     }
 }

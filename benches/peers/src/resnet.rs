@@ -9,7 +9,7 @@ use burn::{
     },
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraConv2d, LoraLinear};
+use burn_lora::{LoraLinear, nn::LoraConv2d};
 
 /// The layers that get adapters.
 pub const LAYERS: [&str; 5] = ["stem", "first", "second", "shortcut", "head"];

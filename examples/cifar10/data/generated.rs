@@ -1,4 +1,4 @@
-//! Drawn images: a textured shape of a random colour on a background with a gradient.
+//! Drawn images: a textured shape of a random color on a background with a gradient.
 
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::Normal;

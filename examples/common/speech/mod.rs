@@ -7,7 +7,7 @@ pub mod spectrogram;
 
 use std::{collections::BTreeSet, path::Path, sync::Arc};
 
-use super::{Result, live::during, recogniser::Grid};
+use super::{Result, live::during, recognizer::Grid};
 use spectrogram::{BANDS, FRAMES};
 
 /// The number of samples of a second.
@@ -54,7 +54,7 @@ impl Recordings {
     pub fn load(dir: Option<&Path>, generated: bool, seed: u64) -> Result<Self> {
         let mut recordings = match dir {
             _ if generated => {
-                during("synthesising voices", || generated::recordings(generated::RECORDINGS, seed))
+                during("synthesizing voices", || generated::recordings(generated::RECORDINGS, seed))
             }
             Some(dir) => {
                 println!("Data: recordings from {}", dir.display());

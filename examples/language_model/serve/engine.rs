@@ -9,7 +9,7 @@ use std::{
 };
 
 use burn::tensor::{Int, Tensor, TensorData};
-use burn_lora::{MixedBatch, MultiLora, StoredAdapters};
+use burn_lora::serve::{MixedBatch, MultiLora, StoredAdapters};
 use rand::{SeedableRng, rngs::StdRng};
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 

@@ -17,7 +17,7 @@ use axum::{
     },
     routing::{get, post},
 };
-use burn_lora::{AdapterStore, LoraError};
+use burn_lora::{LoraError, serve::AdapterStore};
 use futures_util::stream;
 use serde_json::Value;
 use sha2::{Digest, Sha256};

@@ -1,4 +1,4 @@
-//! Tests of what is learnt: how lines and conversations become tokens, and tokens rows.
+//! Tests of what is learned: how lines and conversations become tokens, and tokens rows.
 
 use super::*;
 

@@ -1,7 +1,7 @@
 //! The sweeps, one a file.
 
 pub mod alpha;
-pub mod initialisation;
+pub mod initialization;
 pub mod layers;
 pub mod rank;
 pub mod scaling;

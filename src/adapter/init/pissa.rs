@@ -19,7 +19,7 @@ pub(super) fn exact<B: Backend>(
 
 /// The same by the leading singular values alone, which is much faster, with as many `iterations` and spare
 /// directions as PEFT's `pissa_niter_[iterations]` has.
-pub(super) fn randomised<B: Backend>(
+pub(super) fn randomized<B: Backend>(
     weight: Tensor<B, 2>,
     rank: usize,
     iterations: usize,

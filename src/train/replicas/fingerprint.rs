@@ -15,7 +15,7 @@ use crate::{
 
 /// A model as lines of text, for [`agree`](super::Replicas::agree): the rank and the scale of each adapter, and
 /// of each float parameter its path, shape and type, whether it trains, and 16 hexadecimal digits that distinguish
-/// its bits (the beginning of a SHA-256). Weights that are quantised have such digits, too.
+/// its bits (the beginning of a SHA-256). Weights that are quantized have such digits, too.
 ///
 /// Constants, such as the number of heads or the epsilon of a norm, are not in it, and neither are the running
 /// statistics of batch norms, which replicas need not have in common.
@@ -37,13 +37,13 @@ fn line<B: Backend>(path: &str, layer: &dyn LoraLayer<B>) -> String {
         let (rank, scale, dropout) = (adapter.rank(), adapter.scale(), adapter.dropout.prob);
         format!("{path}: an adapter of rank {rank}, scale {scale} and dropout {dropout}\n")
     });
-    let quantised = layer.quantised().map(|weight| {
+    let quantized = layer.quantized().map(|weight| {
         let [rows, columns] = weight.shape();
         let (tensors, form) = weight.to_data();
         let digits = digits(&tensors, form);
-        format!("{path}: a quantised weight [{rows}, {columns}] {digits}\n")
+        format!("{path}: a quantized weight [{rows}, {columns}] {digits}\n")
     });
-    adapter.into_iter().chain(quantised).collect()
+    adapter.into_iter().chain(quantized).collect()
 }
 
 /// 16 hexadecimal digits of the hash of some tensors, and of what else there is to them.

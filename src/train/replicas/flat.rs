@@ -15,7 +15,7 @@ impl Backward {
     /// The sum over all replicas of what each has computed, with the same bits for all of them. `model` is the
     /// one that it was computed with.
     ///
-    /// As with [workers](crate::Workers), the loss of a replica should be its share of the batch's loss, and
+    /// As with [workers](crate::train::Workers), the loss of a replica should be its share of the batch's loss, and
     /// not the mean of its part. A replica without a part gives [`Backward::sum`] of nothing.
     ///
     /// All replicas must call it, with models of which the same parameters train: let them

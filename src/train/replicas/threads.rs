@@ -15,7 +15,7 @@ use super::Replicas;
 /// other for ever.
 ///
 /// Sums are formed in the order of the replicas, so that they have the same bits in every run. To share a CPU
-/// among threads, use [`Workers`](crate::Workers), which need one copy of what trains, and one optimizer.
+/// among threads, use [`Workers`](crate::train::Workers), which need one copy of what trains, and one optimizer.
 #[derive(Debug)]
 pub struct ThreadReplica {
     index: usize,

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use burn_lora::{LoraModule, Quantisation};
+use burn_lora::{LoraModule, quantize::Quantization};
 
 use super::{assert_computes, changed, fixture, gguf_model::hugging_face_config, pretrained};
 use crate::{
@@ -28,17 +28,17 @@ fn scores_of_gguf_files_are_those_of_transformers() {
 
 #[test]
 fn linear_layers_are_held_in_few_bits() {
-    let quantised = |name: &str, to| {
+    let quantized = |name: &str, to| {
         let loaded = pretrained::load::<Plain>(&fixture(name), to, &device::<Plain>()).unwrap();
         let layers = loaded.llama.parameters().layers.into_iter();
-        let layers = layers.filter(|it| it.quantised_bytes > 0).map(|it| it.path);
+        let layers = layers.filter(|it| it.quantized_bytes > 0).map(|it| it.path);
         layers.collect::<Vec<_>>()
     };
     // What has few bits in the file keeps them, whatever is asked for; also the table of embeddings.
-    let stored = quantised("packed.gguf", None);
+    let stored = quantized("packed.gguf", None);
     assert!(!stored.is_empty());
     for name in ["packed.gguf", "llama3", "qwen2.gguf"] {
-        let nf4 = quantised(name, Some(Quantisation::Nf4));
+        let nf4 = quantized(name, Some(Quantization::Nf4));
         let count = nf4.iter().filter(|path| path.ends_with("_proj")).count();
         let all = pretrained::load::<Plain>(&fixture(name), None, &device::<Plain>()).unwrap();
         assert_eq!(count, 7 * all.llama.depth(), "{name}");

@@ -12,7 +12,8 @@ use burn::{
     tensor::{Tensor, TensorData, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraAdapters, LoraConfig, LoraConv2d, LoraEmbedding, LoraLinear, LoraModule,
+    Init, Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule,
+    nn::{LoraConv2d, LoraEmbedding},
 };
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::{SafeTensors, tensor::TensorView};

@@ -11,8 +11,8 @@ use burn::{
     tensor::{Int, Tensor, TensorData, activation::relu, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraAdapters, LoraConfig, LoraConv1d, LoraConv2d, LoraEmbedding, LoraError,
-    LoraLinear, LoraModule,
+    Init, Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule,
+    nn::{LoraConv1d, LoraConv2d, LoraEmbedding},
 };
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, SafetensorsStore};
 use safetensors::SafeTensors;

@@ -7,7 +7,7 @@ use burn::{
     nn::{LayerNorm, LayerNormConfig, LinearConfig},
     tensor::backend::Backend,
 };
-use burn_lora::{LoraAdapters, LoraError, LoraLinear, LoraModule, Mismatch, Renaming};
+use burn_lora::{LoraAdapters, LoraError, LoraLinear, LoraModule, error::Mismatch, peft::Renaming};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 

@@ -17,7 +17,7 @@ use burn::{
     optim::{AdamConfig, Optimizer},
     tensor::{BasicOps, Distribution, Int, Tensor, backend::Backend},
 };
-use burn_lora::{Backward, Lora, LoraConfig, LoraConv2d, LoraModule, Workers, segments};
+use burn_lora::{Lora, LoraConfig, LoraModule, nn::LoraConv2d, train::{Backward, Workers, segments}};
 use burn_lora_peers::serve;
 
 use minilm::{
