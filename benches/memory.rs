@@ -8,20 +8,6 @@
 // Only a main function.
 #![allow(missing_docs)]
 
-#[path = "../examples/common/backend.rs"]
-mod backend;
-// Of the suite, nothing that measures time is needed here.
-#[allow(dead_code)]
-mod suite {
-    pub mod layers;
-    pub mod measure;
-    pub mod minilm;
-    pub mod models;
-    pub mod smollm2;
-    pub mod text;
-    pub mod train_step;
-}
-
 use std::process::ExitCode;
 
 use burn::{
@@ -30,16 +16,18 @@ use burn::{
     tensor::{Distribution, Tensor},
 };
 use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule};
-use peak_alloc::PeakAlloc;
-
-use backend::{Plain, Train};
-use suite::{
-    layers,
-    measure::{self, print_header, print_row},
-    models::{self, Mlp, Single},
-    smollm2, text,
-    train_step::{self, step},
+use burn_lora_llm::{loss::gradients, sizes::smollm2};
+use common::{
+    backend::{self, Plain, Train},
+    benches::{
+        layers,
+        measure::{self, print_header, print_row},
+        models::{Mlp, Single},
+        text,
+        train_step::step,
+    },
 };
+use peak_alloc::PeakAlloc;
 
 #[global_allocator]
 static MEMORY: PeakAlloc = PeakAlloc;
@@ -158,8 +146,9 @@ fn language_model() {
     let config = LoraConfig::peft(8, 16.0).with_targets(smollm2::LAYERS);
     let model = base.attach(&config).expect("it has these layers");
     let texts = smollm2::texts(4);
+    let rows: Vec<_> = texts.iter().map(|text| vec![text]).collect();
     let peak = |segmented| {
-        let step = || drop(smollm2::pass(&model, &texts, segmented));
+        let step = || drop(gradients(&model, &rows, segmented));
         step();
         let before = MEMORY.current_usage();
         (peak_of(&mut { step }) - before) as f64

@@ -143,9 +143,12 @@ pub mod quantize {
     pub use crate::quantized::{GgufType, Quantization, QuantizedWeight, QuantizedWeightItem};
 }
 
-/// What trains in a model.
+/// What trains in a model, and tables like those of this crate's reports.
 pub mod report {
-    pub use crate::model::{LayerReport, ParameterReport};
+    pub use crate::{
+        model::{LayerReport, ParameterReport},
+        table::{grouped, table},
+    };
 }
 
 /// What checkpoints hold. These types are the `Record` of this crate's modules; there is no need to name them.

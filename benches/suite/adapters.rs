@@ -2,11 +2,12 @@
 
 use burn::tensor::{Distribution, Tensor};
 use burn_lora::{LoraConfig, LoraModule};
-
-use crate::{
+use common::{
     backend::Plain,
-    measure::{Work, medians, print_header, print_row},
-    models::Mlp,
+    benches::{
+        measure::{Work, medians, print_header, print_row},
+        models::Mlp,
+    },
 };
 
 pub fn run() {

@@ -7,10 +7,9 @@ use std::{
 };
 
 use burn_lora::{Init, LoraAdapter, LoraAdapters, LoraConfig};
-
-use crate::{
+use common::{
     backend::Plain,
-    measure::{Work, medians, print_header, print_row},
+    benches::measure::{Work, medians, print_header, print_row},
 };
 
 pub fn run() {

@@ -5,12 +5,13 @@ use burn::{
     tensor::{Distribution, Tensor},
 };
 use burn_lora::{Init, Lora, LoraConfig, LoraLinear};
-
-use crate::{
+use common::{
     backend::Plain,
-    measure::{Work, medians, print_header, print_row},
-    models::Single,
-    train_step::SHAPES,
+    benches::{
+        measure::{Work, medians, print_header, print_row},
+        models::Single,
+        train_step::SHAPES,
+    },
 };
 
 pub fn run() {

@@ -4,13 +4,14 @@ use std::path::Path;
 
 use burn::tensor::{Distribution, Tensor};
 use burn_lora::{LoraConfig, LoraModule};
-
-use crate::{
+use common::{
     backend::Train,
-    common::plot::{Panel, SeriesLabelPosition, draw},
-    measure::{Work, medians, print_header, print_row},
-    models::Mlp,
-    train_step::step,
+    benches::{
+        measure::{Work, medians, print_header, print_row},
+        models::Mlp,
+        train_step::step,
+    },
+    cli::plot::{Panel, SeriesLabelPosition, draw},
 };
 
 const WIDTH: usize = 512;

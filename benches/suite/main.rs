@@ -12,27 +12,21 @@
 #![allow(missing_docs)]
 
 mod adapters;
-#[path = "../../examples/common/mod.rs"]
-mod common;
 mod files;
 mod forward;
 mod growth;
-mod layers;
-mod measure;
 mod methods;
-mod minilm;
 mod mixed;
-mod models;
 mod quantized;
-mod smollm2;
-mod text;
-mod train_step;
 mod workers;
 
 use std::{path::PathBuf, process::ExitCode};
 
 use clap::Parser;
-use common::backend;
+use common::{
+    backend,
+    benches::{layers, measure, text, train_step},
+};
 use mimalloc::MiMalloc;
 
 /// Keeps the memory of large tensors, which every training step asks for again.

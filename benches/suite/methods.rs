@@ -7,17 +7,20 @@ use burn::{
     tensor::{Distribution, Tensor},
 };
 use burn_lora::{Init, LoraConfig, LoraLinear, LoraModule};
-
-use crate::{
-    backend::{Plain, Train},
-    measure::{Work, medians, print_header, print_row},
-    minilm::{
-        self,
-        bert::Tokens,
-        model::{ALL_LINEAR, HEAD},
+use burn_lora_llm::{
+    bert::{
+        Tokens,
+        classifier::{ALL_LINEAR, HEAD},
     },
-    text,
-    train_step::{SHAPES, step},
+    sizes::minilm,
+};
+use common::{
+    backend::{Plain, Train},
+    benches::{
+        measure::{Work, medians, print_header, print_row},
+        text,
+        train_step::{SHAPES, step},
+    },
 };
 
 /// What is compared with plain LoRA.
@@ -86,7 +89,7 @@ fn initial_values() {
     }
     let tokens = || {
         let ids = Tensor::<Plain, 2>::random([32, 32], Distribution::Default, &Default::default());
-        let ids = (ids * minilm::WORDS as f32).int();
+        let ids = (ids * minilm::VOCAB_SIZE as f32).int();
         Tokens { padding: ids.zeros_like().bool(), ids }
     };
     row("EVA, one pass over 512 texts of 32 tokens", &|| {

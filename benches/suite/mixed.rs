@@ -9,11 +9,10 @@ use burn_lora::{
     Init, LoraConfig, LoraLinear, LoraModule,
     serve::{MixedBatch, MultiLora},
 };
-
-use crate::{
+use burn_lora_llm::sizes::smollm2;
+use common::{
     backend::Plain,
-    measure::{Work, medians, print_header, print_row},
-    smollm2,
+    benches::measure::{Work, medians, print_header, print_row},
 };
 
 const DEPTH: usize = 4;

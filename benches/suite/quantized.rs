@@ -5,11 +5,12 @@ use burn::{
     tensor::{Distribution, Tensor, backend::Backend},
 };
 use burn_lora::{Init, LoraConfig, LoraLinear, LoraModule, quantize::Quantization};
-
-use crate::{
+use common::{
     backend::{Plain, Train},
-    measure::{Work, medians, print_header, print_row},
-    train_step::step,
+    benches::{
+        measure::{Work, medians, print_header, print_row},
+        train_step::step,
+    },
 };
 
 const DEPTH: usize = 8;

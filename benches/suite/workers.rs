@@ -11,17 +11,19 @@ use burn_lora::{
     Lora, LoraConfig, LoraModule,
     train::{Backward, Workers},
 };
-
-use crate::{
-    backend::Train,
-    common::plot::{Panel, SeriesLabelPosition, draw},
-    measure::{Work, medians, print_header, print_row},
-    minilm::{
-        self, WORDS,
-        bert::Tokens,
-        model::{ALL_LINEAR, HEAD},
+use burn_lora_llm::{
+    bert::{
+        Tokens,
+        classifier::{ALL_LINEAR, HEAD},
     },
-    smollm2,
+    data::Text,
+    loss::gradients,
+    sizes::{minilm, smollm2},
+};
+use common::{
+    backend::Train,
+    benches::measure::{Work, medians, print_header, print_row},
+    cli::plot::{Panel, SeriesLabelPosition, draw},
 };
 
 /// The numbers of workers.
@@ -95,7 +97,7 @@ where
 fn step_of_minilm(workers: usize) -> Work<'static> {
     let base = minilm::base::<Train>(&Default::default());
     let config = LoraConfig::peft(8, 16.0).with_targets(ALL_LINEAR).with_modules_to_save([HEAD]);
-    let ids = (0..32 * 32).map(|i| i * 7919 % WORDS as i32).collect::<Vec<_>>();
+    let ids = (0..32 * 32).map(|i| i * 7919 % minilm::VOCAB_SIZE as i32).collect::<Vec<_>>();
     let ids = Tensor::<Train, 1, Int>::from_ints(&*ids, &Default::default()).reshape([32, 32]);
     let model = base.attach(&config).expect("it can be attached");
     step(model, workers, ids, |model: &Lora<Train, _>, ids| {
@@ -107,11 +109,14 @@ fn step_of_minilm(workers: usize) -> Work<'static> {
 fn step_of_smollm2(workers: usize) -> Work<'static> {
     let base = smollm2::base::<Train>(&Default::default());
     let config = LoraConfig::peft(8, 16.0).with_targets(smollm2::LAYERS);
-    let smollm2::Texts(ids) = smollm2::texts(4);
+    let ids: Vec<_> = smollm2::texts(4).iter().flat_map(|text| text.ids.clone()).collect();
     let ids = Tensor::<Train, 1, Int>::from_ints(&*ids, &Default::default());
     let model = base.attach(&config).expect("it can be attached");
     step(model, workers, ids.reshape([4, smollm2::LENGTH]), |model, ids| {
-        let texts = smollm2::Texts(ids.into_data().iter::<i32>().collect());
-        smollm2::pass(model, &texts, false)
+        let ids: Vec<_> = ids.into_data().iter::<u32>().collect();
+        let texts = ids.chunks(smollm2::LENGTH).map(|ids| Text { ids: ids.to_vec(), given: 0 });
+        let texts: Vec<_> = texts.collect();
+        let rows: Vec<_> = texts.iter().map(|text| vec![text]).collect();
+        gradients(model, &rows, false)
     })
 }

@@ -5,9 +5,6 @@
 //! cargo run --release --example adapters
 //! ```
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::{
     alloc::System,
     collections::BTreeMap,
@@ -21,23 +18,25 @@ use burn::{module::Module, tensor::backend::Backend};
 use burn_lora::{
     Lora, LoraAdapters, LoraConfig, LoraModule,
     adapters::{Approximation, Combination},
+    report::{grouped, table},
 };
 use clap::Parser;
-use serde::Serialize;
-use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
-
 use common::{
     Context, Result,
     backend::{self, Plain, Train},
     classifier::{Recipe, accuracy, fit, logits},
+    cli::{
+        self,
+        live::during,
+        plot::{Panel, SeriesLabelPosition, draw},
+        workers::WorkersArg,
+        write_summary,
+    },
     digits::{Digits, mirror, rotate},
-    live::during,
     mlp::Mlp,
-    plot::{Panel, SeriesLabelPosition, draw},
-    table::{grouped, table},
-    workers::WorkersArg,
-    write_summary,
 };
+use serde::Serialize;
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
 /// Counts every allocation, to show what adapters add to a base in memory.
 #[global_allocator]
@@ -50,25 +49,25 @@ struct Args {
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
     /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: fc1, fc2 or head; all by default
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Passes over the training images, for each training
-    #[arg(long, default_value = "3", value_parser = common::positive)]
+    #[arg(long, default_value = "3", value_parser = cli::positive)]
     epochs: usize,
     /// Number of training images
-    #[arg(long, value_name = "N", default_value = "12000", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "12000", value_parser = cli::positive)]
     train_size: usize,
     #[command(flatten)]
     workers: WorkersArg,
@@ -156,7 +155,7 @@ fn run(args: Args) -> Result<()> {
     for task in &mut tasks {
         let dir = args.out.join(task.name);
         task.adapters.save(&dir).context("saving")?;
-        file_bytes = common::size_of_files(&dir)?;
+        file_bytes = cli::size_of_files(&dir)?;
         let before = accuracy_on(&base, &task.adapters, task)?;
         task.adapters = load(&dir)?;
         let after = accuracy_on(&base, &task.adapters, task)?;
@@ -330,7 +329,7 @@ fn train(
 ) -> Result<Lora<Plain, Mlp<Plain>>> {
     let logs = &args.out.join("logs");
     let &Args { epochs, seed, .. } = args;
-    let (lora_plus, workers, start) = (1.0, args.workers.count(), None);
+    let (lora_plus, workers, start) = (1.0, args.workers.count(backend::cores()), None);
     let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, workers, start, logs };
     Ok(fit(&recipe, model, &digits.train, &digits.test)?.0)
 }

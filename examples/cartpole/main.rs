@@ -8,8 +8,6 @@
 //! cargo run --release --example cartpole --no-default-features --features wgpu
 //! ```
 
-#[path = "../common/mod.rs"]
-mod common;
 mod physics;
 mod policy;
 mod reinforce;
@@ -19,20 +17,17 @@ mod stage;
 use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraModule};
+use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraModule, report::grouped};
 use clap::Parser;
-use mimalloc::MiMalloc;
-use rand::{SeedableRng, rngs::StdRng};
-
 use common::{
     Context, Result,
     adaptation::bits,
     backend::{self, Plain, Train},
-    file_name,
-    live::during,
-    table::grouped,
-    write_summary,
+    cli::{self, file_name, live::during, write_summary},
 };
+use mimalloc::MiMalloc;
+use rand::{SeedableRng, rngs::StdRng};
+
 use physics::{Physics, State};
 use policy::Policy;
 use reinforce::{TARGET, mean_return};
@@ -48,25 +43,25 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 #[derive(Parser, Debug)]
 struct Args {
     /// Rank of the adapters
-    #[arg(long, default_value = "1", value_parser = common::positive)]
+    #[arg(long, default_value = "1", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "4", value_parser = common::nonzero)]
+    #[arg(long, default_value = "4", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: fc1, fc2 or head
     #[arg(long, value_name = "LAYERS", default_value = "head", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the base, of full fine-tuning and of training from scratch
-    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.03", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.03", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Episodes after which a training ends that has not reached 95 % of the highest return
-    #[arg(long, value_name = "N", default_value = "240", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "240", value_parser = cli::positive)]
     max_episodes: usize,
     /// How often everything is repeated, each time with another seed
-    #[arg(long, value_name = "N", default_value = "5", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "5", value_parser = cli::positive)]
     seeds: usize,
     /// First seed of weights, adapters and luck
     #[arg(long, default_value = "42")]

@@ -11,13 +11,13 @@ use burn::{
     },
 };
 use burn_lora::Lora;
-use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
+use common::backend::{Plain, Train};
 
 use crate::{
-    common::backend::{Plain, Train},
     physics::{MAX_STEPS, Physics, State},
     policy::Policy,
 };
+use rand::{Rng, RngExt, SeedableRng, rngs::StdRng};
 
 /// A policy counts as trained with 95 % of the highest return.
 pub const TARGET: f64 = 0.95 * MAX_STEPS as f64;

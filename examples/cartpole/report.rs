@@ -2,17 +2,14 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use burn_lora::report::ParameterReport;
-use serde::Serialize;
-
-use crate::{
-    common::{
-        Result,
-        plot::{Panel, SeriesLabelPosition, draw},
-        table::{grouped, table},
-    },
-    reinforce::{BATCH, TARGET, Trained},
+use burn_lora::report::{ParameterReport, grouped, table};
+use common::{
+    Result,
+    cli::plot::{Panel, SeriesLabelPosition, draw},
 };
+
+use crate::reinforce::{BATCH, TARGET, Trained};
+use serde::Serialize;
 
 #[derive(Serialize)]
 pub struct Summary {

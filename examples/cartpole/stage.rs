@@ -6,12 +6,12 @@ use std::{
 };
 
 use burn_lora::Lora;
+use common::{
+    backend::{self, Train},
+    cli::live::{Live, Position},
+};
 
 use crate::{
-    common::{
-        backend::{self, Train},
-        live::{Live, Position},
-    },
     physics::Physics,
     policy::Policy,
     reinforce::{Recipe, Trained, train},

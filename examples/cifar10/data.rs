@@ -7,10 +7,10 @@ use std::path::Path;
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::common::{
+use common::{
     Result,
     classifier::{Sample, stack_images},
-    live::during,
+    cli::live::during,
 };
 
 /// The side of an image, in pixels.

@@ -7,29 +7,24 @@
 //! cargo run --release --example cifar10 --no-default-features --features wgpu
 //! ```
 
-#[path = "../common/mod.rs"]
-mod common;
 mod data;
 mod model;
 
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, peft::Renaming};
+use burn_lora::{LoraConfig, LoraModule, peft::Renaming, report::grouped};
 use clap::Parser;
-use mimalloc::MiMalloc;
-use serde::Serialize;
-
 use common::{
     Context, Result,
     adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
-    live::during,
-    table::grouped,
-    workers::WorkersArg,
-    write_summary,
+    cli::{self, live::during, workers::WorkersArg, write_summary},
 };
+use mimalloc::MiMalloc;
+use serde::Serialize;
+
 use data::{Photos, negative};
 use model::Cnn;
 
@@ -48,31 +43,31 @@ struct Args {
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
-    #[arg(long, default_value = "7", value_parser = common::positive)]
+    #[arg(long, default_value = "7", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "14", value_parser = common::nonzero)]
+    #[arg(long, default_value = "14", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA, and of the last layer alone
-    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Passes over the images, for each training
-    #[arg(long, default_value = "6", value_parser = common::positive)]
+    #[arg(long, default_value = "6", value_parser = cli::positive)]
     epochs: usize,
     /// Number of images that the base is trained on; all by default
-    #[arg(long, value_name = "N", value_parser = common::positive)]
+    #[arg(long, value_name = "N", value_parser = cli::positive)]
     train_size: Option<usize>,
     /// Number of negatives to adapt to; a quarter of the training images by default
-    #[arg(long, value_name = "N", value_parser = common::positive)]
+    #[arg(long, value_name = "N", value_parser = cli::positive)]
     new_size: Option<usize>,
     /// Number of test images; all by default
-    #[arg(long, value_name = "N", value_parser = common::positive)]
+    #[arg(long, value_name = "N", value_parser = cli::positive)]
     test_size: Option<usize>,
     #[command(flatten)]
     workers: WorkersArg,
@@ -130,7 +125,7 @@ fn run(args: Args) -> Result<()> {
         epochs: args.epochs,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: None,
         names: Renaming::default(),
         old_test: &photos.test,

@@ -10,11 +10,9 @@ use burn::{
     tensor::{Tensor, activation::relu, backend::Backend},
 };
 use burn_lora::{LoraLinear, nn::LoraConv2d};
+use common::classifier::Classifier;
 
-use crate::{
-    common::classifier::Classifier,
-    data::{CHANNELS, Photo, SIDE},
-};
+use crate::data::{CHANNELS, Photo, SIDE};
 
 /// A convolutional network for images of 32×32 pixels.
 ///

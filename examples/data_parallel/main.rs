@@ -10,8 +10,6 @@
 //! Start reading with [`train`], which is all that there is to it. `data_parallel plan` predicts what many
 //! machines are worth.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod plan;
 mod train;
 
@@ -23,22 +21,25 @@ use burn::{
 };
 use burn_lora::{
     Lora, LoraConfig, LoraModule,
+    report::{grouped, table},
     train::{Replicas, ThreadReplica},
 };
 use clap::{Parser, Subcommand};
-use mimalloc::MiMalloc;
-use serde::Serialize;
-
 use common::{
     Context, Result,
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
+    cli::{
+        self,
+        replicas::{Counted, MpiArg},
+        write_summary,
+    },
     digits::{Digit, Digits, rotate},
     mlp::Mlp,
-    replicas::{Counted, MpiArg},
-    table::{grouped, table},
-    write_summary,
 };
+use mimalloc::MiMalloc;
+use serde::Serialize;
+
 use plan::PlanArgs;
 use train::{Cost, Model, Recipe, train};
 
@@ -56,7 +57,7 @@ struct Args {
     #[command(flatten)]
     mpi: MpiArg,
     /// Train with so many threads instead of processes, each with a model of its own
-    #[arg(long, value_name = "N", default_value = "1", value_parser = common::positive, conflicts_with = "mpi")]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = cli::positive, conflicts_with = "mpi")]
     replicas: usize,
     /// Directory with MNIST's four IDX files, raw or .gz; otherwise drawn digits, which need no files
     #[arg(long, value_name = "DIR", conflicts_with = "generated")]
@@ -65,22 +66,22 @@ struct Args {
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     alpha: f64,
     /// Number of images of a batch, which all share
-    #[arg(long, default_value = "128", value_parser = common::positive)]
+    #[arg(long, default_value = "128", value_parser = cli::positive)]
     batch: usize,
     /// Number of steps, for each training
-    #[arg(long, default_value = "300", value_parser = common::positive)]
+    #[arg(long, default_value = "300", value_parser = cli::positive)]
     steps: usize,
     /// Learning rate of the base
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Seed of weights, adapters, the order of the images, and drawn digits
     #[arg(long, default_value = "42")]

@@ -7,10 +7,10 @@ use std::{fs, path::PathBuf};
 
 use clap::Args;
 
-use crate::common::{
+use burn_lora::report::table;
+use common::{
     Context, Result,
-    plot::{Extras, Panel, SeriesLabelPosition, draw_with},
-    table::table,
+    cli::plot::{Extras, Panel, SeriesLabelPosition, draw_with},
 };
 
 #[derive(Args, Debug)]

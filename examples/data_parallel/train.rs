@@ -7,17 +7,18 @@ use burn_lora::{
     Lora,
     train::{Backward, Replicas, fingerprint},
 };
-use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
-
-use crate::common::{
+use common::{
     Context, Result,
     backend::Train,
     classifier::Classifier,
+    cli::{
+        live::{Live, Position},
+        replicas::{Counted, Sent},
+    },
     digits::Digit,
-    live::{Live, Position},
     mlp::Mlp,
-    replicas::{Counted, Sent},
 };
+use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 
 /// A model of which something trains: all of it, or adapters.
 pub type Model = Lora<Train, Mlp<Train>>;

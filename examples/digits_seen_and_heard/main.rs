@@ -15,8 +15,6 @@
 //!     --generated
 //! ```
 
-#[path = "../common/mod.rs"]
-mod common;
 mod model;
 mod pairs;
 mod senses;
@@ -26,23 +24,20 @@ mod tests;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{Lora, LoraConfig, LoraModule, peft::Renaming};
+use burn_lora::{Lora, LoraConfig, LoraModule, peft::Renaming, report::grouped};
 use clap::Parser;
-use mimalloc::MiMalloc;
-use serde::Serialize;
-
 use common::{
     Context, Result,
     adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
     classifier::{Sample, accuracy, logits},
+    cli::{self, live::during, workers::WorkersArg, write_summary},
     digits::rotate,
-    live::during,
     recognizer::Recognizer,
-    table::grouped,
-    workers::WorkersArg,
-    write_summary,
 };
+use mimalloc::MiMalloc;
+use serde::Serialize;
+
 use model::{DIGITS, FUSION, Matcher};
 use pairs::pairs;
 use senses::{Sense, Senses};
@@ -65,38 +60,38 @@ struct Args {
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
-    #[arg(long, default_value = "6", value_parser = common::positive)]
+    #[arg(long, default_value = "6", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "12", value_parser = common::nonzero)]
+    #[arg(long, default_value = "12", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: eye.encoder.convs.0 to eye.encoder.convs.3,
     /// eye.head, and the same of ear; all by default
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the encoders' pretraining and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.004", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.004", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Learning rate of the head on frozen encoders
-    #[arg(long, value_name = "RATE", default_value = "0.05", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.05", value_parser = cli::rate)]
     head_learning_rate: f64,
     /// Passes over the pictures and over the recordings, for each encoder
-    #[arg(long, value_name = "EPOCHS", default_value = "3", value_parser = common::positive)]
+    #[arg(long, value_name = "EPOCHS", default_value = "3", value_parser = cli::positive)]
     base_epochs: usize,
     /// Passes over the pairs, for each method
-    #[arg(long, default_value = "5", value_parser = common::positive)]
+    #[arg(long, default_value = "5", value_parser = cli::positive)]
     epochs: usize,
     /// Number of pictures to train on, the eye before and the whole after
-    #[arg(long, value_name = "N", default_value = "6000", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "6000", value_parser = cli::positive)]
     train_size: usize,
     /// Number of pairs to train on
-    #[arg(long, value_name = "N", default_value = "4000", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "4000", value_parser = cli::positive)]
     new_size: usize,
     /// Number of pairs to test on
-    #[arg(long, value_name = "N", default_value = "1000", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "1000", value_parser = cli::positive)]
     test_size: usize,
     #[command(flatten)]
     workers: WorkersArg,
@@ -278,7 +273,7 @@ fn job<'a, S: Sample>(args: &'a Args, epochs: usize, old_test: &'a [S]) -> Job<'
         epochs,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: None,
         names: Renaming::default(),
         old_test,

@@ -9,10 +9,9 @@ use burn::{
     },
 };
 
-use crate::{
-    common::{classifier::Classifier, recognizer::Recognizer},
-    pairs::Pair,
-};
+use common::{classifier::Classifier, recognizer::Recognizer};
+
+use crate::pairs::Pair;
 
 /// The number of digits that each side tells apart.
 pub const DIGITS: usize = 10;

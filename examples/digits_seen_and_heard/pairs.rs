@@ -3,7 +3,7 @@
 use burn::tensor::{Tensor, backend::Backend};
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use crate::common::{Result, classifier::Sample, recognizer::Grid};
+use common::{Result, classifier::Sample, recognizer::Grid};
 
 /// A picture and a sound. The class is 1 if both are of the same digit, and 0 otherwise.
 #[derive(Clone, Debug)]

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::common::{
+use common::{
     Result,
     digits::{Digit, Digits, PIXELS, SIDE},
     recognizer::Grid,

@@ -5,16 +5,16 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{LoraConfig, LoraModule};
+use common::{
+    adaptation::bits,
+    backend::{Plain, Train},
+    classifier::{Sample, logits},
+    digits::{Digit, Digits, PIXELS},
+    recognizer::{Grid, Recognizer},
+    speech::generated,
+};
 
 use crate::{
-    common::{
-        adaptation::bits,
-        backend::{Plain, Train},
-        classifier::{Sample, logits},
-        digits::{Digit, Digits, PIXELS},
-        recognizer::{Grid, Recognizer},
-        speech::generated,
-    },
     model::{DIGITS, FUSION, Matcher},
     pairs::{Pair, pairs},
     senses::Senses,

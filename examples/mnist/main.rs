@@ -7,29 +7,22 @@
 //! cargo run --release --example mnist --no-default-features --features wgpu
 //! ```
 
-#[path = "../common/mod.rs"]
-mod common;
-
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, peft::Renaming};
+use burn_lora::{LoraConfig, LoraModule, peft::Renaming, report::grouped};
 use clap::Parser;
-use mimalloc::MiMalloc;
-use serde::Serialize;
-
 use common::{
     Context, Result,
     adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
+    cli::{self, live::during, workers::WorkersArg, write_summary},
     digits::{Digits, mirror, rotate},
-    live::during,
     mlp::Mlp,
-    table::grouped,
-    workers::WorkersArg,
-    write_summary,
 };
+use mimalloc::MiMalloc;
+use serde::Serialize;
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -46,25 +39,25 @@ struct Args {
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: fc1, fc2 or head; all by default
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA, and of the last layer alone
-    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Passes over the training images, for each training
-    #[arg(long, default_value = "4", value_parser = common::positive)]
+    #[arg(long, default_value = "4", value_parser = cli::positive)]
     epochs: usize,
     /// Number of training images; all by default
-    #[arg(long, value_name = "N", value_parser = common::positive)]
+    #[arg(long, value_name = "N", value_parser = cli::positive)]
     train_size: Option<usize>,
     #[command(flatten)]
     workers: WorkersArg,
@@ -121,7 +114,7 @@ fn run(args: Args) -> Result<()> {
         epochs: args.epochs,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: None,
         names: Renaming::default(),
         old_test: &digits.test,

@@ -2,18 +2,15 @@
 
 use burn::{module::Module, tensor::backend::Backend};
 use burn_lora::LoraModule;
-
-use crate::{
-    Args,
-    common::{
-        Context, Result,
-        backend::{Plain, Train},
-        classifier::{Recipe, fit},
-        digits::{Digits, rotate},
-        mlp::Mlp,
-    },
-    task::Task,
+use common::{
+    Context, Result,
+    backend::{self, Plain, Train},
+    classifier::{Recipe, fit},
+    digits::{Digits, rotate},
+    mlp::Mlp,
 };
+
+use crate::{Args, task::Task};
 
 const DEGREES: f64 = 60.0;
 
@@ -48,7 +45,7 @@ pub fn task(args: &Args) -> Result<Task<Mlp<Train>>> {
         epochs: BASE_EPOCHS,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: None,
         logs: &args.out.join("logs"),
     };

@@ -4,21 +4,21 @@ use std::time::Instant;
 
 use burn::tensor::Tensor;
 use burn_lora::{Lora, LoraConfig, LoraModule, Scaling, train::Workers};
-use serde::Serialize;
+use common::{
+    Context, Result,
+    backend::{Plain, Train},
+    classifier::{Learns, Trained, accuracy, logits},
+    cli::live::{Live, Position, during},
+};
 
 use crate::{
-    common::{
-        Context, Result,
-        backend::{Plain, Train},
-        classifier::{Learns, Trained, accuracy, logits},
-        live::{Live, Position, during},
-    },
     spread::Spread,
     sweeps::scaling::alpha_for,
     task::Task,
     train::Training,
     weights::{Matrices, differences, matrices, norm, relative_difference},
 };
+use serde::Serialize;
 
 /// What all points share: the task, its base, and the settings that do not change.
 pub struct Lab<M: Learns> {

@@ -12,34 +12,13 @@
 //!
 //! Start reading with [`lab`], which trains and measures, and [`sweeps`].
 
-// The example `text_classification` exchanges adapters with Python, too.
-#[cfg(feature = "text")]
-#[allow(dead_code)]
-#[path = "../text_classification/bert.rs"]
-mod bert;
-#[path = "../common/mod.rs"]
-mod common;
 mod digits;
-#[cfg(feature = "text")]
-#[path = "../text_classification/grammar.rs"]
-mod grammar;
 mod lab;
-// The example `text_classification` exchanges adapters with Python, too.
-#[cfg(feature = "text")]
-#[allow(dead_code)]
-#[path = "../text_classification/model.rs"]
-mod model;
 mod report;
-#[cfg(feature = "text")]
 mod sentences;
 mod spread;
 mod sweeps;
 mod task;
-// The example `text_classification` reads texts from files, too.
-#[cfg(feature = "text")]
-#[allow(dead_code)]
-#[path = "../text_classification/text.rs"]
-mod text;
 mod train;
 mod weights;
 
@@ -50,13 +29,11 @@ use clap::{Parser, ValueEnum};
 use mimalloc::MiMalloc;
 use serde_json::{Map, json};
 
+use burn_lora::report::grouped;
 use common::{
     Context, Result, backend,
     classifier::{Learns, accuracy, logits},
-    live::during,
-    table::grouped,
-    workers::WorkersArg,
-    write_summary,
+    cli::{self, live::during, workers::WorkersArg, write_summary},
 };
 use lab::Lab;
 use sweeps::{alpha, initialization, layers, rank, scaling, singular_values};
@@ -83,26 +60,26 @@ struct Args {
     #[arg(long, value_enum, value_name = "SWEEPS", value_delimiter = ',')]
     sweep: Vec<Sweep>,
     /// Rank of the adapters where it is not compared
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters at this rank: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     alpha: f64,
     /// Learning rate of full fine-tuning, which falls to zero along a cosine; by default one that
     /// suits the task
-    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
     learning_rate: Option<f64>,
     /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
     lora_learning_rate: Option<f64>,
     /// Passes over the samples, for each training
-    #[arg(long, value_parser = common::positive)]
+    #[arg(long, value_parser = cli::positive)]
     epochs: Option<usize>,
     /// Number of samples to train on
-    #[arg(long, value_name = "N", default_value = "4000", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "4000", value_parser = cli::positive)]
     train_size: usize,
     /// Number of trainings for each point, which differ in the adapters' values and the order of the samples
-    #[arg(long, value_name = "N", default_value = "3", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "3", value_parser = cli::positive)]
     seeds: usize,
     #[command(flatten)]
     workers: WorkersArg,
@@ -119,7 +96,6 @@ enum TaskName {
     /// Rotated digits, as in the example mnist
     Digits,
     /// Generated sentences, as in the example text_classification
-    #[cfg(feature = "text")]
     Text,
 }
 
@@ -141,7 +117,6 @@ fn run(args: Args) -> Result<()> {
     fs::create_dir_all(&args.out).context(args.out.display())?;
     match args.task {
         TaskName::Digits => compare(&args, digits::task(&args)?),
-        #[cfg(feature = "text")]
         TaskName::Text => compare(&args, sentences::task(&args)?),
     }
 }
@@ -150,7 +125,8 @@ fn run(args: Args) -> Result<()> {
 fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
     let start = Instant::now();
     let seeds = (0..args.seeds as u64).map(|index| args.seed + index).collect();
-    let mut lab = Lab::new(task, seeds, args.workers.count(), args.rank, args.alpha);
+    let mut lab =
+        Lab::new(task, seeds, args.workers.count(backend::cores()), args.rank, args.alpha);
     let task = &lab.task;
     let base_accuracy = lab.base_accuracy();
     println!(

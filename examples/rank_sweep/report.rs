@@ -5,14 +5,12 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::{
-    common::{
-        Context, Result,
-        plot::{Extras, Panel, SeriesLabelPosition, draw_with},
-    },
-    lab::Point,
-    spread::Spread,
+use common::{
+    Context, Result,
+    cli::plot::{Extras, Panel, SeriesLabelPosition, draw_with},
 };
+
+use crate::{lab::Point, spread::Spread};
 
 /// The results of one sweep.
 pub struct Report {

@@ -3,22 +3,18 @@
 
 use burn::{
     module::{AutodiffModule, Module},
-    tensor::{Tensor, backend::Backend},
+    tensor::backend::Backend,
 };
 use burn_lora::LoraModule;
-
-use crate::{
-    Args,
-    bert::Tokens,
-    common::{
-        Context, Result,
-        backend::{Plain, Train},
-        classifier::{Classifier, Recipe, fit},
-    },
+use burn_lora_llm::bert::classifier::{ALL_LINEAR, HEAD, QUERY_VALUE, TextClassifier};
+use common::{
+    Context, Result,
+    backend::{self, Plain, Train},
+    classifier::{Recipe, fit},
     grammar::{self, Language},
-    model::{ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier},
-    task::Task,
 };
+
+use crate::{Args, task::Task};
 
 const BASE_EPOCHS: usize = 5;
 const BASE_LEARNING_RATE: f64 = 2e-3;
@@ -33,14 +29,6 @@ const SETS: &[(&str, &[&str])] = &[
     ("attention", &["query", "key", "value", "output"]),
     ("feed-forward", &["expand", "contract"]),
 ];
-
-impl<B: Backend> Classifier<B> for TextClassifier<B> {
-    type Sample = Text;
-
-    fn logits(&self, tokens: Tokens<B>) -> Tensor<B, 2> {
-        self.forward(&tokens)
-    }
-}
 
 pub fn task(args: &Args) -> Result<Task<TextClassifier<Train>>> {
     if let Some(dir) = &args.data {
@@ -57,7 +45,7 @@ pub fn task(args: &Args) -> Result<Task<TextClassifier<Train>>> {
         epochs: BASE_EPOCHS,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: None,
         logs: &args.out.join("logs"),
     };

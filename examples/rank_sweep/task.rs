@@ -1,6 +1,6 @@
 //! What a sweep needs to know of a task.
 
-use crate::common::classifier::{Learns, SampleOf};
+use common::classifier::{Learns, SampleOf};
 
 /// A base that was trained on one task, and another task that it is adapted to.
 pub struct Task<M: Learns> {

@@ -9,8 +9,7 @@ use burn_lora::{
     Lora,
     train::{Backward, Workers},
 };
-
-use crate::common::{
+use common::{
     backend::Train,
     classifier::{Learns, Sample, SampleOf, Trained},
 };

@@ -11,8 +11,6 @@
 //! The base never hears the new speaker. What a sound is to the model is in
 //! `examples/common/speech/spectrogram.rs`, and the model in `examples/common/recognizer.rs`.
 
-#[path = "../common/mod.rs"]
-mod common;
 mod split;
 #[cfg(test)]
 mod tests;
@@ -20,23 +18,20 @@ mod tests;
 use std::{fs, path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, peft::Renaming};
+use burn_lora::{LoraConfig, LoraModule, peft::Renaming, report::grouped};
 use clap::Parser;
-use mimalloc::MiMalloc;
-use serde::Serialize;
-
 use common::{
     Context, Result,
     adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
     classifier::{accuracy, logits},
-    live::during,
+    cli::{self, live::during, workers::WorkersArg, write_summary},
     recognizer::{Grid, Recognizer},
     speech::Recordings,
-    table::grouped,
-    workers::WorkersArg,
-    write_summary,
 };
+use mimalloc::MiMalloc;
+use serde::Serialize;
+
 use split::Split;
 
 /// Reuses the memory of large tensors: every training step allocates them again.
@@ -57,28 +52,28 @@ struct Args {
     #[arg(long, value_name = "NAME")]
     speaker: Option<String>,
     /// Rank of the adapters
-    #[arg(long, default_value = "6", value_parser = common::positive)]
+    #[arg(long, default_value = "6", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "12", value_parser = common::nonzero)]
+    #[arg(long, default_value = "12", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA, and of the last layer alone
-    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Passes over the recordings of the other speakers, for the base
-    #[arg(long, value_name = "EPOCHS", default_value = "6", value_parser = common::positive)]
+    #[arg(long, value_name = "EPOCHS", default_value = "6", value_parser = cli::positive)]
     base_epochs: usize,
     /// Passes over the recordings of the new speaker, for each method
-    #[arg(long, default_value = "20", value_parser = common::positive)]
+    #[arg(long, default_value = "20", value_parser = cli::positive)]
     epochs: usize,
     /// Number of recordings of the new speaker to adapt to
-    #[arg(long, value_name = "N", default_value = "50", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "50", value_parser = cli::positive)]
     new_size: usize,
     #[command(flatten)]
     workers: WorkersArg,
@@ -143,7 +138,7 @@ fn run(args: Args) -> Result<()> {
         epochs,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: None,
         names: Renaming::default(),
         old_test: &old_test,

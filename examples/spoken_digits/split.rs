@@ -1,6 +1,6 @@
 //! Which recordings are for what.
 
-use crate::common::{
+use common::{
     Result,
     recognizer::Grid,
     speech::{Recording, Recordings},

@@ -11,14 +11,6 @@
 //!
 //! Start reading with [`bert`], which is the model.
 
-mod bert;
-#[path = "../common/mod.rs"]
-mod common;
-mod grammar;
-mod model;
-mod pretrained;
-mod text;
-
 use std::{
     fs,
     path::{Path, PathBuf},
@@ -32,30 +24,29 @@ use burn::{
 use burn_lora::{
     Lora, LoraConfig, LoraModule,
     quantize::{Quantization, QuantizationReport, QuantizeConfig},
+    report::grouped,
+};
+use burn_lora_llm::bert::{
+    Bert, BertConfig,
+    classifier::{self, ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier},
+    pretrained,
 };
 use clap::Parser;
-use mimalloc::MiMalloc;
-use serde::Serialize;
-use serde_json::json;
-
-use bert::{Bert, BertConfig, Tokens};
 use common::{
     Context, Result,
     adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
-    arguments,
     backend::{self, Plain, Train},
-    classifier::{Classifier, Sample, Start, accuracy, logits},
-    hub,
-    live::during,
-    quantize::Kind,
-    relatives::Relative,
-    table::grouped,
-    workers::WorkersArg,
-    write_summary,
+    classifier::{Sample, Start, accuracy, logits},
+    cli::{
+        self, arguments, hub, live::during, quantize::Kind, relatives::Relative,
+        workers::WorkersArg, write_summary,
+    },
+    grammar::{self, Language},
+    text::{self, Texts},
 };
-use grammar::Language;
-use model::{ALL_LINEAR, HEAD, QUERY_VALUE, Text, TextClassifier};
-use text::Texts;
+use mimalloc::MiMalloc;
+use serde::Serialize;
+use serde_json::json;
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -77,23 +68,23 @@ struct Args {
     #[arg(long)]
     generated: bool,
     /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     alpha: f64,
     /// Learning rate of full fine-tuning, which falls to zero along a cosine; 0.0001 by default, and 0.001
     /// with a generated encoder
-    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
     learning_rate: Option<f64>,
     /// Learning rate of LoRA; 0.001 by default, and 0.002 with a generated encoder
-    #[arg(long, value_name = "RATE", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
     lora_learning_rate: Option<f64>,
     /// Learning rate of the head alone
-    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = cli::rate)]
     head_learning_rate: f64,
     /// Also train with LoRA+: the learning rate of B is this multiple of A's
-    #[arg(long, value_name = "RATIO", value_parser = common::at_least_one)]
+    #[arg(long, value_name = "RATIO", value_parser = cli::at_least_one)]
     lora_plus: Option<f64>,
     /// Also train LoRA on an encoder whose linear layers are held in 8 or 4 bits; several kinds are separated
     /// by commas
@@ -103,10 +94,10 @@ struct Args {
     #[arg(long, value_name = "KINDS", value_delimiter = ',')]
     relatives: Vec<Relative>,
     /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
-    #[arg(long, value_parser = common::positive)]
+    #[arg(long, value_parser = cli::positive)]
     epochs: Option<usize>,
     /// Number of texts to train on
-    #[arg(long, value_name = "N", default_value = "10000", value_parser = common::positive)]
+    #[arg(long, value_name = "N", default_value = "10000", value_parser = cli::positive)]
     train_size: usize,
     #[command(flatten)]
     workers: WorkersArg,
@@ -166,14 +157,6 @@ fn main() -> ExitCode {
     common::main(run)
 }
 
-impl<B: Backend> Classifier<B> for TextClassifier<B> {
-    type Sample = Text;
-
-    fn logits(&self, tokens: Tokens<B>) -> Tensor<B, 2> {
-        self.forward(&tokens)
-    }
-}
-
 fn run(args: Args) -> Result<()> {
     // Reads all files first, so that a wrong one is reported before anything is replaced.
     let given = if args.generated { None } else { Some(read(&args)?) };
@@ -185,9 +168,9 @@ fn run(args: Args) -> Result<()> {
         epochs,
         seed: args.seed,
         lora_plus: 1.0,
-        workers: args.workers.count(),
+        workers: args.workers.count(backend::cores()),
         start: Some(start(&args, epochs)?),
-        names: model::names(),
+        names: classifier::names(),
         old_test: &[],
     };
     Plain::seed(&Default::default(), args.seed);
@@ -323,7 +306,7 @@ fn start(args: &Args, epochs: usize) -> Result<Start> {
         "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
         "lora_plus": args.lora_plus, "quantize": kinds, "relatives": relatives, "seed": args.seed, "backend": backend::NAME,
         "learning_rate": rate, "lora_learning_rate": lora_rate,
-        "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(),
+        "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(backend::cores()),
     });
     if !args.resume {
         arguments::begin(&args.out, "logs", &arguments)?;

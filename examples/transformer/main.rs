@@ -6,8 +6,6 @@
 //! cargo run --release --example transformer
 //! ```
 
-#[path = "../common/mod.rs"]
-mod common;
 mod model;
 
 use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
@@ -18,19 +16,24 @@ use burn::{
     optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::{Int, Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{Lora, LoraConfig, LoraModule};
+use burn_lora::{
+    Lora, LoraConfig, LoraModule,
+    report::{grouped, table},
+};
 use clap::Parser;
+use common::{
+    Context, Result,
+    backend::{self, Plain, Train},
+    cli::{
+        self,
+        live::{Live, Position, during},
+        write_summary,
+    },
+};
 use mimalloc::MiMalloc;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
-use common::{
-    Context, Result,
-    backend::{self, Plain, Train},
-    live::{Live, Position, during},
-    table::{grouped, table},
-    write_summary,
-};
 use model::{LENGTH, Layered, SYMBOLS, Stock};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
@@ -41,22 +44,22 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 #[derive(Parser, Debug)]
 struct Args {
     /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = common::positive)]
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
     rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = common::nonzero)]
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     alpha: f64,
     /// Layers that get adapters, with commas between them: query, key, value, output
     #[arg(long, value_name = "LAYERS", default_value = "query,value", value_delimiter = ',')]
     targets: Vec<String>,
     /// Learning rate of the base and of full fine-tuning, which falls to zero
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
     learning_rate: f64,
     /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = common::rate)]
+    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = cli::rate)]
     lora_learning_rate: f64,
     /// Steps of each training
-    #[arg(long, default_value = "300", value_parser = common::positive)]
+    #[arg(long, default_value = "300", value_parser = cli::positive)]
     steps: usize,
     /// Seed of weights, adapters and sequences
     #[arg(long, default_value = "42")]

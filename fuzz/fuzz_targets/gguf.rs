@@ -1,19 +1,16 @@
 //! Reads random bytes as a GGUF file: its header, and the first numbers of each matrix in it.
 //!
 //! ```text
-//! cargo +nightly fuzz run gguf fuzz/corpus/gguf tests/llama/fixtures
+//! cargo +nightly fuzz run gguf fuzz/corpus/gguf llm/tests/llama/fixtures
 //! ```
 
 #![no_main]
-
-#[path = "../../examples/language_model/gguf.rs"]
-mod gguf;
 
 use std::fs;
 
 use burn::backend::Flex;
 use burn_lora::quantize::{GgufType, QuantizedWeight};
-use gguf::{Gguf, Packing};
+use burn_lora_llm::gguf::{Gguf, Packing};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -1,7 +1,6 @@
 //! The tests of the crate, one file per subject. They run on the backend that the cargo features choose,
 //! and compare with the plain formulas in `oracle`, never with the crate's own code.
 
-#[path = "../../examples/common/backend.rs"]
 mod backend;
 mod model;
 mod oracle;
@@ -12,7 +11,6 @@ mod attention;
 mod conv;
 mod conv_sizes;
 mod correctness;
-mod decoder;
 mod dora;
 mod dropout;
 mod embedding;
@@ -31,9 +29,7 @@ mod peft;
 mod program;
 mod quantized;
 mod replicas;
-mod resuming;
 mod sizes;
 mod steps;
 mod store;
-mod text;
 mod whole_model;

@@ -9,11 +9,10 @@ use std::{
 
 use flate2::read::GzDecoder;
 
+use burn_lora_llm::files::write_atomically;
+use common::{Context, Result, cli::download::fetch};
+
 use super::{Photo, Photos, VALUES};
-use crate::common::{
-    Context, Result,
-    download::{fetch, write_atomically},
-};
 
 const TRAIN: [&str; 5] = [
     "data_batch_1.bin",

@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use burn_lora::{LoraConfig, Scaling};
+use burn_lora::{LoraConfig, Scaling, report::table};
+use common::{Result, classifier::Learns, cli::plot::SeriesLabelPosition};
 
 use crate::{
-    common::{Result, classifier::Learns, plot::SeriesLabelPosition, table::table},
     lab::{Lab, Measured},
     report::{Curve, Diagram, Report, draw},
 };

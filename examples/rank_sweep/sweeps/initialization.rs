@@ -3,24 +3,25 @@
 use std::path::Path;
 
 use burn::module::AutodiffModule;
-use burn_lora::{Init, Lora, LoraAdapter, LoraAdapters, LoraConfig, LoraModule};
-use serde::Serialize;
-use serde_json::json;
-
-use crate::{
-    common::{
-        Context, Result,
-        backend::Train,
-        classifier::{Classifier, Learns, SampleOf, accuracy, logits},
+use burn_lora::{Init, Lora, LoraAdapter, LoraAdapters, LoraConfig, LoraModule, report::table};
+use common::{
+    Context, Result,
+    backend::Train,
+    classifier::{Classifier, Learns, SampleOf, accuracy, logits},
+    cli::{
         live::{Live, Position, during},
         plot::SeriesLabelPosition,
-        table::table,
     },
+};
+
+use crate::{
     lab::Lab,
     report::{Curve, Diagram, Report, draw},
     spread::Spread,
     weights::{number, relative_difference},
 };
+use serde::Serialize;
+use serde_json::json;
 
 /// Whether A and B start at random values.
 const KINDS: [(&str, [bool; 2]); 4] = [

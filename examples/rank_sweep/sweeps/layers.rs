@@ -4,19 +4,17 @@
 
 use std::path::Path;
 
-use burn_lora::LoraConfig;
-use serde_json::json;
+use burn_lora::{
+    LoraConfig,
+    report::{grouped, table},
+};
+use common::{Context, Result, classifier::Learns, cli::plot::SeriesLabelPosition};
 
 use crate::{
-    common::{
-        Context, Result,
-        classifier::Learns,
-        plot::SeriesLabelPosition,
-        table::{grouped, table},
-    },
     lab::{Lab, Measured, Point},
     report::{Curve, Diagram, Report, draw},
 };
+use serde_json::json;
 
 /// The first set of layers has adapters of these ranks. The others have as many parameters.
 const RANKS: [usize; 3] = [1, 3, 8];

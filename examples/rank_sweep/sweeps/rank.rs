@@ -4,13 +4,10 @@ use std::path::Path;
 
 use serde_json::json;
 
+use burn_lora::report::{grouped, table};
+use common::{Result, classifier::Learns, cli::plot::SeriesLabelPosition};
+
 use crate::{
-    common::{
-        Result,
-        classifier::Learns,
-        plot::SeriesLabelPosition,
-        table::{grouped, table},
-    },
     lab::{Lab, Measured, Point},
     report::{Curve, Diagram, Report, draw},
 };

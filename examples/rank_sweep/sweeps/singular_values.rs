@@ -6,11 +6,15 @@ use burn::tensor::Tensor;
 use nalgebra::DMatrix;
 use serde::Serialize;
 
+use burn_lora::report::table;
+use common::{
+    Result,
+    backend::Plain,
+    classifier::Learns,
+    cli::{live::during, plot::SeriesLabelPosition},
+};
+
 use crate::{
-    common::{
-        Result, backend::Plain, classifier::Learns, live::during, plot::SeriesLabelPosition,
-        table::table,
-    },
     lab::Lab,
     report::{Curve, Diagram, Report, draw},
 };

@@ -4,7 +4,7 @@ use std::{fs, path::Path};
 
 use hound::{SampleFormat, WavSpec, WavWriter};
 
-use crate::common::speech::files::{parse, read};
+use common::speech::files::{parse, read};
 
 const GOOD: WavSpec = WavSpec {
     channels: 1,

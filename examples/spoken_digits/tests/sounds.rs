@@ -2,7 +2,7 @@
 
 use std::f64::consts::TAU;
 
-use crate::common::speech::{
+use common::speech::{
     RATE, Recording, generated,
     mel::{centers, filters, hertz, mel},
     spectrogram::{BANDS, FRAMES, HOP, LogMel, SAMPLES, WINDOW},

@@ -2,10 +2,9 @@
 
 use std::{collections::HashSet, sync::Arc};
 
-use crate::{
-    common::speech::{Recording, Recordings},
-    split::Split,
-};
+use common::speech::{Recording, Recordings};
+
+use crate::split::Split;
 
 /// Ten recordings of each digit by three speakers. Each spectrogram tells its recording.
 fn recordings() -> Recordings {

@@ -1,0 +1,3 @@
+//! What the examples share, tested where unit tests cannot.
+
+mod resuming;

@@ -1,0 +1,236 @@
+//! The arguments of the commands.
+
+use std::{net::IpAddr, path::PathBuf};
+
+use burn_lora::quantize::Quantization;
+use burn_lora_llm::{
+    Result,
+    cli::{self, quantize::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg},
+};
+use clap::{Parser, Subcommand};
+
+/// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
+/// adapters into its weights.
+#[derive(Parser, Debug)]
+pub struct Args {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+pub enum Command {
+    /// Train adapters
+    Train(TrainArgs),
+    /// Tell the perplexity on texts, with and without adapters
+    Evaluate(EvaluateArgs),
+    /// Answer a prompt, with each of the adapters in turn
+    Generate(GenerateArgs),
+    /// Write the model with adapters in its weights, as a Hugging Face directory
+    Merge(MergeArgs),
+    /// Answer over HTTP, in OpenAI's protocol, with many adapters at once
+    Serve(ServeArgs),
+}
+
+/// The model that adapters are put on.
+#[derive(Parser, Debug)]
+pub struct BaseArgs {
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file, whose 4 or 8 bits
+    /// stay as they are; otherwise the Hugging Face cache, or a download of SmolLM2-135M-Instruct
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// Hold the linear layers in 8 or in 4 bits
+    #[arg(long, alias = "quantise", value_name = "KIND")]
+    pub quantize: Option<Kind>,
+}
+
+impl BaseArgs {
+    /// What the linear layers are quantized to.
+    pub fn quantization(&self) -> Option<Quantization> {
+        self.quantize.map(Into::into)
+    }
+}
+
+/// The linear layers of each block.
+const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
+
+#[derive(Parser, Debug)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// Train a small model first, which knows some animals, and use that; it needs no files and no network
+    #[arg(long, conflicts_with = "model")]
+    pub generated: bool,
+    /// Directory with train.jsonl and valid.jsonl, of lines with `messages`, or `prompt` and `completion`,
+    /// or `text`; otherwise questions about animals, with polite answers
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Directory with train.tsv, dev.tsv and test.tsv of SST-2, of which the model is asked: is this film
+    /// review positive or negative?
+    #[arg(long, value_name = "DIR", conflicts_with = "data")]
+    pub sst2: Option<PathBuf>,
+    /// Number of reviews of test.tsv to ask about, before and after the training; all by default
+    #[arg(long, value_name = "N", requires = "sst2", value_parser = cli::positive)]
+    pub questions: Option<usize>,
+    /// Directory for the adapters, curves.svg, summary.json, the last two checkpoints, and what was
+    /// generated
+    #[arg(long, value_name = "DIR", default_value = "out/language_model")]
+    pub out: PathBuf,
+    /// Rank of the adapters
+    #[arg(long, default_value = "8", value_parser = cli::positive)]
+    pub rank: usize,
+    /// Scale of the adapters: their update is multiplied by alpha/rank
+    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
+    pub alpha: f64,
+    /// Layers that get adapters
+    #[arg(long, value_delimiter = ',', default_value = ALL_LINEAR)]
+    pub targets: Vec<String>,
+    /// Train with a relative of LoRA
+    #[arg(long, value_name = "KIND")]
+    pub relative: Option<Relative>,
+    /// Train all weights instead of adapters, to compare; only curves and checkpoints are written
+    #[arg(long, conflicts_with_all = ["relative", "quantize"])]
+    pub full: bool,
+    /// Number of steps
+    #[arg(long, default_value = "200", value_parser = cli::positive)]
+    pub iters: usize,
+    /// Number of texts of a batch
+    #[arg(long, default_value = "4", value_parser = cli::positive)]
+    pub batch: usize,
+    /// Number of batches of a step
+    #[arg(long, default_value = "1", value_parser = cli::positive)]
+    pub accumulate: usize,
+    /// Longer texts are cut off, in tokens; at most as many as the model can read
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = cli::positive)]
+    pub max_length: usize,
+    /// Learning rate, which falls to zero along a cosine
+    #[arg(long, value_name = "RATE", default_value = "0.0005", value_parser = cli::rate)]
+    pub learning_rate: f64,
+    /// Number of steps in which the learning rate grows to its full value
+    #[arg(long, value_name = "STEPS", default_value = "10")]
+    pub warmup: usize,
+    /// Greatest norm of the gradient
+    #[arg(long, value_name = "NORM", default_value = "1", value_parser = cli::nonzero)]
+    pub clip: f64,
+    /// Learn only the answers, not the prompts
+    #[arg(long)]
+    pub mask_prompt: bool,
+    /// Put several short texts into one row, which do not see each other
+    #[arg(long)]
+    pub pack: bool,
+    /// Compute each layer again in the backward pass: a tenth of the memory, for a third more time
+    #[arg(long)]
+    pub segments: bool,
+    #[command(flatten)]
+    pub workers: WorkersArg,
+    #[command(flatten)]
+    pub mpi: MpiArg,
+    /// Number of steps between two evaluations
+    #[arg(long, value_name = "STEPS", default_value = "50", value_parser = cli::positive)]
+    pub eval_every: usize,
+    /// Seed of the adapters and the order of the texts
+    #[arg(long, default_value = "42")]
+    pub seed: u64,
+    /// Resume a run that was stopped, with the same arguments and the same --out
+    #[arg(long)]
+    pub resume: bool,
+}
+
+#[derive(Parser, Debug)]
+pub struct EvaluateArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// File with a text, or a conversation, per line
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Directory of adapters
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Number of texts of a batch
+    #[arg(long, default_value = "4", value_parser = cli::positive)]
+    pub batch: usize,
+    /// Longer texts are cut off, in tokens; at most as many as the model can read
+    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = cli::positive)]
+    pub max_length: usize,
+    /// Count only the answers, not the prompts
+    #[arg(long)]
+    pub mask_prompt: bool,
+}
+
+#[derive(Parser, Debug)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// Directory of adapters; several are used one after the other
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Vec<PathBuf>,
+    /// What to answer
+    #[arg(long)]
+    pub prompt: String,
+    /// Greatest number of tokens of the answer
+    #[arg(long, value_name = "TOKENS", default_value = "200", value_parser = cli::positive)]
+    pub max_tokens: usize,
+    /// 0 takes the most probable token; higher values give others a greater chance
+    #[arg(long, default_value = "0", value_parser = temperature)]
+    pub temperature: f64,
+    /// Take only the most probable tokens, as few as have this probability together
+    #[arg(long, value_name = "P", default_value = "1", value_parser = cli::rate)]
+    pub top_p: f64,
+    /// Seed of the choices
+    #[arg(long, default_value = "42")]
+    pub seed: u64,
+}
+
+#[derive(Parser, Debug)]
+pub struct MergeArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// Directory of adapters
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+    /// Directory for the merged model
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+}
+
+#[derive(Parser, Debug)]
+pub struct ServeArgs {
+    #[command(flatten)]
+    pub base: BaseArgs,
+    /// Directory with a directory of adapters for each name; they are loaded when they are asked for, and again
+    /// when they change
+    #[arg(long, value_name = "DIR")]
+    pub adapters: Option<PathBuf>,
+    /// Memory for adapters in MiB; those that were not asked for for the longest time go first
+    #[arg(long, value_name = "MIB", default_value = "1024", value_parser = cli::positive)]
+    pub adapter_memory: usize,
+    /// Address to listen at; 0.0.0.0 lets other computers in
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1")]
+    pub host: IpAddr,
+    /// Port to listen at; 0 takes a free one
+    #[arg(long, default_value = "8000")]
+    pub port: u16,
+    /// File with the token that clients must send; otherwise none is needed
+    #[arg(long, value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Greatest number of texts that are written at once
+    #[arg(long, default_value = "32", value_parser = cli::positive)]
+    pub batch: usize,
+    /// Greatest number of requests that wait; more are refused
+    #[arg(long, default_value = "256", value_parser = cli::positive)]
+    pub queue: usize,
+    /// Greatest number of tokens of an answer
+    #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = cli::positive)]
+    pub max_tokens: usize,
+    /// Greatest number of tokens of a prompt and its answer; at most as many as the model can read. The memory
+    /// for a prompt grows with the square of its length, and all texts of a batch take as much as the longest
+    #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = cli::positive)]
+    pub max_length: usize,
+}
+
+/// Parses a temperature.
+fn temperature(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if f64::is_finite(value) && value >= 0.0 => Ok(value),
+        _ => Err("a finite number of at least 0 is needed".to_owned()),
+    }
+}

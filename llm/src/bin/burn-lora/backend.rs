@@ -1,0 +1,3 @@
+//! The backend that the cargo features choose.
+
+burn_lora_llm::choose_backend!();

@@ -1,0 +1,48 @@
+//! The arguments of a run, which is resumed only with the same.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+
+use crate::{Context, Result, files::write_atomically};
+
+/// The file in the directory of a run.
+const ARGUMENTS: &str = "arguments.json";
+
+/// Arguments that had another name in runs of the first version, and that name.
+const RENAMED: [(&str, &str); 1] = [("quantize", "quantise")];
+
+/// Writes the arguments of a new run with the directory `out`. Removes `checkpoints`, a directory of
+/// earlier runs there, which must not be taken for those of this run.
+pub fn begin(out: &Path, checkpoints: &str, arguments: &Value) -> Result<()> {
+    forget(out, checkpoints)?;
+    let path = out.join(ARGUMENTS);
+    let text = serde_json::to_vec_pretty(arguments).context(path.display())?;
+    write_atomically(&path, &text).context(path.display())
+}
+
+/// Removes `checkpoints`, a directory in `out`, if there is one.
+pub fn forget(out: &Path, checkpoints: &str) -> Result<()> {
+    let old = out.join(checkpoints);
+    if old.exists() {
+        fs::remove_dir_all(&old).context(old.display())?;
+    }
+    Ok(())
+}
+
+/// Fails unless the run with the directory `out` had the same arguments.
+pub fn resume(out: &Path, arguments: &Value) -> Result<()> {
+    let path = out.join(ARGUMENTS);
+    let before =
+        fs::read(&path).context(format!("there is nothing to resume: {}", path.display()))?;
+    let before: Value = serde_json::from_slice(&before).context(path.display())?;
+    let fields = arguments.as_object().into_iter().flatten();
+    for (field, now) in fields {
+        let old_name = RENAMED.iter().find(|(name, _)| name == field).map(|(_, old)| *old);
+        let then = before.get(field).or_else(|| before.get(old_name?)).unwrap_or(&Value::Null);
+        if then != now {
+            return Err(format!("{}: `{field}` was {then}, and is {now} now", path.display()));
+        }
+    }
+    Ok(())
+}

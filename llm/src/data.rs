@@ -1,0 +1,211 @@
+//! Texts to learn from: `train.jsonl`, `valid.jsonl` and `test.jsonl`, as mlx-lm reads them.
+
+use std::{fs, path::Path};
+
+use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use serde_json::Value;
+
+use crate::{
+    chat::{Chat, Message},
+    error::{Context, Result},
+    llama::{Llama, Positions},
+};
+
+/// A text as tokens.
+#[derive(Clone, Debug, PartialEq, Hash)]
+pub struct Text {
+    /// The ids of its tokens.
+    pub ids: Vec<u32>,
+    /// The number of tokens at its beginning that are given, and not learned.
+    pub given: usize,
+}
+
+/// How lines become texts.
+pub struct Reading {
+    /// Longer texts are cut off.
+    pub max_length: usize,
+    /// Learn only the answers, not what they answer.
+    pub mask_prompt: bool,
+}
+
+/// A number of texts, in rows of one length.
+pub struct Batch<B: Backend> {
+    /// `[rows, length]`
+    pub ids: Tensor<B, 2, Int>,
+    /// The positions of the tokens, and which of them see which.
+    pub positions: Positions<B>,
+    /// Where the next token is learned, in the rows one after the other: `[targets]`.
+    pub at: Tensor<B, 1, Int>,
+    /// These next tokens: `[targets, 1]`.
+    pub targets: Tensor<B, 2, Int>,
+}
+
+/// Reads the texts of a file.
+///
+/// # Errors
+///
+/// If the file cannot be read or holds no text, or a line is none of the three forms. The error names the
+/// line.
+pub fn read(path: &Path, chat: &Chat, reading: &Reading) -> Result<Vec<Text>> {
+    let content = fs::read_to_string(path).context(path.display())?;
+    let lines = content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
+    let texts = lines.map(|(number, line)| {
+        text(line, chat, reading).context(format!("{}, line {}", path.display(), number + 1))
+    });
+    let texts = texts.collect::<Result<Vec<_>>>()?;
+    if texts.is_empty() { Err(format!("{}: it holds no text", path.display())) } else { Ok(texts) }
+}
+
+/// The form is told by the keys: `messages`, `prompt` and `completion`, or `text`.
+fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
+    let mut json: Value = serde_json::from_str(line).map_err(|error| error.to_string())?;
+    let string = |key: &str| json[key].as_str().map(str::to_owned);
+    let messages = match (string("prompt"), string("completion"), string("text")) {
+        (Some(prompt), Some(completion), None) => {
+            let message = |role: &str, content| Message { role: role.to_owned(), content };
+            vec![message("user", prompt), message("assistant", completion)]
+        }
+        (None, None, Some(text)) => {
+            let mut ids = chat.encode_to_end(&text)?;
+            ids.truncate(reading.max_length);
+            return long_enough(Text { ids, given: 0 });
+        }
+        _ if json["messages"].is_array() => {
+            serde_json::from_value(json["messages"].take()).context("`messages`")?
+        }
+        _ => return Err("`messages`, or `prompt` and `completion`, or `text` is needed".to_owned()),
+    };
+    conversation(&messages, chat, reading)
+}
+
+/// A conversation as a text.
+///
+/// # Errors
+///
+/// If the model has no chat template, or writes questions without answers in another way; or if nothing of
+/// the conversation is to be learned.
+pub fn conversation(messages: &[Message], chat: &Chat, reading: &Reading) -> Result<Text> {
+    let mut ids = chat.encode(&chat.render(messages, false)?, false)?;
+    let mut given = 0;
+    if reading.mask_prompt {
+        let (last, before) = messages.split_last().ok_or("`messages` is empty")?;
+        if last.role != "assistant" {
+            return Err(format!(
+                "the last message must be the assistant's, and is `{}`'s",
+                last.role
+            ));
+        }
+        let prompt = chat.encode(&chat.render(before, true)?, false)?;
+        if !ids.starts_with(&prompt) {
+            return Err(
+                "the chat template writes the question in another way than with an answer, \
+                        so that it cannot be masked"
+                    .to_owned(),
+            );
+        }
+        given = prompt.len();
+    }
+    ids.truncate(reading.max_length);
+    long_enough(Text { ids, given })
+}
+
+fn long_enough(text: Text) -> Result<Text> {
+    match text.targets() {
+        0 => Err("within the greatest length, there is no token to learn".to_owned()),
+        _ => Ok(text),
+    }
+}
+
+impl Text {
+    /// The number of tokens that are learned: all that follow another, but those that are given.
+    pub fn targets(&self) -> usize {
+        self.ids.len().saturating_sub(self.given.max(1))
+    }
+}
+
+/// Puts texts one after the other into rows of up to `length` tokens.
+pub fn pack<'a>(texts: &[&'a Text], length: usize) -> Vec<Vec<&'a Text>> {
+    let mut rows: Vec<Vec<&Text>> = Vec::new();
+    let mut used = length;
+    for &text in texts {
+        if used + text.ids.len() > length {
+            rows.push(Vec::new());
+            used = 0;
+        }
+        used += text.ids.len();
+        rows.last_mut().expect("there is a row").push(text);
+    }
+    rows
+}
+
+/// Shares rows among workers, so that each has about as many tokens. The longest rows are together, so that
+/// little is filled up.
+pub fn deal(mut rows: Vec<Vec<&Text>>, workers: usize) -> Vec<Vec<Vec<&Text>>> {
+    rows.sort_by_key(|row| std::cmp::Reverse(tokens(row)));
+    let mut left: usize = rows.iter().map(|row| tokens(row)).sum();
+    let mut rows = rows.into_iter().peekable();
+    let mut parts = Vec::new();
+    for worker in 0..workers {
+        let fair = left.div_ceil(workers - worker);
+        let (mut part, mut size) = (Vec::new(), 0);
+        // Half of a row decides who gets it.
+        while let Some(row) =
+            rows.next_if(|row| 2 * size + tokens(row) <= 2 * fair || part.is_empty())
+        {
+            size += tokens(&row);
+            part.push(row);
+        }
+        left -= size;
+        parts.push(part);
+    }
+    parts.retain(|part| !part.is_empty());
+    parts
+}
+
+/// The parts of replica `index` of `count`, one for each of its workers. The replicas take the parts in turn, so
+/// that none has several while another has none.
+pub fn deal_to(
+    rows: Vec<Vec<&Text>>,
+    workers: usize,
+    index: usize,
+    count: usize,
+) -> Vec<Vec<Vec<&Text>>> {
+    deal(rows, count * workers).into_iter().skip(index).step_by(count).collect()
+}
+
+/// The number of tokens in a row.
+pub fn tokens(row: &[&Text]) -> usize {
+    row.iter().map(|text| text.ids.len()).sum()
+}
+
+impl<B: Backend> Batch<B> {
+    /// Rows of one or more texts, filled up to the length of the longest.
+    pub fn new(llama: &Llama<B>, rows: &[Vec<&Text>], device: &B::Device) -> Self {
+        let length = rows.iter().map(|row| tokens(row)).max().unwrap_or(0);
+        let mut ids = Vec::with_capacity(rows.len() * length);
+        let (mut at, mut targets, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
+        for row in rows {
+            for text in row {
+                let learned = text.given.max(1)..text.ids.len();
+                at.extend(learned.clone().map(|next| (ids.len() + next - 1) as i32));
+                targets.extend(text.ids[learned].iter().map(|&id| id as i32));
+                ids.extend(text.ids.iter().map(|&id| id as i32));
+            }
+            let filling = length - tokens(row);
+            ids.resize(ids.len() + filling, 0);
+            let mut texts: Vec<_> = row.iter().map(|text| text.ids.len()).collect();
+            texts.push(filling);
+            lengths.push(texts);
+        }
+        let int =
+            |values: Vec<i32>| Tensor::<B, 1, Int>::from_data(TensorData::from(&*values), device);
+        // Texts in rows of their own are all placed in the same way.
+        let positions = match rows.iter().all(|row| row.len() == 1) {
+            true => llama.positions(0, length, device),
+            false => llama.packed(&lengths, device),
+        };
+        let ids = int(ids).reshape([rows.len(), length]);
+        let count = targets.len();
+        Self { ids, positions, at: int(at), targets: int(targets).reshape([count, 1]) }
+    }
+}

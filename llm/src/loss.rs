@@ -1,0 +1,115 @@
+//! What training minimizes: the cross-entropy of the next tokens.
+
+use burn::{
+    module::{AutodiffModule, Module},
+    tensor::{
+        Int, Tensor,
+        activation::log_softmax,
+        backend::{AutodiffBackend, Backend},
+    },
+};
+use burn_lora::{
+    Lora,
+    train::{Backward, Blocks, segments},
+};
+
+use crate::{
+    data::{Batch, Text},
+    llama::Llama,
+};
+
+/// The sum over all targets of minus the logarithm of the probability that the model gives them: `[1]`.
+pub fn cross_entropy<B: Backend>(llama: &Llama<B>, batch: Batch<B>) -> Tensor<B, 1> {
+    let hidden = llama.hidden(batch.ids, &batch.positions);
+    cross_entropy_at(llama, hidden, batch.at, batch.targets)
+}
+
+/// The same from the output of the last layer.
+fn cross_entropy_at<B: Backend>(
+    llama: &Llama<B>,
+    hidden: Tensor<B, 3>,
+    at: Tensor<B, 1, Int>,
+    targets: Tensor<B, 2, Int>,
+) -> Tensor<B, 1> {
+    let [rows, length, width] = hidden.dims();
+    // The head is as wide as there are tokens, so it reads only what is needed.
+    let hidden = hidden.reshape([rows * length, width]).select(0, at);
+    let scores = llama.logits(hidden.unsqueeze()).squeeze_dim::<2>(0);
+    log_softmax(scores, 1).gather(1, targets).sum().neg()
+}
+
+/// The gradients of the cross-entropy of some rows, summed over all targets. `segmented` computes each layer again
+/// in the backward pass, to need less memory (gradient checkpointing).
+pub fn gradients<B: AutodiffBackend>(
+    model: &Lora<B, Llama<B>>,
+    rows: &[Vec<&Text>],
+    segmented: bool,
+) -> Backward
+where
+    Llama<B>: AutodiffModule<B, InnerModule = Llama<B::InnerBackend>>,
+{
+    if segmented {
+        return segments(model, rows);
+    }
+    let device = model.devices().into_iter().next().unwrap_or_default();
+    Backward::new(model, cross_entropy(model, Batch::new(model, rows, &device)))
+}
+
+/// How many targets the head scores at once.
+const CHUNK: usize = 32;
+
+impl<B: Backend> Blocks<B, 3, [Vec<&Text>]> for Llama<B> {
+    type Context = Batch<B>;
+
+    fn blocks(&self) -> usize {
+        self.depth()
+    }
+
+    fn context(&self, rows: &[Vec<&Text>], device: &B::Device) -> Batch<B> {
+        Batch::new(self, rows, device)
+    }
+
+    fn begin(&self, batch: &Batch<B>) -> Tensor<B, 3> {
+        self.embed(batch.ids.clone())
+    }
+
+    fn block(&self, index: usize, x: Tensor<B, 3>, batch: &Batch<B>) -> Tensor<B, 3> {
+        self.layer(index, x, &batch.positions)
+    }
+
+    fn parts(&self, batch: &Batch<B>) -> usize {
+        batch.at.dims()[0].div_ceil(CHUNK)
+    }
+
+    fn loss(&self, part: usize, x: Tensor<B, 3>, batch: &Batch<B>) -> Tensor<B, 1> {
+        let start = part * CHUNK;
+        let count = CHUNK.min(batch.at.dims()[0] - start);
+        let (at, targets) = (batch.at.clone(), batch.targets.clone());
+        cross_entropy_at(self, x, at.narrow(0, start, count), targets.narrow(0, start, count))
+    }
+}
+
+/// The mean cross-entropy per target. Its exponential is the perplexity.
+pub fn evaluate<B: Backend>(
+    llama: &Llama<B>,
+    texts: &[Text],
+    batch: usize,
+    device: &B::Device,
+) -> f64 {
+    // Texts of about the same length need little filling.
+    let mut sorted: Vec<_> = texts.iter().collect();
+    sorted.sort_by_key(|text| std::cmp::Reverse(text.ids.len()));
+    let mut sum = 0.0;
+    for texts in sorted.chunks(batch) {
+        let rows: Vec<_> = texts.iter().map(|&text| vec![text]).collect();
+        let batch = Batch::new(llama, &rows, device);
+        let hidden = llama.hidden(batch.ids.clone(), &batch.positions);
+        // In parts, because the scores of all words at all positions would be the largest tensor by far.
+        for part in 0..llama.parts(&batch) {
+            let cross_entropy = llama.loss(part, hidden.clone(), &batch);
+            sum += cross_entropy.into_data().iter::<f64>().sum::<f64>();
+        }
+    }
+    let targets: usize = texts.iter().map(Text::targets).sum();
+    sum / targets as f64
+}
