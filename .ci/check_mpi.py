@@ -191,7 +191,7 @@ code, text = mpirun(1, *other, ":", "-n", 1, *other[:2], "--data", out / "nowher
 assert code != 0 and "error: replica 1: " in text and "nowhere" in text
 
 # Another base, in a language model that is made here.
-model, model_out = programs / "language_model", out / "small"
+model, model_out = programs.parent / "burn-lora", out / "small"
 lm = [model, "train", "--mpi", "--mask-prompt", "--workers", 1]
 small = [*lm, "--generated", "--iters", 60, "--eval-every", 20, "--batch", 8]
 code, text = mpirun(2, *small, "--out", model_out)
@@ -224,7 +224,7 @@ deadline = time.monotonic() + 120
 while not (killed / "checkpoints/20").exists():
     assert job.poll() is None and time.monotonic() < deadline, "there is no checkpoint"
     time.sleep(0.05)
-victim = processes_named("language_model", [str(killed)])[-1]
+victim = processes_named("burn-lora", [str(killed)])[-1]
 os.kill(victim, signal.SIGKILL)
 start = time.monotonic()
 try:
