@@ -183,7 +183,10 @@ fn main() {
         expected(&model.valid(), model.valid().forward(), &out.join(format!("{name}.safetensors")));
         let next = trained(model.clone(), &mut optimizer, Net::forward);
         expected(&next.valid(), next.valid().forward(), &out.join(format!("{name}_next.safetensors")));
-        model.adapters().save(out.join(format!("{name}_adapter"))).expect("a directory");
+        // PEFT has no files for DoRA on an embedding.
+        if name != "dora" {
+            model.adapters().save(out.join(format!("{name}_adapter"))).expect("a directory");
+        }
     }
 
     // A layer that was never part of an adapted model, with its adapter in its record.
@@ -209,9 +212,13 @@ fn main() {
     let stock: Stock<Train> = filled(Stock::new(&device));
     let mut optimizer = AdamWConfig::new().init();
     let config = LoraConfig::peft(2, 6.0).with_targets(["table", "blocks.*"]);
-    let model = Lora::overlay(stock).attach(&config).expect("adapters");
-    let model = trained(model, &mut optimizer, Stock::forward);
+    let mut model = Lora::overlay(stock).attach(&config).expect("adapters");
+    for _ in 0..2 {
+        let loss = model.with_adapters(Stock::forward).powi_scalar(2).mean();
+        let grads = GradientsParams::from_grads(loss.backward(), &model);
+        model = optimizer.step(0.05, model, grads);
+    }
     record::<Train>(&Mpk::default(), model.clone().into_record(), &out.join("overlay"));
     record::<Train>(&Bin::default(), model.clone().into_record(), &out.join("overlay"));
-    expected(&model.valid(), model.valid().forward(), &out.join("overlay.safetensors"));
+    expected(&model.valid(), model.valid().with_adapters(Stock::forward), &out.join("overlay.safetensors"));
 }

@@ -17,6 +17,7 @@ mod embedding;
 mod empty;
 mod eva;
 mod freezing;
+mod golden;
 mod half;
 mod init;
 mod learner;
