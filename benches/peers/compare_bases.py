@@ -2,8 +2,8 @@
 with PEFT on PyTorch, one after the other, on this repository's documentation. Prints a table in Markdown.
 
     python -m venv env && env/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 gguf==0.19.0
-    cargo build --release --example language_model --no-default-features --features flex,text
-    env/bin/python compare_bases.py target/release/examples/language_model SmolLM2-135M-Instruct.Q4_1.gguf
+    cargo build --release --bin burn-lora
+    env/bin/python compare_bases.py target/release/burn-lora SmolLM2-135M-Instruct.Q4_1.gguf
 """
 
 import json

@@ -1,9 +1,9 @@
 """Loads the adapters that the text_classification example saved onto Hugging Face's model, with PEFT,
 and compares what they compute. Needs the environment of make_fixtures.py:
 
-    cargo run --release --example text_classification --no-default-features --features flex,text -- \
+    cargo run --release --example text_classification --no-default-features --features flex -- \
         --model MINILM --data SST2
-    venv/bin/python tests/bert/check_saved.py MINILM out/text_classification
+    venv/bin/python llm/tests/bert/check_saved.py MINILM out/text_classification
 
 Then it saves an adapter of PEFT's own for the same layers, and compares the names and shapes.
 """

@@ -3,7 +3,7 @@
 
     python -m venv venv
     venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0
-    venv/bin/python tests/bert/make_fixtures.py MINILM
+    venv/bin/python llm/tests/bert/make_fixtures.py MINILM
 
 MINILM is a directory with all-MiniLM-L6-v2. The fixture does not contain its weights, only tokens,
 their vectors and an adapter.

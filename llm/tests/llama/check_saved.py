@@ -1,13 +1,13 @@
-"""Answers a prompt in Python with what the language_model example saved: with the adapters in PEFT, and with
+"""Answers a prompt in Python with what the program `burn-lora` saved: with the adapters in PEFT, and with
 the merged model in Hugging Face's `transformers`. Needs the environment of make_fixtures.py:
 
-    lm='cargo run --release --example language_model --no-default-features --features flex,text --'
-    $lm train --model MODEL --data DATA
-    $lm merge --model MODEL --adapter out/language_model/adapter --out merged
-    $lm generate --model MODEL --adapter out/language_model/adapter --prompt PROMPT
-    venv/bin/python tests/llama/check_saved.py MODEL out/language_model/adapter merged PROMPT
+    cargo install --path llm
+    burn-lora train --model MODEL --data DATA
+    burn-lora merge --model MODEL --adapter out/language_model/adapter --out merged
+    burn-lora generate --model MODEL --adapter out/language_model/adapter --prompt PROMPT
+    venv/bin/python llm/tests/llama/check_saved.py MODEL out/language_model/adapter merged PROMPT
 
-Both must print what the last command of the example printed. The scores of the two are compared.
+Both must print what the last command of the program printed. The scores of the two are compared.
 """
 
 import sys

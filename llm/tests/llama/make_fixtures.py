@@ -3,7 +3,7 @@ reads, and what Hugging Face's `transformers` and PEFT compute with them.
 
     python -m venv venv
     venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0 gguf==0.19.0
-    venv/bin/python tests/llama/make_fixtures.py SMOLLM2
+    venv/bin/python llm/tests/llama/make_fixtures.py SMOLLM2
 
 SMOLLM2 is a directory with SmolLM2-135M-Instruct. The fixture does not contain its weights, only tokens and
 some of their scores. Without this argument only the tiny models are written.
