@@ -96,14 +96,15 @@ mod decomposition;
 pub mod error;
 mod files;
 mod formats;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod fused;
 mod layer;
 mod model;
+mod ops;
 mod pattern;
+mod products;
 mod quantized;
 pub mod serve;
 mod table;
+mod tensors;
 pub mod train;
 
 pub use adapter::LoraAdapter;
