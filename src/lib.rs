@@ -87,7 +87,8 @@
 //! # Features
 //!
 //! The library is generic over Burn's [`Backend`](burn::tensor::backend::Backend) and needs none. `flex`
-//! and `ndarray` give linear layers a faster way on these CPU backends; name the one that you use.
+//! and `ndarray` give linear layers a faster way on these CPU backends; name the one that you use. With the
+//! environment variable `BURN_LORA_PORTABLE=1` Burn's operations are used there, too, to compare with.
 
 mod adapter;
 pub mod adapters;
