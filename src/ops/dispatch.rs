@@ -28,7 +28,7 @@ pub(crate) fn run<O: Operation, B: Backend>(input: &O::Input<B>) -> Option<O::Ou
     if *PORTABLE {
         return None;
     }
-    let backends: &[fn(&O::Input<B>) -> Option<O::Output<B>>] = &[
+    let backends: &[RunOn<O, B>] = &[
         #[cfg(feature = "flex")]
         run_on::<O, B, burn_flex::Flex>,
         #[cfg(feature = "ndarray")]
@@ -36,6 +36,9 @@ pub(crate) fn run<O: Operation, B: Backend>(input: &O::Input<B>) -> Option<O::Ou
     ];
     backends.iter().find_map(|run_on| run_on(input))
 }
+
+/// The operation on one of the CPU backends; `None` if B is another one.
+type RunOn<O, B> = fn(&<O as Operation>::Input<B>) -> Option<<O as Operation>::Output<B>>;
 
 /// Whether [`run`] computes anything on the backend. For callers that would have to prepare an input.
 pub(crate) fn runs_on<B: Backend>() -> bool {
