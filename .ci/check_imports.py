@@ -1,6 +1,6 @@
-"""Checks that the modules of the library import one way: each only from those before it in the lists below.
+"""Checks that the library's modules import one way: each only from those before it in the lists below.
 
-So there is no circle, and a reader can begin at the top. Tests in a file may import anything, and src/lib.rs does.
+So there is no circle. Tests in a file may import anything, and src/lib.rs does.
 """
 
 import re
@@ -10,10 +10,10 @@ from pathlib import Path
 src = Path(__file__).resolve().parent.parent / "src"
 # The modules of a folder, the lowest first.
 orders = {
-    "src": """error pattern files table decomposition tensors config quantized ops products adapter layer adapters
-        model formats train serve""",
-    "src/ops": """pool backend operation autodiff rows patches quantized linear mixed conv columns gelu heads
-        dispatch testing""",
+    "src": """error pattern files table decomposition tensors config quantized ops products adapter layer
+        adapters model formats train serve""",
+    "src/ops": """pool backend operation autodiff rows patches quantized linear mixed conv columns gelu
+        heads dispatch testing""",
 }
 problems = []
 

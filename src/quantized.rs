@@ -1,4 +1,4 @@
-//! Weights that are held in 4 or 8 bits, and the formats that they are packed in. `products` multiplies them.
+//! Weights that are held in 4 or 8 bits, and their formats. `crate::products` multiplies with them.
 
 mod doubled;
 mod format;
