@@ -1,4 +1,4 @@
-//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `crate::fused` computes
+//! The LoRA formula: the low-rank pair A and B, and what it adds to a layer's output. `crate::ops` computes
 //! the same formula for linear layers and convolutions on CPU backends, in fewer passes over memory.
 
 mod conv;
@@ -8,26 +8,25 @@ mod init;
 mod layout;
 mod mixed;
 mod module;
-mod tensors;
 mod training;
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-use burn::tensor::DType;
 use burn::{
     module::Param,
     nn::{Dropout, DropoutConfig},
     tensor::{
-        Int, Tensor,
+        DType, Int, Tensor,
         backend::Backend,
         module::{embedding, linear},
     },
 };
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-use crate::fused;
-use crate::{config::Scaling, quantized::Weight};
+use crate::{
+    config::Scaling,
+    ops::{AdaptedLinear, ForwardLinear, run, runs_on},
+    quantized::Weight,
+    tensors::{add, at_least_f32, cast, trainable},
+};
 
-use tensors::{cast, trainable};
 use training::Training;
 
 pub(crate) use eva::{Observer, Principal};
@@ -35,7 +34,6 @@ pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
 pub(crate) use module::FROZEN;
 pub use module::LoraAdapterRecord;
-pub(crate) use tensors::{add, at_least_f32, frozen};
 
 /// A low-rank update of one weight matrix `W: [d_input, d_output]`.
 ///
@@ -154,7 +152,6 @@ impl<B: Backend> LoraAdapter<B> {
         if self.magnitude.is_some() {
             return self.forward_rows_normalized(x, weight, bias);
         }
-        #[cfg(any(feature = "flex", feature = "ndarray"))]
         if let Some(y) = self.in_one_operation(&x, &weight, &bias) {
             return y;
         }
@@ -162,7 +159,6 @@ impl<B: Backend> LoraAdapter<B> {
     }
 
     /// The same as one operation; `None` where Burn's operations are used.
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
     fn in_one_operation(
         &self,
         x: &Tensor<B, 2>,
@@ -171,13 +167,14 @@ impl<B: Backend> LoraAdapter<B> {
     ) -> Option<Tensor<B, 2>> {
         let ([a, b], scale) = (self.factors(), self.scale());
         let in_f32 = [x, &a, &b].iter().all(|it| it.dtype() == DType::F32);
-        if !fused::computes_on::<B>() || !in_f32 {
+        if !runs_on::<B>() || !in_f32 {
             return None;
         }
         let bias = self.with_bias_delta(bias.clone())?;
         let drops = self.dropout.prob > 0.0 && B::ad_enabled(&x.device());
         let read = drops.then(|| self.dropout.forward(x.clone()));
-        fused::forward(x, &fused::Layer { weight: weight.clone(), bias, read, a, b, scale })
+        let layer = AdaptedLinear { weight: weight.clone(), bias, read, a, b, scale };
+        run::<ForwardLinear, B>(&(x.clone(), layer))
     }
 
     /// The update of the output of an embedding, where each index selects one row of the weight:
@@ -215,7 +212,6 @@ impl<B: Backend> LoraAdapter<B> {
     }
 
     /// The base's bias plus the adapter's, as far as there are any; `None` if their types differ.
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
     pub(crate) fn with_bias_delta(
         &self,
         bias: Option<Tensor<B, 1>>,

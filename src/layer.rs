@@ -16,9 +16,10 @@ use burn::{
 };
 
 use crate::{
-    adapter::{LoraAdapter, Mixed, WeightLayout, at_least_f32, frozen},
+    adapter::{LoraAdapter, Mixed, WeightLayout},
     config::LoraConfig,
     quantized::QuantizedWeight,
+    tensors::{at_least_f32, frozen},
 };
 
 pub use attention::{
@@ -91,16 +92,6 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// Replaces the base by a copy with the adapter's update added, and drops the adapter. Returns
     /// false, and leaves the layer as it is, if the merged weight or bias is not finite.
     fn merge_adapter(&mut self) -> bool;
-}
-
-/// `Tensor::cat` of several tensors, along `dim`. Burn drops them before it has noted what became of
-/// them. If another thread goes backward just then, it clears away the operations that made them, and
-/// their gradients are lost. Here they are held until the end.
-pub(crate) fn cat<B: Backend, const D: usize>(
-    tensors: &[Tensor<B, D>],
-    dim: usize,
-) -> Tensor<B, D> {
-    Tensor::cat(tensors.to_vec(), dim)
 }
 
 /// A layer of Burn for which this crate has a drop-in replacement. [`LoraConfig::init`] accepts it.

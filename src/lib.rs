@@ -48,7 +48,7 @@
 //! }; // and the weights from a checkpoint
 //!
 //! // Adapters of rank 8 on the LoRA layers. The head trains in full, and all else is frozen.
-//! let config = LoraConfig::new(8, 16.0).with_modules_to_save(["head"]);
+//! let config = LoraConfig::peft(8, 16.0).with_modules_to_save(["head"]);
 //! let mut model = base.attach(&config)?;
 //! println!("{}", model.parameters());
 //!
@@ -87,7 +87,8 @@
 //! # Features
 //!
 //! The library is generic over Burn's [`Backend`](burn::tensor::backend::Backend) and needs none. `flex`
-//! and `ndarray` give linear layers a faster way on these CPU backends; name the one that you use.
+//! and `ndarray` give linear layers a faster way on these CPU backends; name the one that you use. With the
+//! environment variable `BURN_LORA_PORTABLE=1` Burn's operations are used there, too, to compare with.
 
 mod adapter;
 pub mod adapters;
@@ -96,14 +97,15 @@ mod decomposition;
 pub mod error;
 mod files;
 mod formats;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod fused;
 mod layer;
 mod model;
+mod ops;
 mod pattern;
+mod products;
 mod quantized;
 pub mod serve;
 mod table;
+mod tensors;
 pub mod train;
 
 pub use adapter::LoraAdapter;
@@ -128,16 +130,15 @@ pub mod nn {
 
 /// The names that a model has in Python.
 ///
-/// The files themselves are read and written by [`LoraAdapters::load`](crate::LoraAdapters::load) and
-/// [`save`](crate::LoraAdapters::save).
+/// The files themselves are read and written by [`LoraAdapters::load`] and [`save`](LoraAdapters::save).
 pub mod peft {
     pub use crate::adapters::renaming::Renaming;
 }
 
 /// Bases in 4 and 8 bits.
 ///
-/// [`LoraModule::quantize`](crate::LoraModule::quantize) rounds the weights of a model;
-/// [`LoraModule::with_quantized`](crate::LoraModule::with_quantized) puts in those of a file, bit by bit.
+/// [`LoraModule::quantize`] rounds the weights of a model; [`LoraModule::with_quantized`] puts in those of a file,
+/// bit by bit.
 pub mod quantize {
     pub use crate::model::{QuantizationReport, QuantizeConfig, QuantizedLayer};
     pub use crate::quantized::{GgufType, Quantization, QuantizedWeight, QuantizedWeightItem};

@@ -1,13 +1,9 @@
-//! Weights that are held in 4 or 8 bits, and multiplied as if they were not.
+//! Weights that are held in 4 or 8 bits, and their formats. `crate::products` multiplies with them.
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod dot;
 mod doubled;
 mod format;
 mod pack;
 mod record;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-mod unpack;
 mod weight;
 mod words;
 
@@ -22,17 +18,12 @@ use burn::{
 };
 
 use crate::error::LoraError;
-use format::{APART, Levels};
 use half::f16;
 use pack::{Packed, pack};
 use words::{bytes, to_words};
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-pub(crate) use dot::Dot;
-pub(crate) use doubled::Doubled;
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-pub(crate) use doubled::unpack as unpack_scales;
-pub(crate) use format::Format;
+pub(crate) use doubled::{Doubled, unpack as unpack_scales};
+pub(crate) use format::{APART, Format, Levels};
 pub use pack::Quantization;
 pub use record::QuantizedWeightItem;
 pub(crate) use weight::Weight;
@@ -47,13 +38,13 @@ pub(crate) use weight::Weight;
 /// The matrix is a constant: nothing of it trains, and visitors of a model do not see it.
 #[derive(Clone, Debug)]
 pub struct QuantizedWeight<B: Backend> {
-    format: Format,
-    columns: usize,
+    pub(crate) format: Format,
+    pub(crate) columns: usize,
     /// The bytes of the codes, four in each word: `[rows, words]`.
-    codes: Tensor<B, 2, Int>,
-    scales: Scales<B>,
+    pub(crate) codes: Tensor<B, 2, Int>,
+    pub(crate) scales: Scales<B>,
     /// The smallest number of each block, in some formats: `[rows, blocks]`.
-    minima: Option<Tensor<B, 2>>,
+    pub(crate) minima: Option<Tensor<B, 2>>,
 }
 
 /// The scales of all blocks.
@@ -195,17 +186,8 @@ impl<B: Backend> QuantizedWeight<B> {
         (tensors, (self.format, offset))
     }
 
-    /// The numbers that the codes stand for, in `f32`: `[rows, columns]`.
-    pub fn dense(&self) -> Tensor<B, 2> {
-        #[cfg(any(feature = "flex", feature = "ndarray"))]
-        if let Some(dense) = crate::fused::dense(self) {
-            return dense;
-        }
-        self.unpacked()
-    }
-
-    /// The numbers, by Burn's operations.
-    fn unpacked(&self) -> Tensor<B, 2> {
+    /// The numbers that the codes stand for, in `f32`, by Burn's operations: `[rows, columns]`.
+    pub(crate) fn unpacked(&self) -> Tensor<B, 2> {
         let ([rows, words], device) = (self.codes.dims(), self.codes.device());
         let codes = bytes(self.codes.clone().reshape([rows * words]));
         let codes = match self.format.bits() {
@@ -282,13 +264,6 @@ impl<B: Backend> QuantizedWeight<B> {
             minima: self.minima.map(float),
         }
     }
-
-    /// The parts from which a CPU backend unpacks a matrix by itself.
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
-    pub(crate) fn parts(&self) -> Parts<B> {
-        let (codes, scales) = (self.codes.clone(), self.scales.clone());
-        Parts { format: self.format, codes, scales, minima: self.minima.clone() }
-    }
 }
 
 impl<B: AutodiffBackend> QuantizedWeight<B> {
@@ -317,63 +292,7 @@ impl<B: Backend> ModuleDisplayDefault for QuantizedWeight<B> {
 
 impl<B: Backend> ModuleDisplay for QuantizedWeight<B> {}
 
-/// What a CPU backend unpacks.
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-pub(crate) struct Parts<B: Backend> {
-    pub format: Format,
-    /// `[rows, words]`.
-    pub codes: Tensor<B, 2, Int>,
-    pub scales: Scales<B>,
-    /// `[rows, blocks]`.
-    pub minima: Option<Tensor<B, 2>>,
-}
-
 /// The numbers of a matrix in the memory of the host, row by row.
 fn host<B: Backend>(matrix: Tensor<B, 2>) -> Vec<f32> {
     matrix.into_data().convert::<f32>().into_vec().expect("it was converted")
-}
-
-#[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
-mod tests {
-    use burn::{backend::Autodiff, tensor::Distribution};
-
-    use super::*;
-
-    /// The CPU backends unpack by themselves, and all other ones by Burn's operations.
-    fn unpacks_as_burn_does<B: Backend>() {
-        let device = B::Device::default();
-        // More than one group of doubly quantized scales, also with threads, and rows with broken blocks.
-        for shape in [[300, 64], [1, 1], [5, 130], [520, 512]] {
-            let numbers = Tensor::<B, 2>::random(shape, Distribution::Default, &device);
-            for to in [Quantization::Int8, Quantization::Nf4] {
-                let weight = QuantizedWeight::new(numbers.clone(), to);
-                let by_slices = crate::fused::dense(&weight).expect("the backend is a CPU's");
-                assert_eq!(by_slices.into_data(), weight.unpacked().into_data());
-            }
-        }
-        let data: Vec<u8> = (0..7 * 3 * 34).map(|it| (it * 37 % 64) as u8).collect();
-        for (kind, size) in [(GgufType::Q8_0, 34), (GgufType::Q4_0, 18), (GgufType::Q4_1, 20)] {
-            let data = &data[..7 * 3 * size];
-            let weight = QuantizedWeight::<B>::from_gguf(kind, [7, 96], data, &device).unwrap();
-            assert_eq!(weight.dense().into_data(), weight.unpacked().into_data());
-        }
-    }
-
-    #[cfg(feature = "flex")]
-    #[test]
-    fn flex_unpacks_as_burn_does() {
-        use burn::backend::Flex;
-
-        unpacks_as_burn_does::<Flex>();
-        unpacks_as_burn_does::<Autodiff<Flex>>();
-    }
-
-    #[cfg(feature = "ndarray")]
-    #[test]
-    fn ndarray_unpacks_as_burn_does() {
-        use burn::backend::NdArray;
-
-        unpacks_as_burn_does::<NdArray>();
-        unpacks_as_burn_does::<Autodiff<NdArray>>();
-    }
 }

@@ -2,7 +2,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use super::{LoraAdapter, WeightLayout, tensors::cast};
+use super::{LoraAdapter, WeightLayout};
+use crate::tensors::cast;
 
 impl<B: Backend> LoraAdapter<B> {
     /// The update of the output of a convolution: `[batch, channels_in, ..]` to

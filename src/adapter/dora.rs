@@ -15,13 +15,12 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::{
-    LoraAdapter,
-    tensors::{at_least_f32, cast, constant, frozen, trainable},
+use super::LoraAdapter;
+use crate::{
+    ops::{ColumnSquares, ScaleColumns, ScaledColumns, run},
+    quantized::Weight,
+    tensors::{at_least_f32, cast, cat, constant, frozen, trainable},
 };
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-use crate::fused::{Columns, column_squares, times_columns};
-use crate::{layer::cat, quantized::Weight};
 
 impl<B: Backend> LoraAdapter<B> {
     /// The adapter with the magnitudes that the weight has with its update.
@@ -73,12 +72,11 @@ impl<B: Backend> LoraAdapter<B> {
             Some(adapter) => adapter.forward_on(x, weight.clone(), None),
             None => weight.forward(x, None),
         };
-        #[cfg(any(feature = "flex", feature = "ndarray"))]
         if self.dropout.prob == 0.0 || !B::ad_enabled(&x.device()) {
             let gain = self.gain(|| weight.matrix()).expect("there are magnitudes");
-            let columns = Columns { y: forward(x.clone(), Some(&self.plain())), gain, bias };
-            return times_columns(&columns).unwrap_or_else(|| {
-                let Columns { y, gain, bias } = columns;
+            let columns = ScaledColumns { y: forward(x, Some(&self.plain())), gain, bias };
+            return run::<ScaleColumns, B>(&columns).unwrap_or_else(|| {
+                let ScaledColumns { y, gain, bias } = columns;
                 plus(times(y, gain, 1), bias)
             });
         }
@@ -176,9 +174,6 @@ fn along<B: Backend, const D: usize>(vector: Tensor<B, 1>, dim: usize) -> Tensor
 
 /// The sum of the squares of each column of a constant: `[rows, columns]` to `[columns]`.
 fn squares<B: Backend>(matrix: Tensor<B, 2>) -> Tensor<B, 1> {
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
-    if let Some(squares) = column_squares(&matrix) {
-        return squares;
-    }
-    (matrix.clone() * matrix).sum_dim(0).squeeze_dim(0)
+    run::<ColumnSquares, B>(&matrix)
+        .unwrap_or_else(|| (matrix.clone() * matrix).sum_dim(0).squeeze_dim(0))
 }

@@ -8,11 +8,11 @@ use std::{
 
 use burn::tensor::{ElementConversion, Tensor, backend::Backend};
 
-use super::{
-    LoraAdapter,
+use super::LoraAdapter;
+use crate::{
+    decomposition::Svd,
     tensors::{at_least_f32, cast, constant, trainable},
 };
-use crate::decomposition::Svd;
 
 /// Collects the covariance of a layer's inputs. Its memory depends on the layer's width alone.
 #[derive(Clone)]

@@ -11,8 +11,11 @@ use burn::{
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use rand_distr::{Normal, StandardNormal, Uniform};
 
-use super::{LoraAdapter, Training, WeightLayout, tensors::trainable};
-use crate::config::{Init, LoraConfig};
+use super::{LoraAdapter, Training, WeightLayout};
+use crate::{
+    config::{Init, LoraConfig},
+    tensors::trainable,
+};
 
 impl<B: Backend> LoraAdapter<B> {
     /// A fresh adapter for a weight `[d_input, d_output]`, with initial values as `config` says. Fields

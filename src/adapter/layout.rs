@@ -2,6 +2,8 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::tensors::{transposed, with_rank};
+
 /// How a layer stores the weight that its adapter sees as a matrix `[d_input, d_output]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum WeightLayout {
@@ -43,17 +45,12 @@ impl WeightLayout {
         let dims = weight.dims();
         let [d_input, d_output] = self.matrix_shape(&dims);
         match self {
-            Self::Matrix | Self::Embedding if D == 2 => {
-                Tensor::from_primitive(weight.into_primitive())
-            }
+            Self::Matrix | Self::Embedding if D == 2 => with_rank(weight),
             Self::Matrix | Self::Embedding => weight.reshape([d_input, d_output]),
-            Self::Conv { .. } if is_vector([d_input, d_output]) => {
-                weight.reshape([d_input, d_output])
-            }
-            Self::Conv { .. } => weight.reshape([d_output, d_input]).transpose(),
+            Self::Conv { .. } => transposed(weight.reshape([d_output, d_input])),
             Self::ConvTranspose { .. } => {
                 let places = d_input / dims[0];
-                swapped(weight.reshape([dims[0], d_output, places])).reshape([d_input, d_output])
+                transposed(weight.reshape([dims[0], d_output, places])).reshape([d_input, d_output])
             }
         }
     }
@@ -66,15 +63,13 @@ impl WeightLayout {
     ) -> Tensor<B, D> {
         let [d_input, d_output] = matrix.dims();
         match self {
-            Self::Matrix | Self::Embedding if D == 2 => {
-                Tensor::from_primitive(matrix.into_primitive())
-            }
+            Self::Matrix | Self::Embedding if D == 2 => with_rank(matrix),
             Self::Matrix | Self::Embedding => matrix.reshape(dims),
             // Reshaped last, so that it is not a permuted view: of such kernels Burn's wgpu backend
             // computes wrong gradients of the input.
-            Self::Conv { .. } => swapped(matrix.reshape([1, d_input, d_output])).reshape(dims),
+            Self::Conv { .. } => transposed(matrix.reshape([1, d_input, d_output])).reshape(dims),
             Self::ConvTranspose { .. } => {
-                swapped(matrix.reshape([dims[0], d_input / dims[0], d_output])).reshape(dims)
+                transposed(matrix.reshape([dims[0], d_input / dims[0], d_output])).reshape(dims)
             }
         }
     }
@@ -87,20 +82,5 @@ impl WeightLayout {
             (Self::Conv { kernel, .. }, Self::Conv { kernel: other, .. }) => kernel == other,
             (adapter, layer) => adapter == layer,
         }
-    }
-}
-
-/// Whether no element moves when the matrix is transposed. It is reshaped then instead: Burn's wgpu
-/// backend later reshapes a transposed vector wrongly.
-fn is_vector([rows, columns]: [usize; 2]) -> bool {
-    rows == 1 || columns == 1
-}
-
-/// The tensor with its last two dimensions swapped.
-fn swapped<B: Backend>(tensor: Tensor<B, 3>) -> Tensor<B, 3> {
-    let [first, rows, columns] = tensor.dims();
-    match is_vector([rows, columns]) {
-        true => tensor.reshape([first, columns, rows]),
-        false => tensor.swap_dims(1, 2),
     }
 }

@@ -5,10 +5,12 @@ use burn::{
     tensor::{BasicOps, Tensor, backend::Backend},
 };
 
-use super::{LoraAdapter, add};
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-use crate::fused;
-use crate::quantized::Weight;
+use super::LoraAdapter;
+use crate::{
+    ops::{ForwardMixed, MixedLinear, Update, run, runs_on},
+    quantized::Weight,
+    tensors::add,
+};
 
 /// The adapters of one layer for the samples of a batch, which are sorted by adapter.
 #[derive(Clone, Debug)]
@@ -72,7 +74,6 @@ impl<B: Backend> Mixed<B> {
         weight: Weight<B>,
         bias: Option<Tensor<B, 1>>,
     ) -> Tensor<B, 2> {
-        #[cfg(any(feature = "flex", feature = "ndarray"))]
         if let Some(y) = self.in_one_operation(&x, &weight, &bias) {
             return y;
         }
@@ -80,24 +81,23 @@ impl<B: Backend> Mixed<B> {
     }
 
     /// The same as one operation; `None` where Burn's operations are used.
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
     fn in_one_operation(
         &self,
         x: &Tensor<B, 2>,
         weight: &Weight<B>,
         bias: &Option<Tensor<B, 1>>,
     ) -> Option<Tensor<B, 2>> {
-        if !fused::computes_on::<B>() {
+        if !runs_on::<B>() {
             return None;
         }
         let update = |adapter: &LoraAdapter<B>| {
             let ([a, b], scale) = (adapter.factors(), adapter.scale());
-            fused::Update { a, b, bias: adapter.bias_delta(), scale }
+            Update { a, b, bias: adapter.bias_delta(), scale }
         };
         let groups = self.parts(x.dims()[0]).map(|(_, rows, adapter)| (rows, adapter.map(update)));
         let groups = groups.collect();
-        let layer = fused::MixedLayer { weight: weight.clone(), bias: bias.clone(), groups };
-        fused::forward_mixed(x, &layer)
+        let layer = MixedLinear { weight: weight.clone(), bias: bias.clone(), groups };
+        run::<ForwardMixed, B>(&(x.clone(), layer))
     }
 
     /// The output of the base with the update of each sample's adapter added. The first dimension of both

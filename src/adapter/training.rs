@@ -5,11 +5,11 @@ use burn::tensor::{
     backend::{AutodiffBackend, Backend},
 };
 
-use super::{
-    LoraAdapter, Observer,
-    tensors::{cast, constant, frozen, trainable},
+use super::{LoraAdapter, Observer};
+use crate::{
+    config::Scaling,
+    tensors::{cast, cat, constant, frozen, trainable},
 };
-use crate::{config::Scaling, layer::cat};
 
 /// How the factors of an adapter train.
 #[derive(Clone, Debug)]

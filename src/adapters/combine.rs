@@ -9,9 +9,10 @@ use rand::{RngExt, SeedableRng, rngs::StdRng};
 
 use super::LoraAdapters;
 use crate::{
-    adapter::{LoraAdapter, frozen},
+    adapter::LoraAdapter,
     config::{Scaling, fnv1a},
     error::LoraError,
+    tensors::frozen,
 };
 
 /// How [`LoraAdapters::combine`] forms one adapter from several, for each layer.

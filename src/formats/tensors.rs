@@ -31,9 +31,10 @@ use super::{
     keys::{A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, Keys, MAGNITUDE, PREFIX, Role},
 };
 use crate::{
-    adapter::{LoraAdapter, Tie, WeightLayout, frozen},
+    adapter::{LoraAdapter, Tie, WeightLayout},
     adapters::{Extra, LoraAdapters},
     error::LoraError,
+    tensors::frozen,
 };
 
 /// Reads the file of `length` bytes. The whole header is checked first. The tensors are then read one

@@ -11,8 +11,8 @@ use burn::{
     },
 };
 
-use super::{LoraLinear, cat, fresh, swap_heads};
-use crate::{config::LoraConfig, error::LoraError};
+use super::{LoraLinear, fresh, swap_heads};
+use crate::{config::LoraConfig, error::LoraError, tensors::cat};
 
 /// A drop-in for Burn's [`MultiHeadAttention`] whose four projections can carry adapters.
 ///

@@ -4,14 +4,15 @@ use burn::{
         PaddingConfig1d, PaddingConfig2d,
         conv::{Conv1d, Conv2d, ConvTranspose2d},
     },
-    tensor::{Tensor, backend::Backend},
+    tensor::{DType, Tensor, backend::Backend},
 };
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
-use {crate::fused, burn::tensor::DType};
-
-use super::{LoraLayer, cat, constant, fixed, module::lora_layer};
-use crate::adapter::{LoraAdapter, Mixed, WeightLayout, add, frozen};
+use super::{LoraLayer, constant, fixed, module::lora_layer};
+use crate::{
+    adapter::{LoraAdapter, Mixed, WeightLayout},
+    ops::{Conv, Convolve, run, runs_on},
+    tensors::{add, cat, frozen},
+};
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
 /// spatial dimension.
@@ -236,14 +237,13 @@ fn known<B: Backend, const D: usize>(param: &Param<Tensor<B, D>>) -> Param<Tenso
 
 /// The output of a convolution as one operation; `None` where Burn's operations are used. `given` are the
 /// input and the base.
-#[cfg(any(feature = "flex", feature = "ndarray"))]
 fn in_one_operation<B: Backend, const D: usize>(
     weight: &Param<Tensor<B, D>>,
     groups: usize,
     adapter: Option<&LoraAdapter<B>>,
     given: impl FnOnce() -> (Tensor<B, 4>, Conv2d<B>),
 ) -> Option<Tensor<B, 4>> {
-    if groups > 1 || !fused::computes_on::<B>() || weight.val().dtype() != DType::F32 {
+    if groups > 1 || !runs_on::<B>() || weight.val().dtype() != DType::F32 {
         return None;
     }
     if adapter.is_some_and(|it| it.dropout.prob > 0.0 && B::ad_enabled(&weight.val().device())) {
@@ -273,17 +273,8 @@ fn in_one_operation<B: Backend, const D: usize>(
         let [a, b] = it.factors();
         (a, b, it.scale())
     });
-    fused::convolve(&input, &fused::Conv { kernel, bias, adapter, stride, dilation, padding })
-}
-
-#[cfg(not(any(feature = "flex", feature = "ndarray")))]
-fn in_one_operation<B: Backend, const D: usize>(
-    _: &Param<Tensor<B, D>>,
-    _: usize,
-    _: Option<&LoraAdapter<B>>,
-    _: impl FnOnce() -> (Tensor<B, 4>, Conv2d<B>),
-) -> Option<Tensor<B, 4>> {
-    None
+    let conv = Conv { kernel, bias, adapter, stride, dilation, padding };
+    run::<Convolve, B>(&(input, conv))
 }
 
 /// The output of a convolution with an adapter. `convolve` applies the base with another kernel and

@@ -5,8 +5,9 @@ use burn::{
 
 use super::{LoraLayer, module::lora_layer};
 use crate::{
-    adapter::{LoraAdapter, Mixed, Tie, WeightLayout, add, frozen},
+    adapter::{LoraAdapter, Mixed, Tie, WeightLayout},
     quantized::QuantizedWeight,
+    tensors::{add, frozen},
 };
 
 /// A drop-in for Burn's [`Embedding`] that can carry an adapter.

@@ -1,5 +1,7 @@
 use burn::tensor::{Tensor, activation, backend::Backend};
 
+use crate::ops::{Gelu, run};
+
 /// The activation of BERT, GPT-2 and most encoders: `x·Φ(x)`, element by element, with the normal
 /// distribution Φ (Hendrycks and Gimpel, 2016). The shape is any.
 ///
@@ -7,9 +9,5 @@ use burn::tensor::{Tensor, activation, backend::Backend};
 /// `ndarray` it is several times as fast, forwards and backwards, and its gradient is exact where Burn's is
 /// that of an approximation on some backends.
 pub fn gelu<B: Backend, const D: usize>(x: Tensor<B, D>) -> Tensor<B, D> {
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
-    if let Some(output) = crate::fused::gelu(&x) {
-        return output;
-    }
-    activation::gelu(x)
+    run::<Gelu<D>, B>(&x).unwrap_or_else(|| activation::gelu(x))
 }

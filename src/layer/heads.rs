@@ -1,5 +1,7 @@
 use burn::tensor::{Tensor, backend::Backend};
 
+use crate::ops::{SwapHeads, run};
+
 /// Puts heads one after the other, or next to each other again: `[batch, length, heads, size]` to
 /// `[batch, heads, length, size]`, and back.
 ///
@@ -7,9 +9,5 @@ use burn::tensor::{Tensor, backend::Backend};
 /// result is stored row by row, and so is its gradient: a later `reshape` need not copy it element by
 /// element, which took a tenth of the time of a whole model.
 pub fn swap_heads<B: Backend>(x: Tensor<B, 4>) -> Tensor<B, 4> {
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
-    if let Some(swapped) = crate::fused::swapped(&x) {
-        return swapped;
-    }
-    x.swap_dims(1, 2)
+    run::<SwapHeads, B>(&x).unwrap_or_else(|| x.swap_dims(1, 2))
 }

@@ -6,8 +6,9 @@ use burn::{
 
 use super::module::lora_layer;
 use crate::{
-    adapter::{LoraAdapter, Mixed, WeightLayout, frozen},
+    adapter::{LoraAdapter, Mixed, WeightLayout},
     quantized::{QuantizedWeight, Weight},
+    tensors::{frozen, with_rank},
 };
 
 /// A drop-in for Burn's [`Linear`] that can carry an adapter: `y = x·W + b + s·(x·A)·B`, with W and
@@ -71,9 +72,7 @@ impl<B: Backend> LoraLinear<B> {
             return Tensor::zeros(shape, &input.device());
         }
         if D == 2 {
-            // A matrix is not reshaped: on some backends `reshape` copies even if the shape is the same.
-            let rows = Tensor::from_primitive(input.into_primitive());
-            return Tensor::from_primitive(self.forward_rows(rows).into_primitive());
+            return with_rank(self.forward_rows(with_rank(input)));
         }
         // One matrix product for all rows. A product per batch element is slower, and the weight's
         // gradient then takes memory for each element.

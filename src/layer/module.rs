@@ -43,12 +43,13 @@ macro_rules! lora_layer {
             };
 
             use crate::{
-                adapter::{LoraAdapter, Mixed, WeightLayout, frozen},
+                adapter::{LoraAdapter, Mixed, WeightLayout},
                 config::LoraConfig,
                 layer::{
                     self, LoraLayer,
                     letter::{self, ADAPTER, TAG},
                 },
+                tensors::frozen,
             };
 
             impl<B: Backend> $Layer<B> {

@@ -5,6 +5,7 @@ use burn::tensor::{Tensor, backend::Backend};
 use crate::{
     adapter::WeightLayout,
     quantized::{Quantization, QuantizedWeight},
+    tensors::transposed,
 };
 
 /// The shape of a layer's weight, `[d_input, d_output]`.
@@ -33,10 +34,4 @@ pub(crate) fn rounded<B: Backend>(
 /// Whether a row is what is looked up, and not what an output is computed from.
 fn is_table(layout: &WeightLayout) -> bool {
     *layout == WeightLayout::Embedding
-}
-
-/// The transpose. A vector is reshaped: Burn's wgpu backend later reshapes a transposed one wrongly.
-fn transposed<B: Backend>(matrix: Tensor<B, 2>) -> Tensor<B, 2> {
-    let [rows, columns] = matrix.dims();
-    if rows == 1 || columns == 1 { matrix.reshape([columns, rows]) } else { matrix.transpose() }
 }

@@ -9,11 +9,12 @@ use burn::{
 
 use super::{in_full, put_on, walk};
 use crate::{
-    adapter::{LoraAdapter, WeightLayout, at_least_f32},
+    adapter::{LoraAdapter, WeightLayout},
     adapters::{Approximation, LoraAdapters, low_rank},
     config::LoraConfig,
     error::LoraError,
     layer::LoraLayer,
+    tensors::at_least_f32,
 };
 
 /// A layer that is to get an adapter.

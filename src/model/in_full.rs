@@ -9,7 +9,7 @@ use burn::{
 };
 
 use super::walk::{self, Map, Place, Visit};
-use crate::{adapter::frozen, adapters::Extra};
+use crate::{adapters::Extra, tensors::frozen};
 
 /// The values of parameters of any rank, by path.
 pub(super) type Values<B> = BTreeMap<String, TensorPrimitive<B>>;

@@ -7,9 +7,10 @@ use burn::{
 
 use super::{Lora, LoraModule, QuantizeConfig};
 use crate::{
-    adapter::{LoraAdapter, frozen},
+    adapter::LoraAdapter,
     config::{Init, LoraConfig},
     error::LoraError,
+    tensors::frozen,
 };
 
 pub(super) fn attach<B: Backend, M: Module<B>>(

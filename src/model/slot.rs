@@ -13,8 +13,9 @@ use burn::{
 
 use super::walk::{self, Map, Place, Visit};
 use crate::{
-    adapter::{LoraAdapter, WeightLayout, frozen},
+    adapter::{LoraAdapter, WeightLayout},
     layer::{LoraLayer, check_fit, is_finite, plus},
+    tensors::frozen,
 };
 
 /// A weight that can carry an adapter.

@@ -67,7 +67,6 @@ impl<B: Backend> Doubled<B> {
 }
 
 /// The scales again, from the bytes of the codes and the scales of the groups.
-#[cfg(any(feature = "flex", feature = "ndarray"))]
 pub(crate) fn unpack(codes: &[u8], scales: &[f32], offset: Offset) -> Vec<f32> {
     let Offset { mean, count } = offset;
     let levels = &LEVELS[..GROUP];

@@ -135,11 +135,9 @@ impl Workers {
 /// The cores that a worker's operations use: one.
 #[derive(Debug)]
 struct Pool {
-    #[cfg(any(feature = "flex", feature = "ndarray"))]
     pool: rayon::ThreadPool,
 }
 
-#[cfg(any(feature = "flex", feature = "ndarray"))]
 impl Pool {
     fn new() -> Self {
         // Deep models need more than a thread has by default.
@@ -152,18 +150,7 @@ impl Pool {
     }
 }
 
-#[cfg(not(any(feature = "flex", feature = "ndarray")))]
-impl Pool {
-    fn new() -> Self {
-        Self {}
-    }
-
-    fn run<R>(&self, work: impl FnOnce() -> R) -> R {
-        work()
-    }
-}
-
-#[cfg(all(test, any(feature = "flex", feature = "ndarray")))]
+#[cfg(test)]
 mod tests {
     use super::*;
 

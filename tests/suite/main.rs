@@ -27,6 +27,7 @@ mod merging;
 mod mixed;
 mod overlay;
 mod peft;
+mod portable;
 mod program;
 mod quantized;
 mod replicas;

@@ -3,7 +3,7 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::{adapter::at_least_f32, decomposition::leading_qr};
+use crate::{decomposition::leading_qr, tensors::at_least_f32};
 
 /// A and B, where `Wᵀ = Q·R`, B is the first columns of Q, and A the first rows of R, both transposed:
 /// `[d_input, rank]` and `[rank, d_output]`.

@@ -5,7 +5,7 @@
 
 use burn::tensor::{Tensor, backend::Backend};
 
-use crate::{adapter::at_least_f32, decomposition::Svd};
+use crate::{decomposition::Svd, tensors::at_least_f32};
 
 /// A and B by all singular values of the weight: `[d_input, rank]` and `[rank, d_output]`.
 pub(super) fn exact<B: Backend>(

@@ -7,13 +7,17 @@
 //! An adapter's update `s·A·B` is added to the kernel before the product. That is little work, since a kernel
 //! is applied at many places. The gradients of A and B need no gradient of the kernel's size.
 
-use std::any::Any;
+mod node;
 
-use burn::tensor::{DType, Tensor, backend::Backend};
+use burn::{
+    backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
+    tensor::{DType, Tensor, backend::Backend},
+};
 use rayon::prelude::*;
 
 use super::{
-    cpu::{Cpu, WAYS},
+    backend::Cpu,
+    operation::Operation,
     patches::Window,
     rows::{of_rows, row_by_row, rows, transposed},
 };
@@ -34,27 +38,23 @@ pub(crate) struct Conv<B: Backend> {
     pub padding: [usize; 4],
 }
 
-/// A backend that computes a convolution as one operation.
-pub(super) trait Convolves: Backend {
-    /// On an autodiff backend, gradients reach x, the bias, and either the factors or the kernel.
-    fn convolve(x: Tensor<Self, 4>, conv: &Conv<Self>, window: Window) -> Tensor<Self, 4>;
-}
-
 /// The output of the convolution, `[batch, channels_in, height, width]` to `[batch, channels_out, height_out,
-/// width_out]`; `None` if this module cannot compute it on the backend, or with these types and shapes.
-pub(crate) fn convolve<B: Backend>(x: &Tensor<B, 4>, conv: &Conv<B>) -> Option<Tensor<B, 4>> {
-    let window = conv.window(x)?;
-    WAYS.iter().find_map(|way| (way.conv)(x, conv, window)?.downcast().ok().map(|output| *output))
-}
+/// width_out]`. With autodiff, gradients reach the input, the bias, and either the factors or the kernel.
+pub(crate) struct Convolve;
 
-/// The output on the backend K; `None` if `x` and `conv` are on another backend.
-pub(super) fn run_on<K: Convolves>(
-    x: &dyn Any,
-    conv: &dyn Any,
-    window: Window,
-) -> Option<Box<dyn Any>> {
-    let x: &Tensor<K, 4> = x.downcast_ref()?;
-    Some(Box::new(K::convolve(x.clone(), conv.downcast_ref()?, window)))
+impl Operation for Convolve {
+    type Input<B: Backend> = (Tensor<B, 4>, Conv<B>);
+    type Output<B: Backend> = Tensor<B, 4>;
+
+    fn forward<K: Cpu>((x, conv): &(Tensor<K, 4>, Conv<K>)) -> Option<Tensor<K, 4>> {
+        Some(conv.output(x.clone(), conv.window(x)?))
+    }
+
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        (x, conv): &(Tensor<Autodiff<K, C>, 4>, Conv<Autodiff<K, C>>),
+    ) -> Option<Tensor<Autodiff<K, C>, 4>> {
+        Some(node::output_of(x.clone(), conv, conv.window(x)?))
+    }
 }
 
 impl<B: Backend> Conv<B> {
@@ -91,20 +91,19 @@ impl<B: Backend> Conv<B> {
 
 impl<K: Cpu> Conv<K> {
     /// The kernel with the update: `[channels_out, patch]`.
-    pub(super) fn matrix(&self) -> Tensor<K, 2> {
+    fn matrix(&self) -> Tensor<K, 2> {
         let [channels_out, channels_in, height, width] = self.kernel.dims();
         let matrix = self.kernel.clone().reshape([channels_out, channels_in * height * width]);
         let Some((a, b, scale)) = &self.adapter else { return matrix };
         let b = b.clone().transpose().mul_scalar(*scale);
         matrix + K::product(b, a.clone().transpose())
     }
-}
 
-impl<K: Cpu> Convolves for K {
-    fn convolve(x: Tensor<K, 4>, conv: &Conv<K>, window: Window) -> Tensor<K, 4> {
+    /// The output of the convolution of x.
+    fn output(&self, x: Tensor<K, 4>, window: Window) -> Tensor<K, 4> {
         let ([batch, ..], device) = (x.dims(), x.device());
-        let (matrix, channels) = (conv.matrix(), conv.kernel.dims()[0]);
-        let bias = conv.bias.clone().map(row_by_row);
+        let (matrix, channels) = (self.matrix(), self.kernel.dims()[0]);
+        let bias = self.bias.clone().map(row_by_row);
         let bias = bias.as_ref().map(rows::<K>);
         let x = row_by_row(x);
         let division = window.division(batch);
@@ -138,12 +137,12 @@ impl<K: Cpu> Convolves for K {
 /// The gradients of a convolution's parameters: of the kernel, of the bias, and of the factors A and B. The
 /// first is `[channels_out, patch]`, the others have the shapes `[channels_out, 1]`, `[rank, patch]` and
 /// `[rank, channels_out]`.
-pub(super) type Gradients<K> = [Option<Tensor<K, 2>>; 4];
+type Gradients<K> = [Option<Tensor<K, 2>>; 4];
 
 impl<K: Cpu> Conv<K> {
     /// The gradient of x, if `x_wanted`, and those of the parameters, each if it is `wanted`, from the
     /// output's gradient `dy`. The input `x` is needed for all but those of x and the bias.
-    pub(super) fn gradients(
+    fn gradients(
         &self,
         x: Option<Tensor<K, 4>>,
         dy: Tensor<K, 4>,
@@ -242,36 +241,16 @@ fn matrix_of<K: Cpu>(elements: Vec<f32>, height: usize) -> Tensor<K, 2> {
 
 #[cfg(test)]
 mod tests {
-    use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
-
     use super::*;
+    use crate::ops::{run, testing::test_on_each_backend};
 
     fn is_one_operation<B: Backend>() -> bool {
         let device = B::Device::default();
         let kernel = Tensor::<B, 4>::ones([3, 2, 2, 2], &device);
         let (bias, adapter, padding) = (None, None, [0; 4]);
         let conv = Conv { kernel, bias, adapter, stride: [1; 2], dilation: [1; 2], padding };
-        convolve(&Tensor::ones([2, 2, 4, 5], &device), &conv).is_some()
+        run::<Convolve, B>(&(Tensor::ones([2, 2, 4, 5], &device), conv)).is_some()
     }
 
-    #[cfg(feature = "flex")]
-    #[test]
-    fn a_convolution_is_one_operation_on_flex() {
-        use burn::backend::{Autodiff, Flex};
-
-        assert!(is_one_operation::<Flex>());
-        assert!(is_one_operation::<Autodiff<Flex>>());
-        assert!(is_one_operation::<Autodiff<Flex, BalancedCheckpointing>>());
-    }
-
-    #[cfg(feature = "ndarray")]
-    #[test]
-    fn a_convolution_is_one_operation_on_ndarray_in_single_precision() {
-        use burn::backend::{Autodiff, NdArray};
-
-        assert!(is_one_operation::<NdArray>());
-        assert!(is_one_operation::<Autodiff<NdArray>>());
-        assert!(is_one_operation::<Autodiff<NdArray, BalancedCheckpointing>>());
-        assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
-    }
+    test_on_each_backend!(is_one_operation);
 }

@@ -1,10 +1,11 @@
 //! Operations on matrices stored by row, in parallel, in blocks that fit a core's cache.
 
-use burn::tensor::{Shape, Tensor, TensorData, TensorPrimitive, ops::FloatTensor};
+use burn::tensor::{Shape, Tensor, TensorData, ops::FloatTensor};
 use nalgebra::{DMatrixView, DMatrixViewMut};
 use rayon::prelude::*;
 
-use super::cpu::Cpu;
+use super::backend::Cpu;
+use crate::tensors::{primitive, tensor};
 
 /// How many rows of a matrix are processed at once. They stay in a core's cache between two uses.
 const ROWS: usize = 64;
@@ -41,7 +42,7 @@ pub(super) fn add_product<K: Cpu>(
             .zip(left.par_chunks(ROWS * rank))
             .for_each(|(y, left)| add_rows(y, bias, left, right));
     }
-    Tensor::from_primitive(TensorPrimitive::Float(y))
+    tensor(y)
 }
 
 pub(super) fn add_rows(y: &mut [f32], bias: Option<&[f32]>, left: &[f32], right: DMatrixView<f32>) {
@@ -98,7 +99,7 @@ fn transpose_columns(matrix: &[f32], width: usize, height: usize, rows: &mut [f3
 /// The tensor with its elements stored by row. It is copied if they are stored in another order.
 pub(super) fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
     let shape: Shape = tensor.shape();
-    let primitive = tensor.into_primitive().tensor();
+    let primitive = primitive(tensor);
     match K::rows(&primitive) {
         Some(_) => primitive,
         None => {
@@ -130,7 +131,7 @@ pub(super) fn of_rows<K: Cpu, const D: usize>(
     device: &K::Device,
 ) -> Tensor<K, D> {
     let data = TensorData::new(elements, shape);
-    Tensor::from_primitive(TensorPrimitive::Float(K::float_from_data(data, device)))
+    tensor(K::float_from_data(data, device))
 }
 
 pub(super) fn rows<K: Cpu>(tensor: &FloatTensor<K>) -> &[f32] {

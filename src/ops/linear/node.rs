@@ -7,19 +7,24 @@ use burn::{
             NodeId,
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
-            ops::{Backward, Ops, OpsKind},
+            ops::{Backward, Ops},
         },
     },
-    tensor::{Tensor, TensorPrimitive, ops::FloatTensor},
+    tensor::Tensor,
 };
 
-use super::{
-    cpu::Cpu,
-    linear::{Fused, Layer, in_pool},
-    quantized::{gradient, without_autodiff},
-    rows::{add_product, transposed},
+use super::AdaptedLinear;
+use crate::{
+    ops::{
+        autodiff::{inner, nothing, output, parents, register},
+        backend::Cpu,
+        pool::in_pool,
+        quantized::{gradient, without_autodiff},
+        rows::{add_product, transposed},
+    },
+    quantized::Weight,
+    tensors::{primitive, tensor},
 };
-use crate::quantized::Weight;
 
 #[derive(Debug)]
 struct LoraLinearNode;
@@ -57,18 +62,14 @@ impl<K: Cpu> Backward<K, 5> for LoraLinearNode {
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
+        let parents = parents(&ops);
         let read = ops.state.read.map(|read| tensor(checkpointer.retrieve_node_output(read)));
         let dy: Tensor<K, 2> = tensor(grads.consume::<K>(&ops.node));
-        let [x_wanted, read_wanted, _, _, bias_wanted] =
-            [0, 1, 2, 3, 4].map(|parent| ops.parents[parent].is_some());
+        let [x_wanted, read_wanted, _, _, bias_wanted] = parents.map(|it| it.is_some());
         let d_bias = bias_wanted.then(|| primitive(dy.clone().sum_dim(0).flatten::<1>(0, 1)));
-        let computed = ops.state.gradients(read, dy, x_wanted, read_wanted);
-        let computed = computed.into_iter().map(|it| it.map(primitive)).chain([d_bias]);
-        for (node, gradient) in ops.parents.into_iter().zip(computed) {
-            if let (Some(node), Some(gradient)) = (node, gradient) {
-                grads.register::<K>(node.id, gradient);
-            }
-        }
+        let [dx, d_read, da, db] =
+            ops.state.gradients(read, dy, x_wanted, read_wanted).map(|it| it.map(primitive));
+        register::<K, 5>(grads, parents, [dx, d_read, da, db, d_bias]);
     }
 }
 
@@ -106,62 +107,35 @@ impl<K: Cpu> State<K> {
     }
 }
 
-impl<K: Cpu, C: CheckpointStrategy> Fused for Autodiff<K, C> {
-    fn forward(x: Tensor<Self, 2>, layer: &Layer<Self>) -> Tensor<Self, 2> {
-        let [x, a, b] = [&x, &layer.a, &layer.b].map(|it| it.clone().into_primitive().tensor());
-        let read = layer.read.clone().map(|it| it.into_primitive().tensor());
-        let bias = layer.bias.clone().map(|it| it.into_primitive().tensor());
-        let inner = Layer {
-            weight: match &layer.weight {
-                Weight::Full(weight) => Weight::Full(inner(weight)),
-                Weight::Quantized(weight) => Weight::Quantized(without_autodiff(weight)),
-            },
-            bias: layer.bias.as_ref().map(inner),
-            read: layer.read.as_ref().map(inner),
-            a: inner(&layer.a),
-            b: inner(&layer.b),
-            scale: layer.scale,
-        };
-        let (hidden, y) = inner.hidden_and_output(tensor(x.primitive.clone()));
-        let (a_tracked, b_tracked, reads_x) = (a.is_tracked(), b.is_tracked(), read.is_none());
-        let none = nothing::<K, C>();
-        let [reading, bias] = [&read, &bias].map(|it| it.as_ref().unwrap_or(&none).node.clone());
-        let nodes = [x.node.clone(), reading, a.node, b.node, bias];
-        let y = match LoraLinearNode.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let Layer { weight, a, b, scale, .. } = inner;
-                let read = a_tracked.then(|| prep.checkpoint(read.as_ref().unwrap_or(&x)));
-                let hidden = b_tracked.then_some(hidden);
-                let state = State { read, reads_x, weight, a, b, hidden, scale };
-                prep.finish(state, primitive(y))
-            }
-            OpsKind::UnTracked(prep) => prep.finish(primitive(y)),
-        };
-        Tensor::from_primitive(TensorPrimitive::Float(y))
-    }
-}
+/// The output of the layer.
+pub(super) fn output_of<K: Cpu, C: CheckpointStrategy>(
+    x: Tensor<Autodiff<K, C>, 2>,
+    layer: &AdaptedLinear<Autodiff<K, C>>,
+) -> Tensor<Autodiff<K, C>, 2> {
+    let plain = AdaptedLinear {
+        weight: match &layer.weight {
+            Weight::Full(weight) => Weight::Full(inner(weight)),
+            Weight::Quantized(weight) => Weight::Quantized(without_autodiff(weight)),
+        },
+        bias: layer.bias.as_ref().map(inner),
+        read: layer.read.as_ref().map(inner),
+        a: inner(&layer.a),
+        b: inner(&layer.b),
+        scale: layer.scale,
+    };
+    let (hidden, y) = plain.hidden_and_output(inner(&x));
 
-/// A constant in the place of a parent that is not there.
-pub(super) fn nothing<K: Cpu, C: CheckpointStrategy>() -> FloatTensor<Autodiff<K, C>> {
-    Tensor::<Autodiff<K, C>, 1>::zeros([1], &Default::default()).into_primitive().tensor()
-}
-
-/// The tensor as a constant. `Tensor::from_inner` cannot be used, for the same reason as `Tensor::inner`.
-pub(super) fn constant<K: Cpu, C: CheckpointStrategy, const D: usize>(
-    tensor: Tensor<K, D>,
-) -> Tensor<Autodiff<K, C>, D> {
-    let mut constant = nothing::<K, C>();
-    constant.primitive = primitive(tensor);
-    Tensor::from_primitive(TensorPrimitive::Float(constant))
-}
-
-/// The tensor without autodiff. `Tensor::inner` cannot be used, because its bounds on the backend are
-/// stronger if another crate enables Burn's feature `distributed`.
-pub(super) fn inner<K: Cpu, C: CheckpointStrategy, const D: usize>(
-    tensor: &Tensor<Autodiff<K, C>, D>,
-) -> Tensor<K, D> {
-    let tracked = tensor.clone().into_primitive().tensor();
-    Tensor::from_primitive(TensorPrimitive::Float(tracked.primitive))
+    let [x, a, b] = [x, layer.a.clone(), layer.b.clone()].map(primitive);
+    let (read, bias) = (layer.read.clone().map(primitive), layer.bias.clone().map(primitive));
+    let none = nothing::<K, C>();
+    let [reading, bias] = [&read, &bias].map(|it| it.as_ref().unwrap_or(&none));
+    output(LoraLinearNode, [&x, reading, &a, &b, bias], y, |prep| {
+        let reads_x = read.is_none();
+        let read = a.is_tracked().then(|| prep.checkpoint(read.as_ref().unwrap_or(&x)));
+        let hidden = b.is_tracked().then_some(hidden);
+        let AdaptedLinear { weight, a, b, scale, .. } = plain;
+        State { read, reads_x, weight, a, b, hidden, scale }
+    })
 }
 
 /// `y·Wᵀ`, for `y: [batch, d_output]` and `weight: [d_input, d_output]`.
@@ -177,12 +151,4 @@ fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Weight<K>) -> Tensor<K, 2> 
         return K::product(y, weight.transpose());
     }
     transposed(K::product(weight, transposed(y)))
-}
-
-pub(super) fn tensor<K: Cpu, const D: usize>(primitive: FloatTensor<K>) -> Tensor<K, D> {
-    Tensor::from_primitive(TensorPrimitive::Float(primitive))
-}
-
-pub(super) fn primitive<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
-    tensor.into_primitive().tensor()
 }

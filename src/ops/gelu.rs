@@ -4,8 +4,6 @@
 //! whole encoder. Here the loops have no calls and no branches, so that the compiler computes several numbers
 //! at once.
 
-use std::any::Any;
-
 use burn::{
     backend::{
         Autodiff,
@@ -13,46 +11,36 @@ use burn::{
             NodeId,
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
-            ops::{Backward, Ops, OpsKind},
+            ops::{Backward, Ops, unary},
         },
     },
-    tensor::{DType, Tensor, TensorPrimitive, backend::Backend},
+    tensor::{DType, Tensor, backend::Backend},
 };
 
 use super::{
-    cpu::{Cpu, WAYS},
-    node::{primitive, tensor},
+    autodiff::{inner, output},
+    backend::Cpu,
+    operation::Operation,
     rows::{in_blocks, of_rows, row_by_row, rows},
 };
+use crate::tensors::{primitive, tensor};
 
 /// How many numbers a thread takes at once.
 const BLOCK: usize = 1 << 14;
 
-/// GELU of each element; `None` on other backends, or for other types of elements.
-pub(crate) fn gelu<B: Backend, const D: usize>(x: &Tensor<B, D>) -> Option<Tensor<B, D>> {
-    if x.dtype() != DType::F32 || x.shape().num_elements() == 0 {
-        return None;
-    }
-    let flat: Tensor<B, 1> = x.clone().flatten(0, D - 1);
-    let output = WAYS.iter().find_map(|way| (way.gelu)(&flat)?.downcast::<Tensor<B, 1>>().ok())?;
-    Some(output.reshape(x.dims()))
-}
+/// GELU of each element, where there are some in `f32`.
+pub(crate) struct Gelu<const D: usize>;
 
-/// A backend that computes GELU in one pass.
-pub(super) trait Gelu: Backend {
-    fn activated(x: Tensor<Self, 1>) -> Tensor<Self, 1>;
-}
+impl<const D: usize> Operation for Gelu<D> {
+    type Input<B: Backend> = Tensor<B, D>;
+    type Output<B: Backend> = Tensor<B, D>;
 
-/// GELU on the backend K; `None` if `x` is on another backend.
-pub(super) fn run_on<K: Gelu>(x: &dyn Any) -> Option<Box<dyn Any>> {
-    let x: &Tensor<K, 1> = x.downcast_ref()?;
-    Some(Box::new(K::activated(x.clone())))
-}
-
-impl<K: Cpu> Gelu for K {
-    fn activated(x: Tensor<K, 1>) -> Tensor<K, 1> {
+    fn forward<K: Cpu>(x: &Tensor<K, D>) -> Option<Tensor<K, D>> {
+        if x.dtype() != DType::F32 || x.shape().num_elements() == 0 {
+            return None;
+        }
         let (shape, device) = (x.dims(), x.device());
-        let x = row_by_row(x);
+        let x = row_by_row(x.clone());
         let x = rows::<K>(&x);
         let mut y = vec![0.0; x.len()];
         in_blocks(&mut y, x, BLOCK, |y, x| {
@@ -60,27 +48,33 @@ impl<K: Cpu> Gelu for K {
                 *y = x * normal(x).cumulative;
             }
         });
-        of_rows(y, shape, &device)
+        Some(of_rows(y, shape, &device))
+    }
+
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        x: &Tensor<Autodiff<K, C>, D>,
+    ) -> Option<Tensor<Autodiff<K, C>, D>> {
+        let y = Self::forward::<K>(&inner(x))?;
+        let x = primitive(x.clone());
+        Some(output(GeluNode::<D>, [&x], y, |prep| prep.checkpoint(&x)))
     }
 }
 
 #[derive(Debug)]
-struct GeluNode;
+struct GeluNode<const D: usize>;
 
-impl<K: Cpu> Backward<K, 1> for GeluNode {
+impl<K: Cpu, const D: usize> Backward<K, 1> for GeluNode<D> {
     /// The node of x. The checkpointer keeps the tensor.
     type State = NodeId;
 
     fn backward(self, ops: Ops<NodeId, 1>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
-        let x: Tensor<K, 1> = tensor(checkpointer.retrieve_node_output(ops.state));
-        let dy: Tensor<K, 1> = tensor(grads.consume::<K>(&ops.node));
-        let [Some(parent)] = ops.parents else { return };
-        grads.register::<K>(parent.id, primitive(gradient(x, dy)));
+        let x: Tensor<K, D> = tensor(checkpointer.retrieve_node_output(ops.state));
+        unary::<K, _>(ops.parents, ops.node, grads, |dy| primitive(gradient(x, tensor(dy))));
     }
 }
 
 /// `dy · (Φ(x) + x·φ(x))`.
-fn gradient<K: Cpu>(x: Tensor<K, 1>, dy: Tensor<K, 1>) -> Tensor<K, 1> {
+fn gradient<K: Cpu, const D: usize>(x: Tensor<K, D>, dy: Tensor<K, D>) -> Tensor<K, D> {
     let (shape, device) = (x.dims(), x.device());
     let [x, dy] = [x, dy].map(row_by_row);
     let mut dx = rows::<K>(&dy).to_vec();
@@ -91,21 +85,6 @@ fn gradient<K: Cpu>(x: Tensor<K, 1>, dy: Tensor<K, 1>) -> Tensor<K, 1> {
         }
     });
     of_rows(dx, shape, &device)
-}
-
-impl<K: Cpu, C: CheckpointStrategy> Gelu for Autodiff<K, C> {
-    fn activated(x: Tensor<Self, 1>) -> Tensor<Self, 1> {
-        let x = x.into_primitive().tensor();
-        let y = primitive(K::activated(tensor(x.primitive.clone())));
-        let y = match GeluNode.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let kept = prep.checkpoint(&x);
-                prep.finish(kept, y)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        };
-        Tensor::from_primitive(TensorPrimitive::Float(y))
-    }
 }
 
 /// The standard normal distribution at one number.
@@ -170,32 +149,12 @@ fn exp_of_negative(x: f32) -> f32 {
 
 #[cfg(test)]
 mod tests {
-    use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
-
     use super::*;
+    use crate::ops::{run, testing::test_on_each_backend};
 
     fn is_one_operation<B: Backend>() -> bool {
-        gelu(&Tensor::<B, 3>::ones([2, 3, 4], &Default::default())).is_some()
+        run::<Gelu<3>, B>(&Tensor::ones([2, 3, 4], &Default::default())).is_some()
     }
 
-    #[cfg(feature = "flex")]
-    #[test]
-    fn gelu_is_one_operation_on_flex() {
-        use burn::backend::Flex;
-
-        assert!(is_one_operation::<Flex>());
-        assert!(is_one_operation::<Autodiff<Flex>>());
-        assert!(is_one_operation::<Autodiff<Flex, BalancedCheckpointing>>());
-    }
-
-    #[cfg(feature = "ndarray")]
-    #[test]
-    fn gelu_is_one_operation_on_ndarray_in_single_precision() {
-        use burn::backend::NdArray;
-
-        assert!(is_one_operation::<NdArray>());
-        assert!(is_one_operation::<Autodiff<NdArray>>());
-        assert!(is_one_operation::<Autodiff<NdArray, BalancedCheckpointing>>());
-        assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
-    }
+    test_on_each_backend!(is_one_operation);
 }

@@ -1,7 +1,10 @@
 //! Products with quantized weights, which are unpacked on the way, forwards and backwards. So nothing else
 //! than the packed weight is kept for the backward pass.
 
-use std::{any::Any, ops::Range};
+mod dot;
+mod unpack;
+
+use std::ops::Range;
 
 use burn::{
     backend::{
@@ -9,88 +12,100 @@ use burn::{
         autodiff::{
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
-            ops::{Backward, Ops, OpsKind, unary},
+            ops::{Backward, Ops, unary},
         },
     },
-    tensor::{DType, Tensor, TensorPrimitive, backend::Backend, ops::IntTensor},
+    tensor::{DType, Tensor, backend::Backend, ops::IntTensor},
 };
 use rayon::prelude::*;
 
 use super::{
-    cpu::{Cpu, WAYS},
-    linear::in_pool,
-    node::{constant, inner, primitive, tensor},
+    autodiff::{constant, inner, output},
+    backend::Cpu,
+    operation::Operation,
+    pool::in_pool,
     rows::{WORTH_THREADS_MOVED, of_rows, row_by_row, rows, transposed},
 };
-use crate::quantized::{Dot, Doubled, Format, Parts, QuantizedWeight, Scales, unpack_scales};
+use crate::{
+    quantized::{Doubled, Format, QuantizedWeight, Scales, unpack_scales},
+    tensors::{primitive, tensor},
+};
+use dot::Dot;
+use unpack::unpack_row;
 
 /// At most so many rows of x are multiplied without unpacking the weight to memory. The products are added in
 /// another order then.
 const FEW: usize = 4;
 
-/// The numbers of the matrix; `None` on other backends.
-pub(crate) fn dense<B: Backend>(weight: &QuantizedWeight<B>) -> Option<Tensor<B, 2>> {
-    WAYS.iter().find_map(|way| (way.dense)(weight)?.downcast().ok().map(|dense| *dense))
-}
+/// The numbers of the matrix.
+pub(crate) struct Dense;
 
-/// `x·Wᵀ`; `None` on other backends, or for other types of elements.
-pub(crate) fn times_quantized<B: Backend>(
-    x: &Tensor<B, 2>,
-    weight: &QuantizedWeight<B>,
-) -> Option<Tensor<B, 2>> {
-    if x.dtype() != DType::F32 || x.dims()[1] != weight.shape()[1] {
-        return None;
-    }
-    WAYS.iter().find_map(|way| (way.times_quantized)(x, weight)?.downcast().ok().map(|y| *y))
-}
+impl Operation for Dense {
+    type Input<B: Backend> = QuantizedWeight<B>;
+    type Output<B: Backend> = Tensor<B, 2>;
 
-/// A backend that unpacks by itself.
-pub(super) trait Unpacks: Backend {
-    fn dense(weight: &QuantizedWeight<Self>) -> Tensor<Self, 2>;
-
-    fn times(x: Tensor<Self, 2>, weight: &QuantizedWeight<Self>) -> Tensor<Self, 2>;
-}
-
-/// The numbers on the backend K; `None` if the weight is on another backend.
-pub(super) fn dense_on<K: Unpacks>(weight: &dyn Any) -> Option<Box<dyn Any>> {
-    Some(Box::new(K::dense(weight.downcast_ref()?)))
-}
-
-/// The product on the backend K; `None` if the tensors are on another backend.
-pub(super) fn times_on<K: Unpacks>(x: &dyn Any, weight: &dyn Any) -> Option<Box<dyn Any>> {
-    let x: &Tensor<K, 2> = x.downcast_ref()?;
-    Some(Box::new(K::times(x.clone(), weight.downcast_ref()?)))
-}
-
-impl<K: Cpu> Unpacks for K {
-    fn dense(weight: &QuantizedWeight<K>) -> Tensor<K, 2> {
-        Rows::of(weight, |rows| rows.dense::<K>(0..weight.shape()[0], &weight.device()))
+    fn forward<K: Cpu>(weight: &QuantizedWeight<K>) -> Option<Tensor<K, 2>> {
+        Some(dense(weight))
     }
 
-    fn times(x: Tensor<K, 2>, weight: &QuantizedWeight<K>) -> Tensor<K, 2> {
-        let ([batch, columns], [count, _]) = (x.dims(), weight.shape());
-        if batch <= FEW {
-            return times_few(x, weight);
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        weight: &QuantizedWeight<Autodiff<K, C>>,
+    ) -> Option<Tensor<Autodiff<K, C>, 2>> {
+        Some(constant(dense::<K>(&without_autodiff(weight))))
+    }
+}
+
+/// `x·Wᵀ`, for the matrix W and x in `f32`: `[batch, columns]` to `[batch, rows]`.
+pub(crate) struct TimesQuantized;
+
+impl Operation for TimesQuantized {
+    type Input<B: Backend> = (Tensor<B, 2>, QuantizedWeight<B>);
+    type Output<B: Backend> = Tensor<B, 2>;
+
+    fn forward<K: Cpu>((x, weight): &(Tensor<K, 2>, QuantizedWeight<K>)) -> Option<Tensor<K, 2>> {
+        if x.dtype() != DType::F32 || x.dims()[1] != weight.shape()[1] {
+            return None;
         }
-        let panels = panels(count, columns);
-        if panels.len() == 1 {
-            return in_pool(batch, [columns, count], || K::product(x, weight.dense().transpose()));
-        }
-        let (device, mut y) = (x.device(), vec![0.0; batch * count]);
-        Rows::of(weight, |unpacked| {
-            for panel in panels {
-                let part = unpacked.dense::<K>(panel.clone(), &device).transpose();
-                let size = [columns, panel.len()];
-                let part = in_pool(batch, size, || K::product(x.clone(), part));
-                let part = row_by_row(part);
-                let parts = rows::<K>(&part).chunks_exact(panel.len());
-                for (y, part) in y.chunks_exact_mut(count).zip(parts) {
-                    y[panel.clone()].copy_from_slice(part);
-                }
+        Some(product(x.clone(), weight))
+    }
+
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        (x, weight): &(Tensor<Autodiff<K, C>, 2>, QuantizedWeight<Autodiff<K, C>>),
+    ) -> Option<Tensor<Autodiff<K, C>, 2>> {
+        let plain = (inner(x), without_autodiff(weight));
+        let y = Self::forward::<K>(&plain)?;
+        Some(output(ProductNode, [&primitive(x.clone())], y, |_| plain.1))
+    }
+}
+
+fn dense<K: Cpu>(weight: &QuantizedWeight<K>) -> Tensor<K, 2> {
+    Rows::of(weight, |rows| rows.dense::<K>(0..weight.shape()[0], &weight.device()))
+}
+
+/// `x·Wᵀ`: `[batch, columns]` to `[batch, rows]`.
+pub(super) fn product<K: Cpu>(x: Tensor<K, 2>, weight: &QuantizedWeight<K>) -> Tensor<K, 2> {
+    let ([batch, columns], [count, _]) = (x.dims(), weight.shape());
+    if batch <= FEW {
+        return times_few(x, weight);
+    }
+    let panels = panels(count, columns);
+    if panels.len() == 1 {
+        return in_pool(batch, [columns, count], || K::product(x, dense(weight).transpose()));
+    }
+    let (device, mut y) = (x.device(), vec![0.0; batch * count]);
+    Rows::of(weight, |unpacked| {
+        for panel in panels {
+            let part = unpacked.dense::<K>(panel.clone(), &device).transpose();
+            let size = [columns, panel.len()];
+            let part = in_pool(batch, size, || K::product(x.clone(), part));
+            let part = row_by_row(part);
+            let parts = rows::<K>(&part).chunks_exact(panel.len());
+            for (y, part) in y.chunks_exact_mut(count).zip(parts) {
+                y[panel.clone()].copy_from_slice(part);
             }
-        });
-        of_rows(y, [batch, count], &device)
-    }
+        }
+    });
+    of_rows(y, [batch, count], &device)
 }
 
 /// The rows of a large matrix, in parts that are unpacked one after the other. So a table of embeddings is
@@ -155,8 +170,7 @@ struct Rows<'a> {
 impl Rows<'_> {
     /// What `work` returns for the rows of the matrix.
     fn of<K: Cpu, R>(weight: &QuantizedWeight<K>, work: impl FnOnce(&Rows) -> R) -> R {
-        let Parts { format, codes, scales, minima } = weight.parts();
-        let [_, columns] = weight.shape();
+        let QuantizedWeight { format, columns, codes, scales, minima } = weight.clone();
         let (codes, minima) = (codes.into_primitive(), minima.map(row_by_row));
         let (bytes, minima) = (bytes_of::<K>(&codes), minima.as_ref().map(rows::<K>));
         let work = |scales: &[f32]| {
@@ -188,7 +202,7 @@ impl Rows<'_> {
             let start = rows.start + TAKEN * chunk;
             for (row, numbers) in (start..).zip(numbers.chunks_exact_mut(columns)) {
                 let (bytes, scales, minima) = self.row(row);
-                self.format.unpack(bytes, scales, minima, numbers);
+                unpack_row(self.format, bytes, scales, minima, numbers);
             }
         };
         match dense.len() < WORTH_THREADS_MOVED {
@@ -217,26 +231,47 @@ impl<K: Cpu> Backward<K, 1> for ProductNode {
     }
 }
 
-impl<K: Cpu, C: CheckpointStrategy> Unpacks for Autodiff<K, C> {
-    fn dense(weight: &QuantizedWeight<Self>) -> Tensor<Self, 2> {
-        constant(without_autodiff(weight).dense())
-    }
-
-    fn times(x: Tensor<Self, 2>, weight: &QuantizedWeight<Self>) -> Tensor<Self, 2> {
-        let (x, weight) = (x.into_primitive().tensor(), without_autodiff(weight));
-        let y = primitive(weight.product(tensor(x.primitive.clone())));
-        let y = match ProductNode.prepare::<C>([x.node.clone()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(weight, y),
-            OpsKind::UnTracked(prep) => prep.finish(y),
-        };
-        Tensor::from_primitive(TensorPrimitive::Float(y))
-    }
-}
-
+/// The weight on the backend without autodiff.
 pub(super) fn without_autodiff<K: Cpu, C: CheckpointStrategy>(
     weight: &QuantizedWeight<Autodiff<K, C>>,
 ) -> QuantizedWeight<K> {
     weight
         .clone()
         .carried(|float| inner(&float), |int| Tensor::from_primitive(int.into_primitive()))
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Distribution;
+
+    use super::*;
+    use crate::{
+        ops::{run, testing::test_on_each_backend},
+        quantized::{GgufType, Quantization},
+    };
+
+    /// The CPU backends unpack by themselves, and all other ones by Burn's operations.
+    fn unpacks_as_burn_does<B: Backend>() -> bool {
+        let device = B::Device::default();
+        let mut weights = Vec::new();
+        // More than one group of doubly quantized scales, also with threads, and rows with broken blocks.
+        for shape in [[300, 64], [1, 1], [5, 130], [520, 512]] {
+            let numbers = Tensor::<B, 2>::random(shape, Distribution::Default, &device);
+            let to = [Quantization::Int8, Quantization::Nf4];
+            weights.extend(to.map(|to| QuantizedWeight::new(numbers.clone(), to)));
+        }
+        let data: Vec<u8> = (0..7 * 3 * 34).map(|it| (it * 37 % 64) as u8).collect();
+        for (kind, size) in [(GgufType::Q8_0, 34), (GgufType::Q4_0, 18), (GgufType::Q4_1, 20)] {
+            let data = &data[..7 * 3 * size];
+            weights.push(QuantizedWeight::from_gguf(kind, [7, 96], data, &device).unwrap());
+        }
+        weights.iter().all(|weight| {
+            let Some(by_slices) = run::<Dense, B>(weight) else { return false };
+            assert_eq!(by_slices.into_data(), weight.unpacked().into_data());
+            let x = Tensor::ones([2, weight.shape()[1]], &device);
+            run::<TimesQuantized, B>(&(x, weight.clone())).is_some()
+        })
+    }
+
+    test_on_each_backend!(unpacks_as_burn_does);
 }

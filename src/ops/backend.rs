@@ -1,25 +1,9 @@
-//! The CPU backends, and what is needed from each of them.
+//! What an operation needs of a CPU backend.
 
-use std::any::{Any, TypeId};
-
-use burn::{
-    backend::{Autodiff, autodiff::checkpoint::strategy::BalancedCheckpointing},
-    tensor::{
-        Tensor,
-        backend::Backend,
-        ops::{FloatTensor, IntTensor},
-    },
-};
-
-use super::{
-    columns::{self, Scales},
-    conv::{self, Convolves},
-    gelu::{self, Gelu},
-    heads::{self, Heads},
-    linear::{self, Fused},
-    mixed::{self, Mixes},
-    patches::Window,
-    quantized::{self, Unpacks},
+use burn::tensor::{
+    Tensor,
+    backend::Backend,
+    ops::{FloatTensor, IntTensor},
 };
 
 /// A backend that computes on the CPU and gives access to its tensors as slices.
@@ -44,62 +28,6 @@ pub(crate) trait Cpu: Backend {
     }
 }
 
-/// From this number of multiplications on, a product uses several threads.
-pub(super) const SHARED: usize = 192 * 192 * 192;
-
-/// A tensor of any backend, if it could be computed.
-type Computed = Option<Box<dyn Any>>;
-
-/// The operations on one of the backends. They return `None` for tensors of another one.
-pub(super) struct Way {
-    backend: fn() -> TypeId,
-    pub linear: fn(&dyn Any, &dyn Any) -> Computed,
-    pub conv: fn(&dyn Any, &dyn Any, Window) -> Computed,
-    pub mixed: fn(&dyn Any, &dyn Any) -> Computed,
-    pub heads: fn(&dyn Any) -> Computed,
-    pub gelu: fn(&dyn Any) -> Computed,
-    pub times_columns: fn(&dyn Any) -> Computed,
-    pub column_squares: fn(&dyn Any) -> Computed,
-    pub dense: fn(&dyn Any) -> Computed,
-    pub times_quantized: fn(&dyn Any, &dyn Any) -> Computed,
-}
-
-const fn way<K: Convolves + Fused + Gelu + Heads + Mixes + Scales + Unpacks>() -> Way {
-    Way {
-        backend: TypeId::of::<K>,
-        linear: linear::run_on::<K>,
-        conv: conv::run_on::<K>,
-        mixed: mixed::run_on::<K>,
-        heads: heads::run_on::<K>,
-        gelu: gelu::run_on::<K>,
-        times_columns: columns::times_on::<K>,
-        column_squares: columns::squares_on::<K>,
-        dense: quantized::dense_on::<K>,
-        times_quantized: quantized::times_on::<K>,
-    }
-}
-
-/// Whether this module computes on the backend.
-pub(crate) fn computes_on<B: Backend>() -> bool {
-    WAYS.iter().any(|way| (way.backend)() == TypeId::of::<B>())
-}
-
-/// Each of the backends, with and without autodiff.
-pub(super) const WAYS: &[Way] = &[
-    #[cfg(feature = "flex")]
-    way::<Autodiff<burn_flex::Flex>>(),
-    #[cfg(feature = "flex")]
-    way::<Autodiff<burn_flex::Flex, BalancedCheckpointing>>(),
-    #[cfg(feature = "flex")]
-    way::<burn_flex::Flex>(),
-    #[cfg(feature = "ndarray")]
-    way::<Autodiff<burn_ndarray::NdArray>>(),
-    #[cfg(feature = "ndarray")]
-    way::<Autodiff<burn_ndarray::NdArray, BalancedCheckpointing>>(),
-    #[cfg(feature = "ndarray")]
-    way::<burn_ndarray::NdArray>(),
-];
-
 #[cfg(feature = "flex")]
 impl Cpu for burn_flex::Flex {
     fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]> {
@@ -115,10 +43,11 @@ impl Cpu for burn_flex::Flex {
         tensor.as_slice()
     }
 
-    /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single
-    /// product below [`SHARED`] on one thread, but uses several for a batch of products from 128³
-    /// multiplications on.
+    /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single product
+    /// below `SHARED` multiplications on one thread, but uses several for a batch of products from 128³ on.
     fn times_thin(x: Tensor<Self, 2>, thin: Tensor<Self, 2>) -> Tensor<Self, 2> {
+        use super::pool::SHARED;
+
         const BATCH_SHARED: usize = 128 * 128 * 128;
         /// With fewer rows per thread, starting the threads takes longer than the product.
         const ROWS: usize = 32;
@@ -148,17 +77,17 @@ impl Cpu for burn_ndarray::NdArray {
 
     /// Multiplies without copies. The backend's own product copies both factors and the result.
     fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
-        use burn::tensor::TensorPrimitive;
         use burn_ndarray::NdArrayTensor;
 
-        let factors = [left, right].map(|it| it.into_primitive().tensor());
+        use crate::tensors::{primitive, tensor};
+
+        let factors = [left, right].map(primitive);
         let [NdArrayTensor::F32(left), NdArrayTensor::F32(right)] = &factors else {
             unreachable!("both are in f32")
         };
         let [left, right] = [left, right]
             .map(|it| it.view().into_dimensionality::<ndarray::Ix2>().expect("it is a matrix"));
-        let product = NdArrayTensor::from(left.dot(&right).into_dyn().into_shared());
-        Tensor::from_primitive(TensorPrimitive::Float(product))
+        tensor(NdArrayTensor::from(left.dot(&right).into_dyn().into_shared()))
     }
 
     fn rows(tensor: &FloatTensor<Self>) -> Option<&[f32]> {

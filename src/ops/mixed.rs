@@ -4,21 +4,21 @@
 //! are put together again. For a row per adapter, starting these operations takes longer than their arithmetic.
 //! Here the updates are added in place, several groups at a time.
 
-use std::any::Any;
-
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
-    tensor::{DType, Tensor, TensorPrimitive, backend::Backend, ops::FloatTensor},
+    tensor::{DType, Tensor, backend::Backend, ops::FloatTensor},
 };
 use nalgebra::{DMatrix, DMatrixView};
 use rayon::prelude::*;
 
 use super::{
-    cpu::{Cpu, WAYS},
-    linear::in_pool,
+    backend::Cpu,
+    operation::Operation,
+    pool::in_pool,
+    quantized::product,
     rows::{add_rows, row_by_row, rows},
 };
-use crate::quantized::Weight;
+use crate::{quantized::Weight, tensors::tensor};
 
 /// Up to this number of rows, a product reads the factors as they are: packing them would take longer.
 const FEW: usize = 4;
@@ -30,7 +30,7 @@ const WORTH_THREADS: usize = 1 << 17;
 const BLOCK: usize = 64;
 
 /// The values that the layer computes with.
-pub(crate) struct MixedLayer<B: Backend> {
+pub(crate) struct MixedLinear<B: Backend> {
     /// The base's weight: `[d_input, d_output]`.
     pub weight: Weight<B>,
     /// The base's bias: `[d_output]`.
@@ -51,50 +51,36 @@ pub(crate) struct Update<B: Backend> {
     pub scale: f64,
 }
 
-/// The output of the layer, `[batch, d_input]` to `[batch, d_output]`; `None` if this module cannot compute it on
-/// the backend, or with these types.
-pub(crate) fn forward_mixed<B: Backend>(
-    x: &Tensor<B, 2>,
-    layer: &MixedLayer<B>,
-) -> Option<Tensor<B, 2>> {
-    if x.dtype() != DType::F32 || !layer.is_in_f32() {
-        return None;
+/// The output of the layer, `[batch, d_input]` to `[batch, d_output]`, where all is in `f32`.
+pub(crate) struct ForwardMixed;
+
+impl Operation for ForwardMixed {
+    type Input<B: Backend> = (Tensor<B, 2>, MixedLinear<B>);
+    type Output<B: Backend> = Tensor<B, 2>;
+
+    fn forward<K: Cpu>((x, layer): &(Tensor<K, 2>, MixedLinear<K>)) -> Option<Tensor<K, 2>> {
+        if x.dtype() != DType::F32 || !layer.is_in_f32() || x.dims()[1] != layer.weight.dims()[0] {
+            return None;
+        }
+        Some(in_pool(x.dims()[0], layer.weight.dims(), || {
+            let y = match &layer.weight {
+                Weight::Full(weight) => K::product(x.clone(), weight.clone()),
+                Weight::Quantized(weight) => product(x.clone(), weight),
+            };
+            add_updates(y, x.clone(), layer)
+        }))
     }
-    WAYS.iter().find_map(|way| Some(*(way.mixed)(x, layer)?.downcast().ok()?))
-}
 
-/// The output of the layer on the backend K; `None` if `x` and `layer` are on another backend.
-pub(super) fn run_on<K: Mixes>(x: &dyn Any, layer: &dyn Any) -> Option<Box<dyn Any>> {
-    let x: &Tensor<K, 2> = x.downcast_ref()?;
-    Some(Box::new(K::forward(x.clone(), layer.downcast_ref()?)?))
-}
-
-/// A backend that may compute the layer as one operation.
-pub(super) trait Mixes: Backend {
-    fn forward(x: Tensor<Self, 2>, layer: &MixedLayer<Self>) -> Option<Tensor<Self, 2>>;
-}
-
-/// Mixed batches are for inference.
-impl<K: Cpu, C: CheckpointStrategy> Mixes for Autodiff<K, C> {
-    fn forward(_: Tensor<Self, 2>, _: &MixedLayer<Self>) -> Option<Tensor<Self, 2>> {
+    /// Mixed batches are for inference.
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        _: &(Tensor<Autodiff<K, C>, 2>, MixedLinear<Autodiff<K, C>>),
+    ) -> Option<Tensor<Autodiff<K, C>, 2>> {
         None
     }
 }
 
-impl<K: Cpu> Mixes for K {
-    fn forward(x: Tensor<K, 2>, layer: &MixedLayer<K>) -> Option<Tensor<K, 2>> {
-        Some(in_pool(x.dims()[0], layer.weight.dims(), || {
-            let y = match &layer.weight {
-                Weight::Full(weight) => K::product(x.clone(), weight.clone()),
-                Weight::Quantized(weight) => weight.product(x.clone()),
-            };
-            add_updates(y, x, layer)
-        }))
-    }
-}
-
 /// `y` with the biases and the update of each row added in place.
-fn add_updates<K: Cpu>(y: Tensor<K, 2>, x: Tensor<K, 2>, layer: &MixedLayer<K>) -> Tensor<K, 2> {
+fn add_updates<K: Cpu>(y: Tensor<K, 2>, x: Tensor<K, 2>, layer: &MixedLinear<K>) -> Tensor<K, 2> {
     let ([_, d_input], [_, d_output]) = (x.dims(), y.dims());
     let (x, mut y) = (row_by_row(x), row_by_row(y));
     let vector = |it: &Tensor<K, 1>| row_by_row(it.clone());
@@ -136,7 +122,7 @@ fn add_updates<K: Cpu>(y: Tensor<K, 2>, x: Tensor<K, 2>, layer: &MixedLayer<K>) 
     } else {
         blocks.into_par_iter().for_each(add);
     }
-    Tensor::from_primitive(TensorPrimitive::Float(y))
+    tensor(y)
 }
 
 fn add_bias(y: &mut [f32], bias: &[f32]) {
@@ -201,7 +187,7 @@ fn times_thin(x: &[f32], a: &[f32], rank: usize) -> Vec<f32> {
     hidden
 }
 
-impl<B: Backend> MixedLayer<B> {
+impl<B: Backend> MixedLinear<B> {
     /// Whether all tensors are in `f32`.
     fn is_in_f32(&self) -> bool {
         let weight = match &self.weight {
@@ -216,4 +202,23 @@ impl<B: Backend> MixedLayer<B> {
         let bias = self.bias.as_ref().map_or(DType::F32, Tensor::dtype);
         types.chain([weight, bias]).all(|it| it == DType::F32)
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::{run, runs_on, testing::test_on_each_backend};
+
+    fn is_one_operation_but_in_training<B: Backend>() -> bool {
+        let device = B::Device::default();
+        let ones = |shape: [usize; 2]| Tensor::<B, 2>::ones(shape, &device);
+        let (a, b) = (ones([3, 2]), ones([2, 5]));
+        let update = Some(Update { a, b, bias: None, scale: 0.5 });
+        let (weight, groups) = (Weight::Full(ones([3, 5])), vec![(1, None), (3, update)]);
+        let layer = MixedLinear { weight, bias: None, groups };
+        let y = run::<ForwardMixed, B>(&(ones([4, 3]), layer));
+        if B::ad_enabled(&device) { runs_on::<B>() && y.is_none() } else { y.is_some() }
+    }
+
+    test_on_each_backend!(is_one_operation_but_in_training);
 }

@@ -1,16 +1,16 @@
 //! Products of packed rows with vectors, without unpacking the rows to memory.
 
-use super::format::{APART, Format, Levels};
+use crate::quantized::{APART, Format, Levels};
 
 /// Multiplies the rows of one format.
-pub(crate) struct Dot {
+pub(super) struct Dot {
     format: Format,
     /// What the two codes in a byte stand for, the lower one first. It is empty for codes of 8 bits.
     pairs: Vec<[f32; 2]>,
 }
 
 /// A vector to multiply rows with.
-pub(crate) struct Vector {
+pub(super) struct Vector {
     /// Filled up with zeros to whole blocks and, for codes of 4 bits, with the numbers next to each other that
     /// meet the two codes of a byte.
     numbers: Vec<f32>,
@@ -46,7 +46,7 @@ impl Dot {
         Vector { numbers, sums }
     }
 
-    /// The product of a row with the vector. The arguments are those of [`Format::unpack`].
+    /// The product of a row with the vector. The arguments are those of [`unpack_row`](super::unpack_row).
     pub fn row(&self, bytes: &[u8], scales: &[f32], minima: Option<&[f32]>, x: &Vector) -> f32 {
         let zero = match self.format.levels() {
             Levels::Minus(zero) => f32::from(zero),

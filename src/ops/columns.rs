@@ -1,7 +1,5 @@
 //! What DoRA does to the columns of a matrix, in one pass over memory each way.
 
-use std::any::Any;
-
 use burn::{
     backend::{
         Autodiff,
@@ -9,25 +7,27 @@ use burn::{
             NodeId,
             checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
             grads::Gradients,
-            ops::{Backward, Ops, OpsKind},
+            ops::{Backward, Ops},
         },
     },
-    tensor::{DType, Tensor, TensorPrimitive, backend::Backend},
+    tensor::{DType, Tensor, backend::Backend},
 };
 use rayon::prelude::*;
 
 use super::{
-    cpu::{Cpu, WAYS},
-    node::{constant, primitive, tensor},
+    autodiff::{constant, inner, output, parents, register},
+    backend::Cpu,
+    operation::Operation,
     rows::{WORTH_THREADS_MOVED, in_blocks, of_rows, row_by_row, rows},
 };
+use crate::tensors::{primitive, tensor};
 
 /// How many rows a thread takes at once. It must not depend on the number of threads, so that sums are the
 /// same on every machine.
 const ROWS: usize = 64;
 
 /// A matrix, and what its columns are multiplied with and moved by.
-pub(crate) struct Columns<B: Backend> {
+pub(crate) struct ScaledColumns<B: Backend> {
     /// `[batch, columns]`.
     pub y: Tensor<B, 2>,
     /// `[columns]`.
@@ -36,45 +36,19 @@ pub(crate) struct Columns<B: Backend> {
     pub bias: Option<Tensor<B, 1>>,
 }
 
-/// `y ⊙ gain + bias`, where gradients reach y and the gain; `None` on other backends, or for other types of
-/// elements.
-pub(crate) fn times_columns<B: Backend>(columns: &Columns<B>) -> Option<Tensor<B, 2>> {
-    let Columns { y, gain, bias } = columns;
-    let vectors = [Some(gain), bias.as_ref()];
-    let in_f32 =
-        y.dtype() == DType::F32 && vectors.into_iter().flatten().all(|it| it.dtype() == DType::F32);
-    if !in_f32 || y.shape().num_elements() == 0 {
-        return None;
-    }
-    WAYS.iter().find_map(|way| (way.times_columns)(columns)?.downcast().ok().map(|it| *it))
-}
+/// `y ⊙ gain + bias`, where there are elements and all are in `f32`. Gradients reach y and the gain.
+pub(crate) struct ScaleColumns;
 
-/// The sum of the squares of each column of a constant, `[rows, columns]` to `[columns]`; `None` as above.
-pub(crate) fn column_squares<B: Backend>(matrix: &Tensor<B, 2>) -> Option<Tensor<B, 1>> {
-    if matrix.dtype() != DType::F32 || matrix.shape().num_elements() == 0 {
-        return None;
-    }
-    WAYS.iter().find_map(|way| (way.column_squares)(matrix)?.downcast().ok().map(|it| *it))
-}
+impl Operation for ScaleColumns {
+    type Input<B: Backend> = ScaledColumns<B>;
+    type Output<B: Backend> = Tensor<B, 2>;
 
-/// A backend that does both in one pass.
-pub(super) trait Scales: Backend {
-    fn scaled(columns: &Columns<Self>) -> Tensor<Self, 2>;
-
-    fn squares(matrix: Tensor<Self, 2>) -> Tensor<Self, 1>;
-}
-
-pub(super) fn times_on<K: Scales>(columns: &dyn Any) -> Option<Box<dyn Any>> {
-    Some(Box::new(K::scaled(columns.downcast_ref()?)))
-}
-
-pub(super) fn squares_on<K: Scales>(matrix: &dyn Any) -> Option<Box<dyn Any>> {
-    let matrix: &Tensor<K, 2> = matrix.downcast_ref()?;
-    Some(Box::new(K::squares(matrix.clone())))
-}
-
-impl<K: Cpu> Scales for K {
-    fn scaled(Columns { y, gain, bias }: &Columns<K>) -> Tensor<K, 2> {
+    fn forward<K: Cpu>(ScaledColumns { y, gain, bias }: &ScaledColumns<K>) -> Option<Tensor<K, 2>> {
+        let mut vectors = [Some(gain), bias.as_ref()].into_iter().flatten();
+        let in_f32 = y.dtype() == DType::F32 && vectors.all(|it| it.dtype() == DType::F32);
+        if !in_f32 || y.shape().num_elements() == 0 {
+            return None;
+        }
         let (shape, device) = (y.dims(), y.device());
         let [y, gain] = [row_by_row(y.clone()), row_by_row(gain.clone())];
         let bias = bias.clone().map(row_by_row);
@@ -93,16 +67,45 @@ impl<K: Cpu> Scales for K {
             }
         };
         in_blocks(&mut output, input, ROWS * gain.len(), work);
-        of_rows(output, shape, &device)
+        Some(of_rows(output, shape, &device))
     }
 
-    fn squares(matrix: Tensor<K, 2>) -> Tensor<K, 1> {
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        ScaledColumns { y, gain, bias }: &ScaledColumns<Autodiff<K, C>>,
+    ) -> Option<Tensor<Autodiff<K, C>, 2>> {
+        let bias = bias.as_ref().map(inner);
+        let scaled = Self::forward(&ScaledColumns { y: inner(y), gain: inner(gain), bias })?;
+        let (y, gain) = (primitive(y.clone()), primitive(gain.clone()));
+        Some(output(ColumnsNode, [&y, &gain], scaled, |prep| {
+            [prep.checkpoint(&y), prep.checkpoint(&gain)]
+        }))
+    }
+}
+
+/// The sum of the squares of each column of a constant, `[rows, columns]` to `[columns]`, where there are
+/// elements in `f32`.
+pub(crate) struct ColumnSquares;
+
+impl Operation for ColumnSquares {
+    type Input<B: Backend> = Tensor<B, 2>;
+    type Output<B: Backend> = Tensor<B, 1>;
+
+    fn forward<K: Cpu>(matrix: &Tensor<K, 2>) -> Option<Tensor<K, 1>> {
+        if matrix.dtype() != DType::F32 || matrix.shape().num_elements() == 0 {
+            return None;
+        }
         let ([_, width], device) = (matrix.dims(), matrix.device());
-        let matrix = row_by_row(matrix);
+        let matrix = row_by_row(matrix.clone());
         let sums = summed(rows::<K>(&matrix), width, |sums, row| {
             sums.iter_mut().zip(row).for_each(|(sum, it)| *sum += it * it);
         });
-        of_rows(sums, [width], &device)
+        Some(of_rows(sums, [width], &device))
+    }
+
+    fn tracked<K: Cpu, C: CheckpointStrategy>(
+        matrix: &Tensor<Autodiff<K, C>, 2>,
+    ) -> Option<Tensor<Autodiff<K, C>, 1>> {
+        Self::forward::<K>(&inner(matrix)).map(constant)
     }
 }
 
@@ -143,7 +146,7 @@ impl<K: Cpu> Backward<K, 2> for ColumnsNode {
         grads: &mut Gradients,
         checkpointer: &mut Checkpointer,
     ) {
-        let [y, gain] = ops.state;
+        let (parents, [y, gain]) = (parents(&ops), ops.state);
         let y: Tensor<K, 2> = tensor(checkpointer.retrieve_node_output(y));
         let gain: Tensor<K, 1> = tensor(checkpointer.retrieve_node_output(gain));
         let dy: Tensor<K, 2> = tensor(grads.consume::<K>(&ops.node));
@@ -168,75 +171,24 @@ impl<K: Cpu> Backward<K, 2> for ColumnsNode {
             true => dx.chunks_mut(block).zip(y.chunks(block)).map(of_block).collect(),
             false => dx.par_chunks_mut(block).zip(y.par_chunks(block)).map(of_block).collect(),
         };
-        let [of_y, of_gain] = ops.parents;
-        if let Some(parent) = of_y {
-            grads.register::<K>(parent.id, primitive(of_rows::<K, 2>(dx, shape, &device)));
-        }
-        if let Some(parent) = of_gain {
-            let dgain = of_rows::<K, 1>(total(sums, width), [width], &device);
-            grads.register::<K>(parent.id, primitive(dgain));
-        }
-    }
-}
-
-impl<K: Cpu, C: CheckpointStrategy> Scales for Autodiff<K, C> {
-    fn scaled(Columns { y, gain, bias }: &Columns<Self>) -> Tensor<Self, 2> {
-        let y = y.clone().into_primitive().tensor();
-        let gain = gain.clone().into_primitive().tensor();
-        let output = K::scaled(&Columns {
-            y: tensor(y.primitive.clone()),
-            gain: tensor(gain.primitive.clone()),
-            bias: bias.clone().map(|it| tensor(it.into_primitive().tensor().primitive)),
-        });
-        let output = primitive(output);
-        let nodes = [y.node.clone(), gain.node.clone()];
-        let output = match ColumnsNode.prepare::<C>(nodes).compute_bound().stateful() {
-            OpsKind::Tracked(mut prep) => {
-                let kept = [prep.checkpoint(&y), prep.checkpoint(&gain)];
-                prep.finish(kept, output)
-            }
-            OpsKind::UnTracked(prep) => prep.finish(output),
-        };
-        Tensor::from_primitive(TensorPrimitive::Float(output))
-    }
-
-    fn squares(matrix: Tensor<Self, 2>) -> Tensor<Self, 1> {
-        let matrix = matrix.into_primitive().tensor().primitive;
-        constant(K::squares(tensor(matrix)))
+        let [_, gain_wanted] = parents.map(|it| it.is_some());
+        let dgain = gain_wanted.then(|| of_rows::<K, 1>(total(sums, width), [width], &device));
+        let dx = of_rows::<K, 2>(dx, shape, &device);
+        register::<K, 2>(grads, parents, [Some(primitive(dx)), dgain.map(primitive)]);
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::backend::autodiff::checkpoint::strategy::BalancedCheckpointing;
-
     use super::*;
+    use crate::ops::{run, testing::test_on_each_backend};
 
     fn is_one_operation<B: Backend>() -> bool {
         let device = Default::default();
         let (y, gain) = (Tensor::ones([2, 3], &device), Tensor::ones([3], &device));
-        let columns = Columns::<B> { y: y.clone(), gain, bias: None };
-        times_columns(&columns).is_some() && column_squares(&y).is_some()
+        let columns = ScaledColumns::<B> { y: y.clone(), gain, bias: None };
+        run::<ScaleColumns, B>(&columns).is_some() && run::<ColumnSquares, B>(&y).is_some()
     }
 
-    #[cfg(feature = "flex")]
-    #[test]
-    fn columns_are_scaled_in_one_operation_on_flex() {
-        use burn::backend::Flex;
-
-        assert!(is_one_operation::<Flex>());
-        assert!(is_one_operation::<Autodiff<Flex>>());
-        assert!(is_one_operation::<Autodiff<Flex, BalancedCheckpointing>>());
-    }
-
-    #[cfg(feature = "ndarray")]
-    #[test]
-    fn columns_are_scaled_in_one_operation_on_ndarray_in_single_precision() {
-        use burn::backend::NdArray;
-
-        assert!(is_one_operation::<NdArray>());
-        assert!(is_one_operation::<Autodiff<NdArray>>());
-        assert!(is_one_operation::<Autodiff<NdArray, BalancedCheckpointing>>());
-        assert!(!is_one_operation::<Autodiff<NdArray<f64>>>());
-    }
+    test_on_each_backend!(is_one_operation);
 }
