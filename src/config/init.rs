@@ -36,6 +36,7 @@ pub enum Init {
     Pissa,
     /// The same approximately, which is much faster for large weights: PEFT's `"pissa_niter_16"`, for
     /// 16 iterations.
+    #[serde(alias = "pissa_randomised")]
     PissaRandomized {
         /// The number of iterations. The more there are, the nearer the values are to the exact ones.
         iterations: usize,

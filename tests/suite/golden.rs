@@ -7,6 +7,7 @@ use std::{
 };
 
 use burn::{
+    config::Config,
     module::{AutodiffModule, Module, ModuleVisitor, Param},
     nn::{
         Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig,
@@ -20,7 +21,7 @@ use burn::{
     tensor::{Int, Tensor, TensorData, activation::relu, backend::Backend},
 };
 use burn_lora::{
-    Lora, LoraAdapters, LoraLinear, LoraModule,
+    Init, Lora, LoraConfig, LoraAdapters, LoraLinear, LoraModule,
     nn::{LoraConv2d, LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention},
     train::{AtomicRecorder, LoraPlus},
 };
@@ -203,6 +204,13 @@ fn directories_of_adapters() {
             }
         }
     }
+}
+
+#[test]
+fn configurations() {
+    let json = br#"{"rank": 4, "alpha": 8, "init": {"pissa_randomised": {"iterations": 16}}}"#;
+    let config = LoraConfig::load_binary(json).unwrap();
+    assert_eq!(config.init, Init::PissaRandomized { iterations: 16 });
 }
 
 #[test]
