@@ -1,11 +1,11 @@
 //! Layers that can carry an adapter. Each layer presents its weight to [`LoraAdapter`] as a matrix.
 
+pub(crate) mod access;
 mod attention;
 mod conv;
 mod embedding;
 mod gelu;
 mod heads;
-pub(crate) mod letter;
 mod linear;
 mod module;
 pub(crate) mod quantized;
@@ -17,7 +17,7 @@ use burn::{
 
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout, at_least_f32, frozen},
-    config::LoraConfig,
+    config::{LayerConfig, LoraConfig},
     quantized::QuantizedWeight,
 };
 
@@ -130,7 +130,7 @@ impl LoraConfig {
 }
 
 /// A fresh adapter for the layer.
-pub(crate) fn fresh<B: Backend>(config: &LoraConfig, layer: &dyn LoraLayer<B>) -> LoraAdapter<B> {
+pub(crate) fn fresh<B: Backend>(config: &LayerConfig, layer: &dyn LoraLayer<B>) -> LoraAdapter<B> {
     let (layout, shape) = (layer.weight_layout(), layer.weight_shape());
     LoraAdapter::init_on(config, layout, shape, &layer.device(), || layer.weight_matrix())
 }

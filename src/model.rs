@@ -1,14 +1,14 @@
 //! Operations on whole models.
 
+mod attach;
 mod eva;
 mod extract;
 mod freeze;
-mod in_full;
+mod fully_trained;
 mod loftq;
 mod lora;
 mod mix;
 mod module;
-mod put_on;
 mod quantize;
 mod record;
 mod report;

@@ -47,7 +47,7 @@ macro_rules! lora_layer {
                 config::LoraConfig,
                 layer::{
                     self, LoraLayer,
-                    letter::{self, ADAPTER, TAG},
+                    access::{self, ADAPTER, TAG},
                 },
             };
 
@@ -138,7 +138,7 @@ macro_rules! lora_layer {
 
                 fn with_fresh_adapter(self, config: &LoraConfig) -> $Layer<B> {
                     let mut layer = $Layer::from(self);
-                    layer.set_adapter(Some(layer::fresh(config, &layer)));
+                    layer.set_adapter(Some(layer::fresh(&config.into(), &layer)));
                     layer
                 }
             }
@@ -281,7 +281,7 @@ macro_rules! lora_layer {
                         }
                     }
                     visitor.enter_module(ADAPTER, TAG);
-                    letter::answer_look(self);
+                    access::provide(self);
                     self.adapter.visit(visitor);
                     visitor.exit_module(ADAPTER, TAG);
                 }
@@ -302,7 +302,7 @@ macro_rules! lora_layer {
                         }
                     };
                     mapper.enter_module(ADAPTER, TAG);
-                    letter::answer_change(&mut layer);
+                    access::provide_mut(&mut layer);
                     let adapter = Module::map(layer.adapter.take(), mapper);
                     mapper.exit_module(ADAPTER, TAG);
                     layer.set_adapter(adapter);

@@ -9,9 +9,8 @@ use std::{
 use burn::{module::Module, tensor::backend::Backend};
 
 use super::{
-    ParameterReport, freeze,
-    in_full::{self, Values},
-    put_on,
+    ParameterReport, attach, freeze,
+    fully_trained::{self, Values},
     quantize::{self, QuantizationReport, QuantizeConfig},
     record, report,
     slot::{self, Slot},
@@ -22,6 +21,7 @@ use crate::{
     config::LoraConfig,
     error::LoraError,
     layer::LoraLayer,
+    pattern::Pattern,
 };
 
 /// A model with adapters, of which only these train, and what was asked to train in full next to
@@ -205,7 +205,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// Has the adapters train, and `in_full` next to them, whose values it remembers.
     pub(super) fn training(mut self, in_full: &BTreeSet<String>) -> Self {
         let unknown = in_full.iter().filter(|path| !self.originals.contains_key(*path)).cloned();
-        let values = in_full::values(&*self.model, &unknown.collect());
+        let values = fully_trained::values(&*self.model, &unknown.collect());
         self.originals.extend(values);
         let mut marked = BTreeSet::new();
         let lora = self.map_parts(&mut freeze::marker(|place| {
@@ -262,7 +262,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             return self.clone();
         }
         let lora = self.clone().change_layers(|_, layer| layer.set_adapter(None));
-        let model = Box::new(in_full::restore(*lora.model, &self.originals));
+        let model = Box::new(fully_trained::restore(*lora.model, &self.originals));
         let (trains, originals, modules) = Default::default();
         let (described, conv1d) = Default::default();
         Self { model, trains, originals, modules, described, conv1d, ..lora }.refrozen()
@@ -274,7 +274,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// As there.
     pub fn attach(&self, config: &LoraConfig) -> Result<Self, LoraError> {
-        put_on::fresh(self, config)
+        attach::fresh(self, config)
     }
 
     /// The model with exactly these adapters, and with what was trained in full along with them; what
@@ -284,7 +284,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// As there.
     pub fn switch(&self, adapters: &LoraAdapters<B>) -> Result<Self, LoraError> {
-        put_on::set(&self.bare(), adapters)
+        attach::set(&self.bare(), adapters)
     }
 
     /// The model in which exactly the adapters that it has and what the patterns name train; see
@@ -294,7 +294,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// As there.
     pub fn train_only<S: AsRef<str>>(&self, patterns: &[S]) -> Result<Self, LoraError> {
-        put_on::in_full(self.clone(), patterns, "train_only")
+        attach::train_in_full(self.clone(), &Pattern::all(patterns)?, "train_only")
     }
 
     /// The adapted model on a base in 4 or 8 bits, as [`LoraModule::quantize`](crate::LoraModule::quantize)
@@ -316,7 +316,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// Tensors are shared, not copied.
     pub fn adapters(&self) -> LoraAdapters<B> {
         let mut set = LoraAdapters::new(record::adapters(self));
-        set.extras = in_full::read(&*self.model, &self.originals.keys().cloned().collect());
+        set.extras = fully_trained::read(&*self.model, &self.originals.keys().cloned().collect());
         for name in &self.conv1d {
             if let Some(extra) = set.extras.get_mut(name) {
                 *extra = Extra { may_be_conv1d: true, ..extra.transposed() };
@@ -337,7 +337,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// [`LoraError::NotFinite`] if a merged weight would be NaN or infinite.
     pub fn merge(&self) -> Result<M, LoraError> {
-        put_on::merged(self.clone())
+        attach::merged(self.clone())
     }
 
     /// The model itself, with its LoRA layers and the adapters in these. Dense adapters are dropped.

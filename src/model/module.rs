@@ -16,14 +16,14 @@ use burn::{
 
 use super::{
     Lora,
-    in_full::{self, Values},
+    fully_trained::{self, Values},
     record::{self, LoraRecord, PlacedAdapterRecord},
     slot::{Held, Slot, SlotLayer},
     statistics, walk,
 };
 use crate::{
     adapter::LoraAdapter,
-    layer::letter::{self, ADAPTER, TAG},
+    layer::access::{self, ADAPTER, TAG},
 };
 
 impl<B: Backend, M: Module<B>> Lora<B, M> {
@@ -52,7 +52,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             let names = names(&slot);
             names.iter().for_each(|(name, container)| mapper.enter_module(name, container));
             let (module, held) = (Held::Exclusive(&mut *model), Held::Exclusive(&mut slot));
-            letter::answer_change(&mut SlotLayer { module, slot: held });
+            access::provide_mut(&mut SlotLayer { module, slot: held });
             slot.adapter = Module::map(slot.adapter, mapper);
             names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
             slots.push(slot);
@@ -73,7 +73,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         let new: Vec<_> = new.collect();
         if !new.is_empty() {
             let paths = new.iter().map(|param| param.path.clone()).collect();
-            self.originals.extend(in_full::values(&*self.model, &paths));
+            self.originals.extend(fully_trained::values(&*self.model, &paths));
             self.modules.extend(new.iter().map(|param| param.torch_name.clone()));
         }
         self.trains = marked.into_iter().map(|param| param.path).collect();
@@ -139,7 +139,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
             let names = names(slot);
             names.iter().for_each(|(name, container)| visitor.enter_module(name, container));
             let (module, held) = (Held::Shared(&*self.model), Held::Shared(slot));
-            letter::answer_look(&SlotLayer { module, slot: held });
+            access::provide(&SlotLayer { module, slot: held });
             slot.adapter.visit(visitor);
             names.iter().rev().for_each(|(name, container)| visitor.exit_module(name, container));
         }

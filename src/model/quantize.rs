@@ -14,7 +14,7 @@ use burn::{
 
 use super::walk;
 use crate::{
-    config::LoraConfig,
+    config::Targets,
     error::{LoraError, Mismatch},
     layer::{LoraLayer, is_quantized, quantized},
     pattern::Pattern,
@@ -28,7 +28,7 @@ use crate::{
 pub struct QuantizeConfig {
     /// What the weights are rounded to.
     pub quantization: Quantization,
-    /// The layers, as in [`LoraConfig::targets`]. All that can be quantized, if there are no targets.
+    /// The layers, as in [`LoraConfig::targets`](crate::LoraConfig::targets). All that can be quantized, if there are no targets.
     pub targets: Vec<String>,
     /// The layers that are left as they are, even if a target matches them.
     pub excludes: Vec<String>,
@@ -171,11 +171,9 @@ fn choose<B: Backend, M: Module<B>>(
         is_quantized: layer.quantized().is_some(),
     });
     let paths: Vec<_> = layers.iter().filter(|it| it.takes).map(|it| it.path.clone()).collect();
-    // The rank and the scale do not matter.
-    let as_targets = LoraConfig::new(1, 1.0)
-        .with_targets(config.targets.iter().cloned())
-        .with_excludes(config.excludes.iter().cloned());
-    let chosen: BTreeSet<_> = as_targets.choose(&paths)?.into_iter().collect();
+    let targets = Targets::new(&config.targets, &config.excludes, &[])?;
+    targets.require_matches(&paths)?;
+    let chosen: BTreeSet<_> = targets.choose(&paths)?.into_iter().cloned().collect();
     match layers.iter().find(|it| it.is_quantized && chosen.contains(&it.path)) {
         Some(layer) => Err(LoraError::NotQuantizable {
             path: layer.path.clone(),

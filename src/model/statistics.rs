@@ -8,7 +8,7 @@ use std::{
 
 use burn::{module::Module, tensor::backend::Backend};
 
-use super::in_full::{self, Values};
+use super::fully_trained::{self, Values};
 
 /// Has the running statistics take in what the last passes left for them.
 pub(super) fn sync<B: Backend, M: Module<B>>(model: &M) {
@@ -26,9 +26,9 @@ pub(super) fn unmoved<B: Backend, M: Module<B>, R>(
     if paths.is_empty() {
         return pass();
     }
-    let before: Values<B> = in_full::values(model, paths);
+    let before: Values<B> = fully_trained::values(model, paths);
     let result = panic::catch_unwind(AssertUnwindSafe(pass));
     sync::<B, M>(model);
-    drop(in_full::restore(model.clone(), &before));
+    drop(fully_trained::restore(model.clone(), &before));
     result.unwrap_or_else(|panic| panic::resume_unwind(panic))
 }

@@ -13,13 +13,13 @@ use burn::{
 };
 
 use super::{
-    Lora, in_full, quantize, record, slot,
+    Lora, fully_trained, quantize, record, slot,
     walk::{self, Place, Visit},
 };
 use crate::{
     adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
-    config::LoraConfig,
+    config::{LoraConfig, Plan},
     error::{LoraError, Mismatch, named},
     layer::{LoraLayer, fresh as fresh_adapter, is_quantized},
     pattern::{Pattern, require_matches},
@@ -92,32 +92,30 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
     config: &LoraConfig,
 ) -> Result<Lora<B, M>, LoraError> {
-    config.validate()?;
     let layers = layers::<B, _>(lora);
-    let chosen: BTreeSet<_> = choose(lora, config, &layers)?.into_iter().collect();
-    let is_chosen = |path: &str| chosen.contains(path);
-    let in_full = Pattern::all(&config.modules_to_save)?;
-    let is_in_full = |path: &str| in_full.iter().any(|module| module.covers(path));
+    let plan = resolve(lora, config, &layers)?;
+    let saved = plan.modules_to_save();
     // A walk is most of the time that attaching takes.
-    let params = if in_full.is_empty() { vec![] } else { walk::params(lora) };
-    for param in params.iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
+    let params = if saved.is_empty() { vec![] } else { walk::params(lora) };
+    let is_saved = |path: &str| saved.iter().any(|module| module.covers(path));
+    for param in params.iter().filter(|it| !it.in_adapter && is_saved(&it.path)) {
         if param.is_statistic {
             return Err(LoraError::running_statistic("modules_to_save", &param.path));
         }
-        if param.is_base_of(is_chosen) {
+        if param.is_base_of(|path| plan.contains(path)) {
             let field = "modules_to_save";
             let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
             return Err(LoraError::InvalidConfig { field, problem });
         }
     }
 
-    let adapted = layers.iter().filter(|it| it.is_adapted && is_chosen(&it.path));
+    let adapted = layers.iter().filter(|it| it.is_adapted && plan.contains(&it.path));
     let paths: Vec<_> = adapted.map(|it| it.path.clone()).collect();
     if !paths.is_empty() {
         return Err(LoraError::AlreadyAttached { paths });
     }
-    require_usable(&*lora.model, is_chosen)?;
-    for layer in layers.iter().filter(|it| is_chosen(&it.path)) {
+    require_usable(&*lora.model, |path| plan.contains(path))?;
+    for layer in layers.iter().filter(|it| plan.contains(&it.path)) {
         for (field, wanted, takes) in [
             ("bias", config.bias, layer.takes_bias),
             ("dropout", config.dropout > 0.0, layer.takes_dropout),
@@ -134,28 +132,27 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
             return Err(LoraError::InvalidConfig { field: "freeze_a", problem });
         }
     }
+    let plan = Rc::new(plan);
     if config.reads_weight() {
-        require_finite(lora, chosen.clone())?;
+        require_finite(lora, plan.clone())?;
     }
-
-    let configs = chosen.iter().map(|path| Ok((path.clone(), config.for_layer(path)?)));
-    let configs = configs.collect::<Result<BTreeMap<_, _>, LoraError>>()?;
+    let configs = plan.clone();
     let lora = lora.clone().change_layers(move |path, layer| {
         if let Some(config) = configs.get(path) {
             layer.set_adapter(Some(fresh_adapter(config, layer)));
         }
     });
-    self::in_full(lora, &config.modules_to_save, "modules_to_save")
+    train_in_full(lora, plan.modules_to_save(), "modules_to_save")
 }
 
 /// Fails if a weight that initial values are computed from is not finite.
 fn require_finite<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
-    chosen: BTreeSet<String>,
+    plan: Rc<Plan>,
 ) -> Result<(), LoraError> {
     let found = walk::layers(lora, move |path, layer: &dyn LoraLayer<B>| {
         let is_bad = || !layer.weight_matrix().is_finite().all().into_scalar().elem::<bool>();
-        (chosen.contains(path) && is_bad()).then(|| path.to_owned())
+        (plan.contains(path) && is_bad()).then(|| path.to_owned())
     });
     match found.into_iter().flatten().next() {
         Some(path) => {
@@ -167,15 +164,15 @@ fn require_finite<B: Backend, M: Module<B>>(
     }
 }
 
-/// The paths of the layers to adapt. What keeps a model without LoRA layers from being adapted is
-/// told in the end.
-fn choose<B: Backend, M: Module<B>>(
+/// What each layer of the model gets. The error for a model without LoRA layers says what keeps it from being
+/// adapted.
+fn resolve<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
     config: &LoraConfig,
     layers: &[Layer],
-) -> Result<Vec<String>, LoraError> {
+) -> Result<Plan, LoraError> {
     let paths: Vec<_> = layers.iter().map(|it| it.path.clone()).collect();
-    config.choose(&paths).map_err(|error| {
+    config.resolve(&paths).map_err(|error| {
         let LoraError::Unmatched { patterns, .. } = &error else { return error };
         let wanted = Pattern::all(patterns).unwrap_or_default();
         let stock = slot::find::<B, M>(&*lora.model).into_iter().map(|slot| slot.path);
@@ -190,12 +187,11 @@ fn choose<B: Backend, M: Module<B>>(
 }
 
 /// The model in which exactly its adapters and what the patterns name train.
-pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
+pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     mut lora: Lora<B, M>,
-    patterns: &[S],
+    patterns: &[Pattern],
     field: &'static str,
 ) -> Result<Lora<B, M>, LoraError> {
-    let patterns = Pattern::all(patterns)?;
     if patterns.is_empty() {
         return Ok(lora.training(&BTreeSet::new()));
     }
@@ -205,13 +201,13 @@ pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
         field,
         problem: format!("names `{path}`, which is quantized, and cannot train"),
     };
-    if let Some(path) = quantize::meant::<B, _>(&lora, &patterns, is_adapted) {
+    if let Some(path) = quantize::meant::<B, _>(&lora, patterns, is_adapted) {
         return Err(cannot_train(&path));
     }
     let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
     let params: Vec<_> = params.collect();
     let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
-    require_matches(field, &patterns, &paths, Pattern::covers)?;
+    require_matches(field, patterns, &paths, Pattern::covers)?;
 
     // The base under an adapter is a constant, whatever its flags say.
     let covered = params.iter().filter_map(|param| {
@@ -332,12 +328,12 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             layer.set_adapter(Some(adapter.fork(&layer.device())));
         }
     });
-    lora.originals = in_full::values(&*lora.model, &brought);
+    lora.originals = fully_trained::values(&*lora.model, &brought);
     let mut extras = set.extras.clone();
     for name in &conv1d {
         extras.entry(name.clone()).and_modify(|extra| *extra = extra.transposed());
     }
-    lora.model = Box::new(in_full::write(*lora.model, &extras));
+    lora.model = Box::new(fully_trained::write(*lora.model, &extras));
     lora.conv1d = conv1d;
     lora.modules = set.modules_to_save.clone();
     lora.described = set.config.clone();
