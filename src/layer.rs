@@ -33,20 +33,26 @@ pub use gelu::gelu;
 pub use heads::swap_heads;
 pub use linear::{LoraLinear, LoraLinearRecord};
 
-/// A base layer with at most one adapter, as a walk through a model sees it.
+/// What a layer can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Capabilities {
+    /// An adapter with a bias.
+    pub bias: bool,
+    /// An adapter with dropout, which acts on the layer's input.
+    pub dropout: bool,
+    /// A quantized weight.
+    pub quantized: bool,
+    /// Several adapters, each for some samples of a batch.
+    pub mixed: bool,
+}
+
+/// A base layer with at most one adapter, as a walk that visits a model sees it.
 pub(crate) trait LoraLayer<B: Backend> {
     /// The adapter, if there is one.
     fn adapter(&self) -> Option<&LoraAdapter<B>>;
 
-    /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
-    /// base as it is. Panics if the adapter [does not fit](check_fit).
-    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
-
-    /// Takes the adapter off, and has the samples of a batch use these. Panics if one [does not
-    /// fit](check_fit), and in stock modules.
-    fn set_mixed(&mut self, _mixed: Mixed<B>) {
-        unreachable!("a stock module has one adapter for all samples")
-    }
+    /// What the layer can take.
+    fn capabilities(&self) -> Capabilities;
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
     fn weight_shape(&self) -> [usize; 2];
@@ -57,36 +63,38 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// The base's weight seen as a matrix, as a constant: `[d_input, d_output]`.
     fn weight_matrix(&self) -> Tensor<B, 2>;
 
-    /// Whether the adapter can have a bias.
-    fn takes_bias(&self) -> bool;
-
-    /// Whether the adapter can have dropout. Dropout acts on the layer's input, which the adapter of a
-    /// stock module does not see.
-    fn takes_dropout(&self) -> bool {
-        true
-    }
-
     /// The base's weight, if it is quantized.
     fn quantized(&self) -> Option<&QuantizedWeight<B>> {
         None
     }
 
-    /// Whether the base's weight can be quantized.
-    fn takes_quantized(&self) -> bool {
+    /// The device of the base.
+    fn device(&self) -> B::Device;
+}
+
+/// The same, as a walk that changes a model sees it.
+pub(crate) trait LoraLayerMut<B: Backend>: LoraLayer<B> {
+    /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
+    /// base as it is. Panics if the adapter [does not fit](check_fit).
+    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
+
+    /// Takes the adapter off, and has the samples of a batch use these. Panics if one [does not
+    /// fit](check_fit). Returns false, and leaves the layer as it is, if it [cannot take
+    /// them](Capabilities::mixed).
+    #[must_use]
+    fn set_mixed(&mut self, _mixed: Mixed<B>) -> bool {
         false
     }
 
-    /// Replaces the base's weight by a quantized one. Panics if it has another shape, or the layer
-    /// [cannot take one](Self::takes_quantized).
-    fn set_quantized(&mut self, _weight: QuantizedWeight<B>) {
-        unreachable!("the weight of this layer cannot be quantized")
+    /// Replaces the base's weight by a quantized one. Panics if it has another shape. Returns false, and
+    /// leaves the layer as it is, if it [cannot take one](Capabilities::quantized).
+    #[must_use]
+    fn set_quantized(&mut self, _weight: QuantizedWeight<B>) -> bool {
+        false
     }
 
     /// Unpacks the base's weight, if it is quantized.
     fn dequantize(&mut self) {}
-
-    /// The device of the base.
-    fn device(&self) -> B::Device;
 
     /// Replaces the base by a copy with the adapter's update added, and drops the adapter. Returns
     /// false, and leaves the layer as it is, if the merged weight or bias is not finite.
@@ -157,7 +165,7 @@ pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdap
         shape[1],
     );
     assert!(
-        adapter.bias.is_none() || layer.takes_bias(),
+        adapter.bias.is_none() || layer.capabilities().bias,
         "the adapter has a bias, and the layer, whose weight is {layout:?}, cannot take one"
     );
 }

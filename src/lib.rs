@@ -100,11 +100,13 @@ mod formats;
 mod fused;
 mod layer;
 mod model;
+pub mod overlay;
 mod pattern;
 mod quantized;
 pub mod serve;
 mod table;
 pub mod train;
+mod traverse;
 
 pub use adapter::LoraAdapter;
 pub use adapters::LoraAdapters;

@@ -9,7 +9,7 @@ use std::{any::Any, cell::RefCell};
 
 use burn::tensor::backend::Backend;
 
-use super::LoraLayer;
+use super::{LoraLayer, LoraLayerMut};
 
 /// The name under which a layer passes its adapter to visitors and mappers, even if it has none.
 pub(crate) const ADAPTER: &str = "adapter";
@@ -22,7 +22,7 @@ pub(crate) const TAG: &str = "burn-lora layer";
 pub(crate) type Read<B> = Box<dyn FnOnce(&dyn LoraLayer<B>)>;
 
 /// A request to change a layer.
-pub(crate) type Change<B> = Box<dyn FnOnce(&mut dyn LoraLayer<B>)>;
+pub(crate) type Change<B> = Box<dyn FnOnce(&mut dyn LoraLayerMut<B>)>;
 
 thread_local! {
     static REQUEST: RefCell<Option<Box<dyn Any>>> = const { RefCell::new(None) };
@@ -41,7 +41,7 @@ pub(crate) fn provide<B: Backend>(layer: &dyn LoraLayer<B>) {
 }
 
 /// Passes the layer to the [`Change`] of the walk that maps it, if there is one.
-pub(crate) fn provide_mut<B: Backend>(layer: &mut dyn LoraLayer<B>) {
+pub(crate) fn provide_mut<B: Backend>(layer: &mut dyn LoraLayerMut<B>) {
     if let Some(change) = take::<Change<B>>() {
         change(layer);
     }

@@ -12,17 +12,15 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{
-    Lora, fully_trained, quantize, record, slot,
-    walk::{self, Place, Visit},
-};
+use super::{Lora, fully_trained, quantize, record};
 use crate::{
     adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
     config::{LoraConfig, Plan},
     error::{LoraError, Mismatch, named},
-    layer::{LoraLayer, fresh as fresh_adapter, is_quantized},
+    layer::{Capabilities, LoraLayer, fresh as fresh_adapter, is_quantized},
     pattern::{Pattern, require_matches},
+    traverse::{self, Place, Visit, stock_weights},
 };
 
 /// What has to be known of a layer before it gets an adapter.
@@ -30,18 +28,16 @@ struct Layer {
     path: String,
     shape: [usize; 2],
     layout: WeightLayout,
-    takes_bias: bool,
-    takes_dropout: bool,
+    capabilities: Capabilities,
     is_adapted: bool,
 }
 
 fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
-    walk::layers(model, |path, layer: &dyn LoraLayer<B>| Layer {
+    traverse::layers(model, |path, layer: &dyn LoraLayer<B>| Layer {
         path: path.to_owned(),
         shape: layer.weight_shape(),
         layout: layer.weight_layout(),
-        takes_bias: layer.takes_bias(),
-        takes_dropout: layer.takes_dropout(),
+        capabilities: layer.capabilities(),
         is_adapted: layer.adapter().is_some(),
     })
 }
@@ -83,7 +79,7 @@ fn require_usable<B: Backend, M: Module<B>>(
         }
     }
     let mut check = Check { is_layer, result: Ok(()) };
-    walk::visit(model, &mut check);
+    traverse::visit(model, &mut check);
     check.result
 }
 
@@ -96,7 +92,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     let plan = resolve(lora, config, &layers)?;
     let saved = plan.modules_to_save();
     // A walk is most of the time that attaching takes.
-    let params = if saved.is_empty() { vec![] } else { walk::params(lora) };
+    let params = if saved.is_empty() { vec![] } else { traverse::params(lora) };
     let is_saved = |path: &str| saved.iter().any(|module| module.covers(path));
     for param in params.iter().filter(|it| !it.in_adapter && is_saved(&it.path)) {
         if param.is_statistic {
@@ -117,8 +113,8 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     require_usable(&*lora.model, |path| plan.contains(path))?;
     for layer in layers.iter().filter(|it| plan.contains(&it.path)) {
         for (field, wanted, takes) in [
-            ("bias", config.bias, layer.takes_bias),
-            ("dropout", config.dropout > 0.0, layer.takes_dropout),
+            ("bias", config.bias, layer.capabilities.bias),
+            ("dropout", config.dropout > 0.0, layer.capabilities.dropout),
         ] {
             if wanted && !takes {
                 let problem =
@@ -150,7 +146,7 @@ fn require_finite<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
     plan: Rc<Plan>,
 ) -> Result<(), LoraError> {
-    let found = walk::layers(lora, move |path, layer: &dyn LoraLayer<B>| {
+    let found = traverse::layers(lora, move |path, layer: &dyn LoraLayer<B>| {
         let is_bad = || !layer.weight_matrix().is_finite().all().into_scalar().elem::<bool>();
         (plan.contains(path) && is_bad()).then(|| path.to_owned())
     });
@@ -175,7 +171,7 @@ fn resolve<B: Backend, M: Module<B>>(
     config.resolve(&paths).map_err(|error| {
         let LoraError::Unmatched { patterns, .. } = &error else { return error };
         let wanted = Pattern::all(patterns).unwrap_or_default();
-        let stock = slot::find::<B, M>(&*lora.model).into_iter().map(|slot| slot.path);
+        let stock = stock_weights::<B, M>(&*lora.model).into_iter().map(|it| it.path);
         let stock = stock.filter(|path| {
             !paths.contains(path) && (wanted.is_empty() || wanted.iter().any(|it| it.matches(path)))
         });
@@ -204,7 +200,7 @@ pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     if let Some(path) = quantize::meant::<B, _>(&lora, patterns, is_adapted) {
         return Err(cannot_train(&path));
     }
-    let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
+    let params = traverse::params(&lora).into_iter().filter(|it| !it.in_adapter);
     let params: Vec<_> = params.collect();
     let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
     require_matches(field, patterns, &paths, Pattern::covers)?;
@@ -248,7 +244,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     let layers = layers::<B, _>(bare);
     let set = &*untied(set, &layers);
     let mut params =
-        if set.extras.is_empty() { vec![] } else { walk::params::<B, M>(&*bare.model) };
+        if set.extras.is_empty() { vec![] } else { traverse::params::<B, M>(&*bare.model) };
     params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
@@ -296,13 +292,13 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     if !unknown.is_empty() {
         mismatch.hint = other_prefix(&unknown, &layers);
         let stock: BTreeSet<_> =
-            slot::find::<B, M>(&*bare.model).into_iter().map(|slot| slot.path).collect();
+            stock_weights::<B, M>(&*bare.model).into_iter().map(|it| it.path).collect();
         mismatch.unexpected.extend(unknown.into_iter().map(|path| match stock.contains(&path) {
             true => format!("{} (a stock module: see `Lora::overlay`)", named(&path)),
             false => named(&path).to_owned(),
         }));
     }
-    for Layer { path, shape, layout, takes_bias, .. } in &layers {
+    for Layer { path, shape, layout, capabilities, .. } in &layers {
         match set.get(path) {
             Some(adapter) if adapter.shape() != *shape => {
                 mismatch.misshapen.push(misshapen(path, shape, &adapter.shape()));
@@ -310,7 +306,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             Some(adapter) if !adapter.layout.fits(layout) => {
                 mismatch.misshapen.push(misshapen(path, layout, &adapter.layout));
             }
-            Some(adapter) if adapter.bias.is_some() && !takes_bias => {
+            Some(adapter) if adapter.bias.is_some() && !capabilities.bias => {
                 mismatch.unexpected.push(format!("{} (a bias)", named(path)));
             }
             None if set.is_target(path) => mismatch.missing.push(named(path).to_owned()),
@@ -328,7 +324,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             layer.set_adapter(Some(adapter.fork(&layer.device())));
         }
     });
-    lora.originals = fully_trained::values(&*lora.model, &brought);
+    lora.originals = traverse::values(&*lora.model, &brought);
     let mut extras = set.extras.clone();
     for name in &conv1d {
         extras.entry(name.clone()).and_modify(|extra| *extra = extra.transposed());

@@ -10,13 +10,14 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::{attach, fully_trained, walk};
+use super::{attach, fully_trained};
 use crate::{
     adapter::{LoraAdapter, WeightLayout, at_least_f32},
     adapters::{Approximation, LoraAdapters, low_rank},
     config::LoraConfig,
     error::LoraError,
     layer::LoraLayer,
+    traverse,
 };
 
 /// A layer that is to get an adapter.
@@ -33,12 +34,16 @@ pub(super) fn extract<B: Backend, M: Module<B>>(
     tuned: &M,
     config: &LoraConfig,
 ) -> Result<Approximation<B>, LoraError> {
-    let paths = walk::layer_paths::<B, M>(base);
-    assert_eq!(paths, walk::layer_paths::<B, M>(tuned), "the two models' layers must be the same");
+    let paths = traverse::layer_paths::<B, M>(base);
+    assert_eq!(
+        paths,
+        traverse::layer_paths::<B, M>(tuned),
+        "the two models' layers must be the same"
+    );
     let plan = Rc::new(config.resolve(&paths)?);
     let layers = |model: &M| {
         let plan = plan.clone();
-        let layers = walk::layers(model, move |path, layer: &dyn LoraLayer<B>| {
+        let layers = traverse::layers(model, move |path, layer: &dyn LoraLayer<B>| {
             plan.get(path).map(|config| Layer {
                 path: path.to_owned(),
                 rank: config.rank,

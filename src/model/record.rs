@@ -8,11 +8,11 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::walk::{self, Map, Place, Visit};
 use crate::{
     adapter::{LoraAdapter, LoraAdapterRecord},
     error::some_of,
     layer::LoraLayer,
+    traverse::{self, Map, Place, Visit},
 };
 
 /// What a record keeps of a [`Lora`](crate::Lora).
@@ -52,7 +52,7 @@ pub struct ParameterRecord<B: Backend> {
 
 /// The adapters in the model, by the paths of their layers.
 pub(crate) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, LoraAdapter<B>)> {
-    let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
+    let layers = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| {
         Some((path.to_owned(), layer.adapter()?.clone()))
     });
     layers.into_iter().flatten().collect()
@@ -90,7 +90,7 @@ pub(super) fn save<B: Backend, M: Module<B>>(
         }
     }
     let mut saver = Saver(paths, vec![]);
-    walk::visit(model, &mut saver);
+    traverse::visit(model, &mut saver);
     saver.1
 }
 
@@ -125,7 +125,7 @@ pub(super) fn load<B: Backend, M: Module<B>>(model: M, records: Vec<ParameterRec
         return model;
     }
     let mut loader = Loader(records.into_iter().map(|it| (it.path, it.values)).collect());
-    let model = walk::map(model, &mut loader);
+    let model = traverse::map(model, &mut loader);
     assert!(
         loader.0.is_empty(),
         "the record has parameters that the model does not have: {:?}",

@@ -9,7 +9,7 @@ use burn::{
     tensor::{Tensor, backend::AutodiffBackend},
 };
 
-use crate::model::{Place, Visit, visit};
+use crate::traverse::{Place, Visit, visit};
 
 /// An optimizer with a higher learning rate for B than for A: LoRA+
 /// ([Hayou et al. 2024](https://arxiv.org/abs/2402.12354)).

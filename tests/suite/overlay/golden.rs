@@ -100,7 +100,7 @@ fn check<R: Recorder<Train, LoadArgs = PathBuf> + Default>() {
     assert!(values.found.contains_key("blocks.1.adapter.b"), "{:?}", values.found.keys());
     assert_eq!(values.found, expected);
     // The adapters came from the file, and they do something.
-    let base = model.detach();
+    let base: Stock<Flex> = model.detach();
     assert_ne!(base.forward().into_data().as_bytes(), output.as_bytes());
 }
 

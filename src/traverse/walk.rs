@@ -10,7 +10,7 @@ use burn::{
 use crate::{
     adapter::FROZEN,
     layer::{
-        LoraLayer,
+        LoraLayer, LoraLayerMut,
         access::{self, ADAPTER, Change, Read, TAG},
         is_quantized,
     },
@@ -138,7 +138,7 @@ pub(crate) trait Map<B: Backend> {
 }
 
 /// A walk by Burn's visitor or mapper.
-pub(super) struct Walk<W> {
+pub(crate) struct Walk<W> {
     place: Place,
     walker: W,
 }
@@ -279,7 +279,7 @@ pub(crate) fn draw<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
 }
 
 /// Whether exactly the parameters at these paths are marked as training.
-pub(super) fn marks_are<B: Backend, M: Module<B>>(model: &M, trains: &BTreeSet<String>) -> bool {
+pub(crate) fn marks_are<B: Backend, M: Module<B>>(model: &M, trains: &BTreeSet<String>) -> bool {
     struct Comparer<'a>(&'a BTreeSet<String>, bool);
     impl<B: Backend> Visit<B> for Comparer<'_> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
@@ -351,7 +351,7 @@ struct Changer<F> {
 impl<B, F> Map<B> for Changer<F>
 where
     B: Backend,
-    F: FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+    F: FnMut(&str, &mut dyn LoraLayerMut<B>) + 'static,
 {
     fn change(&mut self, path: String) -> Option<Change<B>> {
         let change = self.change.clone();
@@ -360,8 +360,8 @@ where
 }
 
 /// A mapper that calls `change` for each LoRA layer of a model.
-pub(super) fn changer<B: Backend>(
-    change: impl FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+pub(crate) fn changer<B: Backend>(
+    change: impl FnMut(&str, &mut dyn LoraLayerMut<B>) + 'static,
 ) -> impl ModuleMapper<B> {
     Walk::new(Changer { change: Rc::new(RefCell::new(change)) })
 }
