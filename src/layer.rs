@@ -146,28 +146,50 @@ pub(crate) fn fresh<B: Backend>(config: &LayerConfig, layer: &dyn LoraLayer<B>) 
 /// Panics unless the adapter can be put on the layer.
 #[track_caller]
 pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdapter<B>) {
-    let shape = layer.weight_shape();
-    assert!(
-        adapter.shape() == shape,
-        "the adapter must fit the weight: expected {shape:?} = [d_input, d_output], got {:?}",
-        adapter.shape(),
-    );
-    let layout = layer.weight_layout();
-    assert!(
-        adapter.layout.fits(&layout),
-        "the adapter must fit the weight: it was made for {:?}, and the layer has {layout:?}",
-        adapter.layout,
-    );
+    if let Some(problem) = misfit(layer, adapter) {
+        panic!("{problem}");
+    }
+}
+
+/// What keeps the adapter from being put on the layer.
+pub(crate) fn misfit<B: Backend>(
+    layer: &dyn LoraLayer<B>,
+    adapter: &LoraAdapter<B>,
+) -> Option<String> {
+    let (shape, layout) = (layer.weight_shape(), layer.weight_layout());
+    let (a, b) = (adapter.a.dims(), adapter.b.dims());
+    if a[1] != b[0] || a[1] == 0 {
+        return Some(format!("the factors must have one rank of at least 1, got {a:?} and {b:?}"));
+    }
+    if adapter.shape() != shape {
+        return Some(format!(
+            "the adapter must fit the weight: expected {shape:?} = [d_input, d_output], got {:?}",
+            adapter.shape(),
+        ));
+    }
+    if !adapter.layout.fits(&layout) {
+        return Some(format!(
+            "the adapter must fit the weight: it was made for {:?}, and the layer has {layout:?}",
+            adapter.layout,
+        ));
+    }
     let magnitudes = adapter.magnitude.as_ref().map(|it| it.dims()[0]);
-    assert!(
-        magnitudes.is_none_or(|it| it == shape[1] && adapter.bias.is_none()),
-        "the adapter must have {} magnitudes, one for each output, and no bias with them, got {magnitudes:?}",
-        shape[1],
-    );
-    assert!(
-        adapter.bias.is_none() || layer.capabilities().bias,
-        "the adapter has a bias, and the layer, whose weight is {layout:?}, cannot take one"
-    );
+    if magnitudes.is_some_and(|it| it != shape[1] || adapter.bias.is_some()) {
+        return Some(format!(
+            "the adapter must have {} magnitudes, one for each output, and no bias with them, got {magnitudes:?}",
+            shape[1],
+        ));
+    }
+    let bias = adapter.bias.as_ref().map(|it| it.dims()[0]);
+    if bias.is_some() && !layer.capabilities().bias {
+        return Some(format!(
+            "the adapter has a bias, and the layer, whose weight is {layout:?}, cannot take one"
+        ));
+    }
+    if bias.is_some_and(|it| it != shape[1]) {
+        return Some(format!("the adapter's bias must be [{}], got {bias:?}", shape[1]));
+    }
+    None
 }
 
 /// The parameter plus `delta`, frozen. The sum is formed in `f32` or better, and then cast to the

@@ -115,11 +115,11 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// # Errors
     ///
-    /// As for [`attach`](Self::attach).
+    /// As for [`attach`](Self::attach), and [`LoraError::Unusable`] if a difference is not finite.
     ///
     /// # Panics
     ///
-    /// If the two models' layers differ, or a difference is not finite.
+    /// If the two models' layers differ.
     fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
         extract::extract(&drawn(self), &drawn(tuned), config)
     }

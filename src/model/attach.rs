@@ -17,7 +17,7 @@ use crate::{
     adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
     config::{LoraConfig, Plan},
-    error::{LoraError, Mismatch, named},
+    error::{LoraError, Mismatch, SHARED_STATISTICS, named},
     layer::{Capabilities, LoraLayer, fresh as fresh_adapter, is_quantized},
     pattern::{Pattern, require_matches},
     traverse::{self, Place, Visit, stock_weights},
@@ -96,10 +96,12 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     let is_saved = |path: &str| saved.iter().any(|module| module.covers(path));
     for param in params.iter().filter(|it| !it.in_adapter && is_saved(&it.path)) {
         if param.is_statistic {
-            return Err(LoraError::running_statistic("modules_to_save", &param.path));
+            let problem =
+                format!("names `{}`, which cannot train: {SHARED_STATISTICS}", param.path);
+            return Err(LoraError::InvalidConfig { field: MODULES_TO_SAVE, problem });
         }
         if param.is_base_of(|path| plan.contains(path)) {
-            let field = "modules_to_save";
+            let field = MODULES_TO_SAVE;
             let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
             return Err(LoraError::InvalidConfig { field, problem });
         }
@@ -138,7 +140,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
             layer.set_adapter(Some(fresh_adapter(config, layer)));
         }
     });
-    train_in_full(lora, plan.modules_to_save(), "modules_to_save")
+    train_in_full(lora, plan.modules_to_save(), MODULES_TO_SAVE)
 }
 
 /// Fails if a weight that initial values are computed from is not finite.
@@ -182,7 +184,11 @@ fn resolve<B: Backend, M: Module<B>>(
     })
 }
 
-/// The model in which exactly its adapters and what the patterns name train.
+/// The field of the configuration that names what trains in full.
+pub(super) const MODULES_TO_SAVE: &str = "modules_to_save";
+
+/// The model in which exactly its adapters and what the patterns name train. `field` is the field or the argument
+/// that holds the patterns.
 pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     mut lora: Lora<B, M>,
     patterns: &[Pattern],
@@ -193,9 +199,12 @@ pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     }
     let adapted: BTreeSet<_> = record::adapters(&lora).into_iter().map(|(path, _)| path).collect();
     let is_adapted = |path: &str| adapted.contains(path);
-    let cannot_train = |path: &str| LoraError::InvalidConfig {
-        field,
-        problem: format!("names `{path}`, which is quantized, and cannot train"),
+    let cannot_train = |path: &str| {
+        let problem = format!("names `{path}`, which is quantized, and cannot train");
+        match field {
+            MODULES_TO_SAVE => LoraError::InvalidConfig { field, problem },
+            argument => LoraError::InvalidArgument { argument, problem },
+        }
     };
     if let Some(path) = quantize::meant::<B, _>(&lora, patterns, is_adapted) {
         return Err(cannot_train(&path));
@@ -391,10 +400,12 @@ fn ambiguous(name: &str) -> LoraError {
     LoraError::Unsupported {
         file: "the set of adapters".to_owned(),
         field: name.to_owned(),
-        reason: ": the file says `fan_in_fan_out`, and the weight is square, so that it may be a \
+        reason: Some(
+            "the file says `fan_in_fan_out`, and the weight is square, so that it may be a \
                  `Conv1D`'s or a `Linear`'s, which is its transpose; store it in the file as a \
                  `Linear` has it, `[d_output, d_input]`, with `fan_in_fan_out` false"
-            .to_owned(),
+                .to_owned(),
+        ),
     }
 }
 

@@ -7,7 +7,7 @@ use std::{
 
 use burn::{
     module::Module,
-    tensor::{Tensor, backend::Backend},
+    tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
 use super::{attach, fully_trained};
@@ -65,13 +65,17 @@ pub(super) fn extract<B: Backend, M: Module<B>>(
     let mut adapters = Vec::new();
     for (Layer { path, rank, layout, weight, .. }, tuned) in base.into_iter().zip(tuned_layers) {
         let delta = at_least_f32(tuned.weight) - at_least_f32(weight);
+        if !delta.clone().is_finite().all().into_scalar().elem::<bool>() {
+            let problem = "the difference of its weights has NaN or infinite values";
+            return Err(LoraError::Unusable { path, problem: problem.to_owned() });
+        }
         let (adapter, share) = low_rank::extract(delta, rank);
         kept.insert(path.clone(), share);
         adapters.push((path, LoraAdapter { layout, ..adapter }));
     }
     let mut set = LoraAdapters::new(adapters);
     let tuned = super::Lora::new(tuned.clone());
-    let saved = attach::train_in_full(tuned, plan.modules_to_save(), "modules_to_save")?;
+    let saved = attach::train_in_full(tuned, plan.modules_to_save(), attach::MODULES_TO_SAVE)?;
     set.extras = fully_trained::read(&*saved.model, &saved.originals.keys().cloned().collect());
     set.modules_to_save = saved.modules;
     Ok(Approximation { adapters: set, kept })

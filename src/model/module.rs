@@ -1,7 +1,12 @@
 //! What Burn asks of a module, for an adapted model: the same trains after every trip, and the record
 //! holds only that.
 
-use std::{collections::BTreeSet, fmt};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    rc::Rc,
+};
 
 use burn::{
     module::{
@@ -20,6 +25,8 @@ use super::{
 };
 use crate::{
     adapter::LoraAdapter,
+    error::LoraError,
+    layer::misfit,
     traverse::{self, Values, statistics},
 };
 
@@ -57,30 +64,58 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         self
     }
 
+    /// Takes over what was recorded: [`load_record`](Module::load_record) for records that come from a file.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::InvalidRecord`] if the record is one of another model. If this model has adapters, or
+    /// something that trains in full: unless the record has the same, of the same ranks and scales.
+    pub fn try_load_record(self, record: LoraRecord<B>) -> Result<Self, LoraError> {
+        let adapters = record::adapters(&self);
+        let is_blank = adapters.is_empty() && self.originals.is_empty() && self.trains.is_empty();
+        if !is_blank {
+            record.check(&adapters, &self.trains)?;
+        }
+        self.restored(record)
+    }
+
     /// The same, with an adapter for each of the record's, and these parameters.
-    fn restored(self, record: LoraRecord<B>) -> Self {
+    fn restored(self, record: LoraRecord<B>) -> Result<Self, LoraError> {
+        let described = serde_json::from_str(&record.described).or_else(|error| {
+            record::invalid(format!("the record's description of the adapters is no JSON: {error}"))
+        })?;
         let device = self.devices().first().cloned().unwrap_or_default();
         let parameters = record.parameters.iter().map(|it| it.path.clone());
         let in_full: BTreeSet<_> = parameters.filter(|it| !self.statistics.contains(it)).collect();
-        let mut adapters: Vec<_> = record.adapters;
         let known = traverse::layer_paths::<B, _>(&self);
-        let unknown = adapters.iter().find(|it| !known.contains(&it.path));
+        let unknown = record.adapters.iter().find(|it| !known.contains(&it.path));
         if let Some(PlacedAdapterRecord { path, .. }) = unknown {
-            panic!("the record has an adapter of `{path}`, and the model no such layer");
+            return record::invalid(format!(
+                "the record has an adapter of `{path}`, and the model no such layer"
+            ));
         }
+        let adapters = record.adapters.into_iter();
+        let mut adapters: BTreeMap<_, _> =
+            adapters.map(|it| (it.path, LoraAdapter::from_record(it.adapter, &device))).collect();
+        let misfits = Rc::new(RefCell::new(Vec::new()));
+        let found = misfits.clone();
         let lora = self.change_layers(move |path, layer| {
-            if let Some(index) = adapters.iter().position(|it| it.path == path) {
-                let adapter = adapters.swap_remove(index).adapter;
-                layer.set_adapter(Some(LoraAdapter::from_record(adapter, &device)));
+            let Some(adapter) = adapters.remove(path) else { return };
+            match misfit(layer, &adapter) {
+                None => layer.set_adapter(Some(adapter)),
+                Some(problem) => found.borrow_mut().push(format!("`{path}`: {problem}")),
             }
         });
+        if let Some(problem) = misfits.take().into_iter().next() {
+            return record::invalid(problem);
+        }
         let mut lora = lora.training(&in_full);
-        lora.model = Box::new(record::load(*lora.model, record.parameters));
+        lora.model = Box::new(record::load(*lora.model, record.parameters)?);
         lora.trains = record.trains.into_iter().collect();
         lora.modules = record.modules;
-        lora.described = serde_json::from_str(&record.described).expect("the record holds JSON");
+        lora.described = described;
         lora.conv1d = record.conv1d.into_iter().collect();
-        lora.refrozen()
+        Ok(lora.refrozen())
     }
 }
 
@@ -115,15 +150,9 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
     ///
     /// # Panics
     ///
-    /// If the record is one of another model. If this model has adapters, or something that trains in
-    /// full: unless the record has the same, of the same ranks and scales.
+    /// Where [`try_load_record`](Lora::try_load_record) returns an error.
     fn load_record(self, record: Self::Record) -> Self {
-        let adapters = record::adapters(&self);
-        let is_blank = adapters.is_empty() && self.originals.is_empty() && self.trains.is_empty();
-        if !is_blank {
-            record.check(&adapters, &self.trains);
-        }
-        self.restored(record)
+        self.try_load_record(record).unwrap_or_else(|error| panic!("{error}"))
     }
 
     fn into_record(self) -> Self::Record {

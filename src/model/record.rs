@@ -10,7 +10,7 @@ use burn::{
 
 use crate::{
     adapter::{LoraAdapter, LoraAdapterRecord},
-    error::some_of,
+    error::{LoraError, some_of},
     layer::LoraLayer,
     traverse::{self, Map, Place, Visit},
 };
@@ -94,14 +94,17 @@ pub(super) fn save<B: Backend, M: Module<B>>(
     saver.1
 }
 
-/// The model with the recorded values and ids, frozen or not as it was.
-///
-/// # Panics
-///
-/// If the model lacks one of the parameters, or has it in another size.
-pub(super) fn load<B: Backend, M: Module<B>>(model: M, records: Vec<ParameterRecord<B>>) -> M {
-    /// Those that still have to find their place.
-    struct Loader<B: Backend>(BTreeMap<String, Param<Tensor<B, 1>>>);
+/// The model with the recorded values and ids, frozen or not as it was. Fails if it lacks one of the parameters, or
+/// has it in another size.
+pub(super) fn load<B: Backend, M: Module<B>>(
+    model: M,
+    records: Vec<ParameterRecord<B>>,
+) -> Result<M, LoraError> {
+    struct Loader<B: Backend> {
+        /// Those that still have to find their place.
+        values: BTreeMap<String, Param<Tensor<B, 1>>>,
+        problem: Option<String>,
+    }
     impl<B: Backend> Map<B> for Loader<B> {
         fn param<const D: usize>(
             &mut self,
@@ -109,35 +112,45 @@ pub(super) fn load<B: Backend, M: Module<B>>(model: M, records: Vec<ParameterRec
             param: Param<Tensor<B, D>>,
         ) -> Param<Tensor<B, D>> {
             let path = place.path();
-            let Some(values) = self.0.remove(path) else { return param };
+            let Some(values) = self.values.remove(path) else { return param };
+            let (expected, found) = (param.shape().num_elements(), values.shape().num_elements());
+            if expected != found {
+                self.problem.get_or_insert(format!(
+                    "the record has {found} elements for `{path}`, and the model {expected}"
+                ));
+                return param;
+            }
             let (_, current, mapper) = param.consume();
-            let (expected, found) = (current.shape().num_elements(), values.shape().num_elements());
-            assert!(
-                expected == found,
-                "the record has {found} elements for `{path}`, and the model {expected}"
-            );
             let value = values.val().to_device(&current.device()).reshape(current.dims());
             let value = value.detach().set_require_grad(current.is_require_grad());
             Param::from_mapped_value(values.id, value, mapper)
         }
     }
     if records.is_empty() {
-        return model;
+        return Ok(model);
     }
-    let mut loader = Loader(records.into_iter().map(|it| (it.path, it.values)).collect());
+    let values = records.into_iter().map(|it| (it.path, it.values)).collect();
+    let mut loader = Loader { values, problem: None };
     let model = traverse::map(model, &mut loader);
-    assert!(
-        loader.0.is_empty(),
-        "the record has parameters that the model does not have: {:?}",
-        loader.0.into_keys(),
-    );
-    model
+    if let Some(problem) = loader.problem {
+        return invalid(problem);
+    }
+    if !loader.values.is_empty() {
+        let unknown: Vec<_> = loader.values.into_keys().collect();
+        return invalid(format!(
+            "the record has parameters that the model does not have: {unknown:?}"
+        ));
+    }
+    Ok(model)
 }
 
 impl<B: Backend> LoraRecord<B> {
     /// Fails unless the record is one of a model with these adapters in which the same trains.
-    #[track_caller]
-    pub(super) fn check(&self, adapters: &[(String, LoraAdapter<B>)], trains: &BTreeSet<String>) {
+    pub(super) fn check(
+        &self,
+        adapters: &[(String, LoraAdapter<B>)],
+        trains: &BTreeSet<String>,
+    ) -> Result<(), LoraError> {
         let shape = |rank: usize, scale: f64| format!("rank {rank} and scale {scale}");
         let here: BTreeMap<_, _> =
             adapters.iter().map(|(path, it)| (path, shape(it.rank(), it.scale()))).collect();
@@ -153,18 +166,25 @@ impl<B: Backend> LoraRecord<B> {
             (here != there).then(|| format!("`{path}` has {here}, and {there} in the record"))
         });
         let differ: Vec<_> = differ.collect();
-        assert!(
-            differ.is_empty(),
-            "the record is one of other adapters, so that it cannot be loaded: {}",
-            some_of(&differ),
-        );
+        if !differ.is_empty() {
+            let differ = some_of(&differ);
+            return invalid(format!(
+                "the record is one of other adapters, so that it cannot be loaded: {differ}"
+            ));
+        }
         let recorded: BTreeSet<_> = self.trains.iter().cloned().collect();
         let differ = trains.symmetric_difference(&recorded).map(|path| format!("`{path}`"));
         let differ: Vec<_> = differ.collect();
-        assert!(
-            differ.is_empty(),
-            "the model and the record disagree on whether these train: {}",
-            some_of(&differ),
-        );
+        if !differ.is_empty() {
+            let differ = some_of(&differ);
+            return invalid(format!(
+                "the model and the record disagree on whether these train: {differ}"
+            ));
+        }
+        Ok(())
     }
+}
+
+pub(super) fn invalid<T>(problem: String) -> Result<T, LoraError> {
+    Err(LoraError::InvalidRecord { problem })
 }

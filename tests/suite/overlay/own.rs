@@ -181,6 +181,47 @@ fn a_record_of_other_adapters_is_refused_by_layer() {
 }
 
 #[test]
+fn a_record_that_does_not_fit_is_an_error_when_it_is_tried() {
+    let own = Own::<Train>::new();
+    let record = || {
+        let config = config().with_modules_to_save(["head"]).with_targets(["mixer"]);
+        Lora::overlay(own.clone()).attach(&config).unwrap().into_record()
+    };
+    let blank = || Lora::overlay(own.clone());
+    assert_eq!(blank().try_load_record(record()).unwrap().adapters().len(), 1);
+    let refused = |model: Lora<Train, Overlay<Train, Own<Train>>>, record, message: &str| {
+        let error = model.try_load_record(record).unwrap_err();
+        assert!(
+            matches!(&error, LoraError::InvalidRecord { problem } if problem.contains(message)),
+            "{error}"
+        );
+    };
+    let other = LoraConfig::new(1, 1.0).with_targets(["mixer"]);
+    let other = Lora::overlay(own.clone()).attach(&other).unwrap();
+    refused(
+        other,
+        record(),
+        "`mixer` has rank 1 and scale 1, and rank 2 and scale 0.7 in the record",
+    );
+
+    let mut broken = record();
+    broken.adapters[0].adapter.b = Param::from_tensor(Tensor::zeros([2, 5], &device::<Train>()));
+    refused(blank(), broken, "`mixer`: the adapter must fit the weight: expected [4, 6]");
+    let mut broken = record();
+    broken.adapters[0].adapter.a = Param::from_tensor(Tensor::zeros([4, 3], &device::<Train>()));
+    refused(blank(), broken, "`mixer`: the factors must have one rank");
+    let mut broken = record();
+    broken.parameters[2].values = Param::from_tensor(Tensor::zeros([4], &device::<Train>()));
+    refused(blank(), broken, "the record has 4 elements for `head.weight`, and the model 18");
+    let mut broken = record();
+    broken.parameters[2].path = "tail.weight".to_owned();
+    refused(blank(), broken, "parameters that the model does not have: [\"tail.weight\"]");
+    let mut broken = record();
+    broken.described = "{".to_owned();
+    refused(blank(), broken, "no JSON");
+}
+
+#[test]
 #[should_panic = "the record has an adapter of `mixer`, and the model no such layer"]
 fn a_record_of_another_module_is_refused() {
     let model = Lora::overlay(Own::<Train>::new()).attach(&config()).unwrap();
