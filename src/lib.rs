@@ -91,6 +91,7 @@
 
 mod adapter;
 pub mod adapters;
+mod burn_faults;
 mod config;
 mod decomposition;
 pub mod error;

@@ -10,6 +10,7 @@ use burn::{
 
 use crate::{
     adapter::{LoraAdapter, LoraAdapterRecord},
+    burn_faults::unshared,
     error::{LoraError, some_of},
     layer::LoraLayer,
     traverse::{self, Map, Place, Visit},
@@ -59,18 +60,11 @@ pub(crate) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, Lora
 }
 
 /// The record in memory of its own. burn-train reads a checkpoint on another thread, while the training
-/// goes on. On GPUs, Burn 0.21 may change memory in place that another thread is about to read.
+/// goes on.
 pub(super) fn unshared_adapter<B: Backend>(record: LoraAdapterRecord<B>) -> LoraAdapterRecord<B> {
     let LoraAdapterRecord { a, b, bias, magnitude, .. } = record;
     let (bias, magnitude) = (bias.map(unshared), magnitude.map(unshared));
     LoraAdapterRecord { a: unshared(a), b: unshared(b), bias, magnitude, ..record }
-}
-
-fn unshared<B: Backend, const D: usize>(param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-    let (id, value, mapper) = param.consume();
-    let options = (&value.device(), value.dtype());
-    let value = Tensor::from_data(value.to_data(), options);
-    Param::from_mapped_value(id, value, mapper)
 }
 
 /// The parameters at `paths`.
