@@ -10,8 +10,8 @@ from pathlib import Path
 src = Path(__file__).resolve().parent.parent / "src"
 # The modules of a folder, the lowest first.
 orders = {
-    "src": """error pattern files table decomposition tensors config quantized ops products adapter layer
-        adapters model formats train serve""",
+    "src": """error pattern files table decomposition tensors burn_faults config quantized ops products adapter layer
+        adapters traverse model overlay formats train serve""",
     "src/ops": """pool backend operation autodiff rows patches quantized linear mixed conv columns gelu
         heads dispatch testing""",
 }

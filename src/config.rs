@@ -1,6 +1,7 @@
 //! The configuration of adapters.
 
 mod init;
+mod plan;
 mod targets;
 
 use std::fmt;
@@ -8,9 +9,12 @@ use std::fmt;
 use burn::config::Config;
 use serde::{Deserialize, Serialize};
 
-use crate::{error::LoraError, pattern::Pattern};
+use crate::error::LoraError;
 
 pub use init::Init;
+use plan::Patterns;
+pub(crate) use plan::{LayerConfig, Plan};
+pub(crate) use targets::Targets;
 
 /// The rule that turns `alpha` and the rank into the scale `s` of the update `s·A·B`.
 ///
@@ -248,6 +252,12 @@ impl LoraConfig {
     ///
     /// [`LoraError::InvalidConfig`] or [`LoraError::InvalidPattern`], naming the field or pattern.
     pub fn validate(&self) -> Result<(), LoraError> {
+        self.check_values()?;
+        Patterns::of(self).map(drop)
+    }
+
+    /// Checks everything but the patterns.
+    fn check_values(&self) -> Result<(), LoraError> {
         let invalid = |field, problem: String| Err(LoraError::InvalidConfig { field, problem });
         if self.rank == 0 {
             return invalid("rank", "is 0, and must be at least 1".to_owned());
@@ -270,38 +280,12 @@ impl LoraConfig {
                 "is set, and adapters with DoRA's magnitudes have none".to_owned(),
             );
         }
-        self.check_init().or_else(|(field, problem)| invalid(field, problem))?;
-        for patterns in [&self.targets, &self.excludes, &self.modules_to_save] {
-            Pattern::all(patterns)?;
-        }
-        let ranks = self.rank_pattern.iter().map(|(path, _)| path);
-        let alphas = self.alpha_pattern.iter().map(|(path, _)| path);
-        ranks.chain(alphas).try_for_each(|path| Pattern::new(path).map(drop))
-    }
-
-    /// The configuration for the layer at `path`: with the rank and alpha that the patterns give it, and
-    /// with its own seed.
-    pub(crate) fn for_layer(&self, path: &str) -> Result<Self, LoraError> {
-        Ok(Self {
-            rank: first_match(&self.rank_pattern, path)?.unwrap_or(self.rank),
-            alpha: first_match(&self.alpha_pattern, path)?.unwrap_or(self.alpha),
-            seed: self.seed ^ fnv1a(path),
-            ..self.clone()
-        })
+        self.check_init().or_else(|(field, problem)| invalid(field, problem))
     }
 }
 
 fn strings<S: Into<String>>(items: impl IntoIterator<Item = S>) -> Vec<String> {
     items.into_iter().map(Into::into).collect()
-}
-
-fn first_match<T: Copy>(patterns: &[(String, T)], path: &str) -> Result<Option<T>, LoraError> {
-    for (pattern, value) in patterns {
-        if Pattern::new(pattern)?.matches(path) {
-            return Ok(Some(*value));
-        }
-    }
-    Ok(None)
 }
 
 /// The 64-bit FNV-1a hash, XORed with its offset. Unlike the standard library's hash, it never changes.
@@ -321,20 +305,6 @@ mod tests {
         assert_eq!(Scaling::Alpha.scale(8.0, 4), 8.0);
         assert_eq!(Scaling::AlphaOverRank.scale(8.0, 4), 2.0);
         assert_eq!(Scaling::AlphaOverSqrtRank.scale(8.0, 4), 4.0);
-    }
-
-    #[test]
-    fn the_first_matching_pattern_decides() {
-        let config = LoraConfig::new(8, 16.0)
-            .with_rank_pattern([("blocks.0.fc", 2), ("fc", 4)])
-            .with_alpha_pattern([("fc", 1.5)]);
-        let of = |path: &str| {
-            let layer = config.for_layer(path).unwrap();
-            (layer.rank, layer.alpha)
-        };
-        assert_eq!(of("blocks.0.fc"), (2, 1.5));
-        assert_eq!(of("blocks.1.fc"), (4, 1.5));
-        assert_eq!(of("blocks.1.query"), (8, 16.0));
     }
 
     #[test]

@@ -9,8 +9,8 @@ use thiserror::Error;
 /// Programmer mistakes, such as a rank of zero or an input of the wrong width, panic instead, as
 /// they do in Burn.
 ///
-/// `Debug` gives the same message as `Display`, because that is what a program prints whose `main` returns the
-/// error.
+/// `Debug` gives the name of the variant and the message of `Display`, because that is what a program prints whose
+/// `main` returns the error.
 #[derive(Error)]
 #[non_exhaustive]
 pub enum LoraError {
@@ -19,6 +19,15 @@ pub enum LoraError {
     InvalidConfig {
         /// The field's name.
         field: &'static str,
+        /// What is wrong with it, and what would be right.
+        problem: String,
+    },
+
+    /// An argument of a function has a value that cannot work.
+    #[error("invalid argument: `{argument}` {problem}")]
+    InvalidArgument {
+        /// The argument's name.
+        argument: &'static str,
         /// What is wrong with it, and what would be right.
         problem: String,
     },
@@ -127,20 +136,27 @@ pub enum LoraError {
 
     /// A file, or adapters to be saved, need something that is not supported, and that must not be
     /// ignored since it would change the result.
-    #[error("{file}: `{field}` is not supported{reason}")]
+    #[error("{file}: `{field}` is not supported{}", after_colon(.reason))]
     Unsupported {
-        /// The file.
+        /// The file, or what was to become one.
         file: String,
         /// The field or the key.
         field: String,
-        /// Why not, and what to do; may be empty.
-        reason: String,
+        /// Why not, and what to do, where that is not plain.
+        reason: Option<String>,
+    },
+
+    /// A record cannot be loaded into a model: it is one of another model, or of other adapters.
+    #[error("{problem}")]
+    InvalidRecord {
+        /// In what they differ.
+        problem: String,
     },
 
     /// Sets of adapters cannot be combined or renamed.
     #[error("sets of adapters: {}: {problem}", quote(.path))]
     Incompatible {
-        /// The layer, the parameter or the argument.
+        /// The layer or the parameter.
         path: String,
         /// Why not, and what to do.
         problem: String,
@@ -167,7 +183,7 @@ pub enum LoraError {
 
 impl fmt::Debug for LoraError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
+        write!(f, "{}: {self}", self.variant())
     }
 }
 
@@ -201,18 +217,42 @@ impl Mismatch {
     }
 }
 
+/// Why running statistics do not train and are not put on, and what to do.
+pub(crate) const SHARED_STATISTICS: &str = "Burn shares the running statistics of a batch norm between clones; name the parameters of the norm (`gamma` and \
+     `beta`; in PyTorch `weight` and `bias`) instead of the norm";
+
 impl LoraError {
+    /// The variant's name.
+    fn variant(&self) -> &'static str {
+        match self {
+            Self::InvalidConfig { .. } => "InvalidConfig",
+            Self::InvalidArgument { .. } => "InvalidArgument",
+            Self::InvalidPattern { .. } => "InvalidPattern",
+            Self::Unmatched { .. } => "Unmatched",
+            Self::StockLayers { .. } => "StockLayers",
+            Self::Unusable { .. } => "Unusable",
+            Self::NotQuantizable { .. } => "NotQuantizable",
+            Self::NotMixable { .. } => "NotMixable",
+            Self::UnknownAdapters { .. } => "UnknownAdapters",
+            Self::AlreadyAttached { .. } => "AlreadyAttached",
+            Self::Mismatch { .. } => "Mismatch",
+            Self::Io { .. } => "Io",
+            Self::InvalidFile { .. } => "InvalidFile",
+            Self::Unsupported { .. } => "Unsupported",
+            Self::InvalidRecord { .. } => "InvalidRecord",
+            Self::Incompatible { .. } => "Incompatible",
+            Self::ReplicasDiffer { .. } => "ReplicasDiffer",
+            Self::NotFinite { .. } => "NotFinite",
+        }
+    }
+
     /// Burn keeps running statistics in a cell that all clones share: to put them on one model would
     /// change all others.
     pub(crate) fn running_statistic(file: &str, name: &str) -> Self {
         Self::Unsupported {
             file: file.to_owned(),
             field: name.to_owned(),
-            reason:
-                ": Burn shares the running statistics of a batch norm between clones; name the \
-                     parameters of the norm (`gamma` and `beta`; in PyTorch `weight` and `bias`) \
-                     instead of the norm"
-                    .to_owned(),
+            reason: Some(SHARED_STATISTICS.to_owned()),
         }
     }
 
@@ -270,6 +310,11 @@ fn quote(path: &str) -> String {
     if path.is_empty() { named(path).to_owned() } else { format!("`{path}`") }
 }
 
+/// The end of a message that may have a reason.
+fn after_colon(reason: &Option<String>) -> String {
+    reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default()
+}
+
 fn quoted(names: &[String]) -> String {
     match names {
         [] => "nothing".to_owned(),
@@ -306,6 +351,19 @@ fn nearest(patterns: &[String], available: &[String]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_main_prints_has_the_variant_and_the_message() {
+        let unsupported = |reason: Option<&str>| LoraError::Unsupported {
+            file: "adapter_config.json".to_owned(),
+            field: "use_qalora".to_owned(),
+            reason: reason.map(str::to_owned),
+        };
+        let expected = "Unsupported: adapter_config.json: `use_qalora` is not supported";
+        assert_eq!(format!("{:?}", unsupported(None)), expected);
+        let expected = "adapter_config.json: `use_qalora` is not supported: it is new";
+        assert_eq!(unsupported(Some("it is new")).to_string(), expected);
+    }
 
     #[test]
     fn a_misspelt_target_of_a_large_model_gets_a_short_answer() {

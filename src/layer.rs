@@ -1,11 +1,11 @@
 //! Layers that can carry an adapter. Each layer presents its weight to [`LoraAdapter`] as a matrix.
 
+pub(crate) mod access;
 mod attention;
 mod conv;
 mod embedding;
 mod gelu;
 mod heads;
-pub(crate) mod letter;
 mod linear;
 mod module;
 pub(crate) mod quantized;
@@ -17,7 +17,7 @@ use burn::{
 
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout},
-    config::LoraConfig,
+    config::{LayerConfig, LoraConfig},
     quantized::QuantizedWeight,
     tensors::{at_least_f32, frozen},
 };
@@ -34,20 +34,26 @@ pub use gelu::gelu;
 pub use heads::swap_heads;
 pub use linear::{LoraLinear, LoraLinearRecord};
 
-/// A base layer with at most one adapter, as a walk through a model sees it.
+/// What a layer can take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Capabilities {
+    /// An adapter with a bias.
+    pub bias: bool,
+    /// An adapter with dropout, which acts on the layer's input.
+    pub dropout: bool,
+    /// A quantized weight.
+    pub quantized: bool,
+    /// Several adapters, each for some samples of a batch.
+    pub mixed: bool,
+}
+
+/// A base layer with at most one adapter, as a walk that visits a model sees it.
 pub(crate) trait LoraLayer<B: Backend> {
     /// The adapter, if there is one.
     fn adapter(&self) -> Option<&LoraAdapter<B>>;
 
-    /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
-    /// base as it is. Panics if the adapter [does not fit](check_fit).
-    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
-
-    /// Takes the adapter off, and has the samples of a batch use these. Panics if one [does not
-    /// fit](check_fit), and in stock modules.
-    fn set_mixed(&mut self, _mixed: Mixed<B>) {
-        unreachable!("a stock module has one adapter for all samples")
-    }
+    /// What the layer can take.
+    fn capabilities(&self) -> Capabilities;
 
     /// The shape of the base's weight seen as a matrix: `[d_input, d_output]`.
     fn weight_shape(&self) -> [usize; 2];
@@ -58,36 +64,38 @@ pub(crate) trait LoraLayer<B: Backend> {
     /// The base's weight seen as a matrix, as a constant: `[d_input, d_output]`.
     fn weight_matrix(&self) -> Tensor<B, 2>;
 
-    /// Whether the adapter can have a bias.
-    fn takes_bias(&self) -> bool;
-
-    /// Whether the adapter can have dropout. Dropout acts on the layer's input, which the adapter of a
-    /// stock module does not see.
-    fn takes_dropout(&self) -> bool {
-        true
-    }
-
     /// The base's weight, if it is quantized.
     fn quantized(&self) -> Option<&QuantizedWeight<B>> {
         None
     }
 
-    /// Whether the base's weight can be quantized.
-    fn takes_quantized(&self) -> bool {
+    /// The device of the base.
+    fn device(&self) -> B::Device;
+}
+
+/// The same, as a walk that changes a model sees it.
+pub(crate) trait LoraLayerMut<B: Backend>: LoraLayer<B> {
+    /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
+    /// base as it is. Panics if the adapter [does not fit](check_fit).
+    fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
+
+    /// Takes the adapter off, and has the samples of a batch use these. Panics if one [does not
+    /// fit](check_fit). Returns false, and leaves the layer as it is, if it [cannot take
+    /// them](Capabilities::mixed).
+    #[must_use]
+    fn set_mixed(&mut self, _mixed: Mixed<B>) -> bool {
         false
     }
 
-    /// Replaces the base's weight by a quantized one. Panics if it has another shape, or the layer
-    /// [cannot take one](Self::takes_quantized).
-    fn set_quantized(&mut self, _weight: QuantizedWeight<B>) {
-        unreachable!("the weight of this layer cannot be quantized")
+    /// Replaces the base's weight by a quantized one. Panics if it has another shape. Returns false, and
+    /// leaves the layer as it is, if it [cannot take one](Capabilities::quantized).
+    #[must_use]
+    fn set_quantized(&mut self, _weight: QuantizedWeight<B>) -> bool {
+        false
     }
 
     /// Unpacks the base's weight, if it is quantized.
     fn dequantize(&mut self) {}
-
-    /// The device of the base.
-    fn device(&self) -> B::Device;
 
     /// Replaces the base by a copy with the adapter's update added, and drops the adapter. Returns
     /// false, and leaves the layer as it is, if the merged weight or bias is not finite.
@@ -121,7 +129,7 @@ impl LoraConfig {
 }
 
 /// A fresh adapter for the layer.
-pub(crate) fn fresh<B: Backend>(config: &LoraConfig, layer: &dyn LoraLayer<B>) -> LoraAdapter<B> {
+pub(crate) fn fresh<B: Backend>(config: &LayerConfig, layer: &dyn LoraLayer<B>) -> LoraAdapter<B> {
     let (layout, shape) = (layer.weight_layout(), layer.weight_shape());
     LoraAdapter::init_on(config, layout, shape, &layer.device(), || layer.weight_matrix())
 }
@@ -129,28 +137,50 @@ pub(crate) fn fresh<B: Backend>(config: &LoraConfig, layer: &dyn LoraLayer<B>) -
 /// Panics unless the adapter can be put on the layer.
 #[track_caller]
 pub(crate) fn check_fit<B: Backend>(layer: &dyn LoraLayer<B>, adapter: &LoraAdapter<B>) {
-    let shape = layer.weight_shape();
-    assert!(
-        adapter.shape() == shape,
-        "the adapter must fit the weight: expected {shape:?} = [d_input, d_output], got {:?}",
-        adapter.shape(),
-    );
-    let layout = layer.weight_layout();
-    assert!(
-        adapter.layout.fits(&layout),
-        "the adapter must fit the weight: it was made for {:?}, and the layer has {layout:?}",
-        adapter.layout,
-    );
+    if let Some(problem) = misfit(layer, adapter) {
+        panic!("{problem}");
+    }
+}
+
+/// What keeps the adapter from being put on the layer.
+pub(crate) fn misfit<B: Backend>(
+    layer: &dyn LoraLayer<B>,
+    adapter: &LoraAdapter<B>,
+) -> Option<String> {
+    let (shape, layout) = (layer.weight_shape(), layer.weight_layout());
+    let (a, b) = (adapter.a.dims(), adapter.b.dims());
+    if a[1] != b[0] || a[1] == 0 {
+        return Some(format!("the factors must have one rank of at least 1, got {a:?} and {b:?}"));
+    }
+    if adapter.shape() != shape {
+        return Some(format!(
+            "the adapter must fit the weight: expected {shape:?} = [d_input, d_output], got {:?}",
+            adapter.shape(),
+        ));
+    }
+    if !adapter.layout.fits(&layout) {
+        return Some(format!(
+            "the adapter must fit the weight: it was made for {:?}, and the layer has {layout:?}",
+            adapter.layout,
+        ));
+    }
     let magnitudes = adapter.magnitude.as_ref().map(|it| it.dims()[0]);
-    assert!(
-        magnitudes.is_none_or(|it| it == shape[1] && adapter.bias.is_none()),
-        "the adapter must have {} magnitudes, one for each output, and no bias with them, got {magnitudes:?}",
-        shape[1],
-    );
-    assert!(
-        adapter.bias.is_none() || layer.takes_bias(),
-        "the adapter has a bias, and the layer, whose weight is {layout:?}, cannot take one"
-    );
+    if magnitudes.is_some_and(|it| it != shape[1] || adapter.bias.is_some()) {
+        return Some(format!(
+            "the adapter must have {} magnitudes, one for each output, and no bias with them, got {magnitudes:?}",
+            shape[1],
+        ));
+    }
+    let bias = adapter.bias.as_ref().map(|it| it.dims()[0]);
+    if bias.is_some() && !layer.capabilities().bias {
+        return Some(format!(
+            "the adapter has a bias, and the layer, whose weight is {layout:?}, cannot take one"
+        ));
+    }
+    if bias.is_some_and(|it| it != shape[1]) {
+        return Some(format!("the adapter's bias must be [{}], got {bias:?}", shape[1]));
+    }
+    None
 }
 
 /// The parameter plus `delta`, frozen. The sum is formed in `f32` or better, and then cast to the

@@ -92,6 +92,7 @@
 
 mod adapter;
 pub mod adapters;
+mod burn_faults;
 mod config;
 mod decomposition;
 pub mod error;
@@ -100,6 +101,7 @@ mod formats;
 mod layer;
 mod model;
 mod ops;
+pub mod overlay;
 mod pattern;
 mod products;
 mod quantized;
@@ -107,6 +109,7 @@ pub mod serve;
 mod table;
 mod tensors;
 pub mod train;
+mod traverse;
 
 pub use adapter::LoraAdapter;
 pub use adapters::LoraAdapters;

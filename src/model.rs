@@ -1,20 +1,18 @@
 //! Operations on whole models.
 
+mod attach;
 mod eva;
 mod extract;
 mod freeze;
-mod in_full;
+mod fully_trained;
 mod loftq;
 mod lora;
 mod mix;
 mod module;
-mod put_on;
+mod plain;
 mod quantize;
 mod record;
 mod report;
-mod slot;
-mod statistics;
-mod walk;
 
 use std::collections::BTreeMap;
 
@@ -25,15 +23,16 @@ use crate::{
     config::LoraConfig,
     error::LoraError,
     quantized::QuantizedWeight,
+    traverse,
 };
 
 pub use lora::Lora;
 pub(crate) use mix::{ByPath, mixed};
+pub use plain::IntoPlain;
 pub use quantize::{QuantizationReport, QuantizeConfig, QuantizedLayer};
 pub(crate) use record::adapters as adapters_of;
 pub use record::{LoraRecord, ParameterRecord, PlacedAdapterRecord};
 pub use report::{LayerReport, ParameterReport};
-pub(crate) use walk::{Place, Visit, draw, layers, visit};
 
 /// What LoRA does with a whole model. There is nothing to implement: every Burn module has these
 /// methods, and they find its LoRA layers wherever these are, in `Vec`, `Option`, arrays, tuples,
@@ -116,11 +115,11 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// # Errors
     ///
-    /// As for [`attach`](Self::attach).
+    /// As for [`attach`](Self::attach), and [`LoraError::Unusable`] if a difference is not finite.
     ///
     /// # Panics
     ///
-    /// If the two models' layers differ, or a difference is not finite.
+    /// If the two models' layers differ.
     fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
         extract::extract(&drawn(self), &drawn(tuned), config)
     }
@@ -193,7 +192,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
         config: &LoraConfig,
         iterations: usize,
     ) -> Result<Lora<B, Self>, LoraError> {
-        loftq::attach(self, &to.into(), config, iterations)
+        loftq::attach(&Lora::of(self), &to.into(), config, iterations)
     }
 
     /// Puts fresh adapters on the model that start with what its linear layers see (EVA,
@@ -243,7 +242,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
         rho: f64,
         see: impl FnOnce(&Lora<B, Self>),
     ) -> Result<Lora<B, Self>, LoraError> {
-        eva::attach(drawn(self), config, rho, see)
+        eva::attach(&Lora::of(self), config, rho, see)
     }
 
     /// The model with its quantized weights unpacked, in full and frozen: for files of other programs, say.
@@ -278,6 +277,6 @@ impl<B: Backend, M: Module<B>> LoraModule<B> for M {}
 
 /// A clone that shares every value with the model, also those that were not drawn yet.
 fn drawn<B: Backend, M: Module<B>>(model: &M) -> M {
-    walk::draw(model);
+    traverse::draw(model);
     model.clone()
 }

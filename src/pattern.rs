@@ -20,6 +20,8 @@ pub(crate) fn compile(expression: &str) -> Result<Regex, regex::Error> {
 pub(crate) struct Pattern {
     source: String,
     regex: Regex,
+    /// Whether the source has no special characters but dots, which stand for any character.
+    is_plain: bool,
 }
 
 impl Pattern {
@@ -27,7 +29,9 @@ impl Pattern {
         let regex = compile(&format!(r"^(?:.*\.)?(?:{source})$")).map_err(|error| {
             LoraError::InvalidPattern { pattern: source.to_owned(), source: Box::new(error) }
         })?;
-        Ok(Self { source: source.to_owned(), regex })
+        let is_plain =
+            source.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(&byte));
+        Ok(Self { source: source.to_owned(), regex, is_plain })
     }
 
     pub(crate) fn all<S: AsRef<str>>(
@@ -36,8 +40,26 @@ impl Pattern {
         sources.into_iter().map(|source| Self::new(source.as_ref())).collect()
     }
 
+    /// The expression as it was given.
+    pub(crate) fn source(&self) -> &str {
+        &self.source
+    }
+
     pub(crate) fn matches(&self, path: &str) -> bool {
+        if self.is_plain && path.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return self.matches_plainly(path);
+        }
         self.regex.is_match(path)
+    }
+
+    /// The same for a plain pattern and a path of plain characters. Most patterns of files are such names, one for
+    /// each layer, and to compare them takes far less time than a regular expression.
+    fn matches_plainly(&self, path: &str) -> bool {
+        let (path, source) = (path.as_bytes(), self.source.as_bytes());
+        let Some(start) = path.len().checked_sub(source.len()) else { return false };
+        let begins_a_segment = start == 0 || path[start - 1] == b'.';
+        let mut pairs = source.iter().zip(&path[start..]);
+        begins_a_segment && pairs.all(|(pattern, byte)| pattern == byte || *pattern == b'.')
     }
 
     /// Whether the path, or a module that contains it, matches: `head` covers `head.weight`.
@@ -85,6 +107,24 @@ mod tests {
         assert!(!matches("query", "layers.0.my_query"));
         assert!(!matches("query", "query.weight"));
         assert!(!matches("a|b", "xa"), "alternatives are anchored as a whole");
+    }
+
+    #[test]
+    fn plain_names_match_as_expressions_do() {
+        let patterns = ["query", "0.query", "layers.0.query", "", "q", "a.b", ".", "x-1_y"];
+        let paths = ["", "query", "my_query", "layers.0.query", "layers.10.query", "a.", "a.b"];
+        for pattern in patterns {
+            let pattern = Pattern::new(pattern).unwrap();
+            assert!(pattern.is_plain);
+            for path in paths.iter().chain(&["axb", "z.axb", "y.x-1_y", "é.query", "a\nb"]) {
+                assert_eq!(
+                    pattern.matches(path),
+                    pattern.regex.is_match(path),
+                    "{pattern:?} {path}"
+                );
+            }
+        }
+        assert!(!Pattern::new(r"a\.b").unwrap().is_plain);
     }
 
     #[test]

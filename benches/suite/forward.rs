@@ -50,7 +50,7 @@ fn overlay() {
     let base = Single { fc: LinearConfig::new(1024, 1024).init::<Plain>(&device) };
     let config = LoraConfig::new(8, 16.0).with_init(Init::RandomBoth);
     let fresh = Lora::overlay(base).attach(&config).expect("it can be attached");
-    let merged = fresh.merge().expect("it is finite");
+    let merged: Single<Plain> = fresh.merge().expect("it is finite");
     let (first, later) = (fresh.clone(), fresh);
     later.with_adapters(|single| single.fc.forward(x.clone()));
     let works: Vec<Work> = vec![

@@ -18,6 +18,7 @@ use burn::{
 };
 use burn_lora::{
     Lora, LoraConfig, LoraModule,
+    overlay::Overlay,
     report::{grouped, table},
 };
 use clap::Parser;
@@ -168,8 +169,9 @@ fn run(args: Args) -> Result<()> {
     println!("{}\n", layers.parameters());
     let trainable = layers.parameters().trainable;
     let learning_rate = args.lora_learning_rate;
-    let forward =
-        |model: &Lora<Train, Stock<Train>>, x| model.with_adapters(|stock| stock.forward(x));
+    let forward = |model: &Lora<Train, Overlay<Train, Stock<Train>>>, x| {
+        model.with_adapters(|stock| stock.forward(x))
+    };
     let overlay = Run { name: "LoRA, overlay", model: overlay, forward, learning_rate };
     let (overlay, by_overlay) = train(overlay, Task::Rotate, &args, trainable);
     let forward = |model: &Lora<Train, Layered<Train>>, x| model.forward(x);
@@ -183,10 +185,11 @@ fn run(args: Args) -> Result<()> {
     let set = overlay.valid().adapters();
     let exchanged = layers.valid().switch(&set).context("switching")?;
     let [x, _] = Task::Rotate.batch::<Plain>(&mut StdRng::seed_from_u64(args.seed));
-    let expected = overlay.valid().forward(x.clone());
+    let expected = overlay.valid().with_adapters(|stock| stock.forward(x.clone()));
     let difference = (exchanged.forward(x.clone()) - expected).abs().max();
     let max_abs_logit_diff = difference.into_data().iter::<f64>().fold(0.0, f64::max);
-    let restored = overlay.detach().valid().forward(x.clone());
+    let restored: Stock<Train> = overlay.detach();
+    let restored = restored.valid().forward(x.clone());
     let base_restored_exactly = restored.into_data() == plain.forward(x).into_data();
 
     let methods = vec![by_full, by_overlay, by_layers];

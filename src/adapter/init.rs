@@ -13,7 +13,7 @@ use rand_distr::{Normal, StandardNormal, Uniform};
 
 use super::{LoraAdapter, Training, WeightLayout};
 use crate::{
-    config::{Init, LoraConfig},
+    config::{Init, LayerConfig, LoraConfig},
     tensors::trainable,
 };
 
@@ -32,12 +32,12 @@ impl<B: Backend> LoraAdapter<B> {
             !config.reads_weight(),
             "the initial values depend on the weight: use `LoraConfig::init`, or attach the adapter to a model"
         );
-        Self::drawn(config, WeightLayout::Matrix, shape, device)
+        Self::drawn(&config.into(), WeightLayout::Matrix, shape, device)
     }
 
     /// A fresh adapter for the given weight, which is read only if the initial values depend on it.
     pub(crate) fn init_on(
-        config: &LoraConfig,
+        config: &LayerConfig,
         layout: WeightLayout,
         shape: [usize; 2],
         device: &B::Device,
@@ -68,7 +68,7 @@ impl<B: Backend> LoraAdapter<B> {
 
     /// A fresh adapter whose factors do not depend on the weight.
     fn drawn(
-        config: &LoraConfig,
+        config: &LayerConfig,
         layout: WeightLayout,
         [d_input, d_output]: [usize; 2],
         device: &B::Device,

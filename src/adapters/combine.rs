@@ -88,8 +88,8 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// [`LoraError::Incompatible`] if adapters of one layer have different shapes or layouts, or
     /// different ranks unless `how` is [`Combination::Concatenate`]; if a set has parameters that were
-    /// trained in full, which cannot be added; or if a weight is not finite, or a density is not in
-    /// `(0, 1]`.
+    /// trained in full, which cannot be added. [`LoraError::InvalidArgument`] if a weight is not finite, or
+    /// a density is not in `(0, 1]`.
     pub fn combine(parts: &[(&Self, f64)], how: Combination) -> Result<Self, LoraError> {
         let incompatible = |path: &str, problem: String| {
             Err(LoraError::Incompatible { path: path.to_owned(), problem })
@@ -99,11 +99,13 @@ impl<B: Backend> LoraAdapters<B> {
         | Combination::DareTies { density, .. } = how
             && !(density > 0.0 && density <= 1.0)
         {
-            return incompatible("density", format!("it is {density}, and must be in (0, 1]"));
+            let problem = format!("is {density}, and must be in (0, 1]");
+            return Err(LoraError::InvalidArgument { argument: "density", problem });
         }
         for (set, weight) in parts {
             if !weight.is_finite() {
-                return incompatible("weights", format!("{weight} is not finite"));
+                let problem = format!("has {weight}, which is not finite");
+                return Err(LoraError::InvalidArgument { argument: "weights", problem });
             }
             if let Some(name) = set.extras.keys().next() {
                 return incompatible(

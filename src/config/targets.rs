@@ -1,41 +1,54 @@
-//! Which layers of a model get adapters.
+//! Which layers of a model are meant.
 
-use super::LoraConfig;
 use crate::{
     error::LoraError,
     pattern::{Pattern, require_matches},
 };
 
-impl LoraConfig {
-    /// Chooses, from the paths of all layers, those that get an adapter: those that a target matches, or
-    /// all if there are no targets, without those that are excluded or train in full.
-    ///
-    /// Fails if a pattern other than those of `modules_to_save` matches no path, or if no path is left.
-    pub(crate) fn choose(&self, paths: &[String]) -> Result<Vec<String>, LoraError> {
-        let targets = Pattern::all(&self.targets)?;
-        let excludes = Pattern::all(&self.excludes)?;
-        let in_full = Pattern::all(&self.modules_to_save)?;
-        let ranks = Pattern::all(self.rank_pattern.iter().map(|(pattern, _)| pattern))?;
-        let alphas = Pattern::all(self.alpha_pattern.iter().map(|(pattern, _)| pattern))?;
-        for (field, patterns) in [
-            ("targets", &targets),
-            ("excludes", &excludes),
-            ("rank_pattern", &ranks),
-            ("alpha_pattern", &alphas),
-        ] {
-            require_matches(field, patterns, paths, Pattern::matches)?;
-        }
+/// The patterns that choose layers, compiled.
+pub(crate) struct Targets {
+    targets: Vec<Pattern>,
+    excludes: Vec<Pattern>,
+    modules_to_save: Vec<Pattern>,
+}
 
+impl Targets {
+    pub fn new(
+        targets: &[String],
+        excludes: &[String],
+        modules_to_save: &[String],
+    ) -> Result<Self, LoraError> {
+        Ok(Self {
+            targets: Pattern::all(targets)?,
+            excludes: Pattern::all(excludes)?,
+            modules_to_save: Pattern::all(modules_to_save)?,
+        })
+    }
+
+    /// Fails if a target or an exclude matches no path.
+    pub fn require_matches(&self, paths: &[String]) -> Result<(), LoraError> {
+        require_matches("targets", &self.targets, paths, Pattern::matches)?;
+        require_matches("excludes", &self.excludes, paths, Pattern::matches)
+    }
+
+    /// The paths that a target matches, or all if there are no targets, without those that are excluded or train
+    /// in full. Fails if none is left.
+    pub fn choose<'a>(&self, paths: &'a [String]) -> Result<Vec<&'a String>, LoraError> {
         let is_chosen = |path: &&String| {
-            (targets.is_empty() || targets.iter().any(|target| target.matches(path)))
-                && !excludes.iter().any(|exclude| exclude.matches(path))
-                && !in_full.iter().any(|module| module.covers(path))
+            (self.targets.is_empty() || self.targets.iter().any(|target| target.matches(path)))
+                && !self.excludes.iter().any(|exclude| exclude.matches(path))
+                && !self.modules_to_save.iter().any(|module| module.covers(path))
         };
-        let chosen: Vec<_> = paths.iter().filter(is_chosen).cloned().collect();
+        let chosen: Vec<_> = paths.iter().filter(is_chosen).collect();
         if chosen.is_empty() {
             let field = "targets, without excludes and modules_to_save,";
-            return Err(LoraError::unmatched(field, self.targets.clone(), paths));
+            let targets = self.targets.iter().map(|it| it.source().to_owned());
+            return Err(LoraError::unmatched(field, targets.collect(), paths));
         }
         Ok(chosen)
+    }
+
+    pub fn into_modules_to_save(self) -> Vec<Pattern> {
+        self.modules_to_save
     }
 }

@@ -132,7 +132,7 @@ struct Ordered {
 
 pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
     let invalid = |problem: String| LoraError::InvalidFile { file: file.to_owned(), problem };
-    let unsupported = |field: &str, reason: String| LoraError::Unsupported {
+    let unsupported = |field: &str, reason: Option<String>| LoraError::Unsupported {
         file: file.to_owned(),
         field: field.to_owned(),
         reason,
@@ -144,24 +144,24 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
         Some(other) => {
             return Err(unsupported(
                 "peft_type",
-                format!(": it is {other}, not LORA; only LoRA's adapters are read"),
+                Some(format!("it is {other}, not LORA; only LoRA's adapters are read")),
             ));
         }
         None => return Err(invalid("`peft_type` is missing; LORA is expected".to_owned())),
     }
     for field in UNSUPPORTED {
         if fields.0.get(field).is_some_and(is_on) {
-            return Err(unsupported(field, String::new()));
+            return Err(unsupported(field, None));
         }
     }
     if let Some(Value::String(init)) = fields.0.get("init_lora_weights")
         && BASE_CHANGING.iter().any(|it| init.to_lowercase().starts_with(it))
     {
         let reason = format!(
-            ": {init} changes the base's weights; convert the adapter in PEFT with \
+            "{init} changes the base's weights; convert the adapter in PEFT with \
              `save_pretrained(..., path_initial_model_for_weight_conversion=...)`"
         );
-        return Err(unsupported("init_lora_weights", reason));
+        return Err(unsupported("init_lora_weights", Some(reason)));
     }
     let config = fields.into_config(text).map_err(invalid)?;
 
@@ -170,7 +170,7 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
         ("use_dora", "ensure_weight_tying", config.ties_head),
     ] {
         if config.use_dora && is_on {
-            return Err(unsupported(field, format!(" together with `{other}`")));
+            return Err(unsupported(field, Some(format!("it is set together with `{other}`"))));
         }
     }
     let ranks = config.ranks.iter().map(|(_, rank)| *rank);
@@ -289,34 +289,32 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     let unsupported = |field: &str, reason: &str| LoraError::Unsupported {
         file: file.to_owned(),
         field: field.to_owned(),
-        reason: reason.to_owned(),
+        reason: Some(reason.to_owned()),
     };
     let Some(first) = set.adapters.values().next() else {
-        return Err(unsupported("an empty set", ": there is no adapter to save"));
+        return Err(unsupported("an empty set", "there is no adapter to save"));
     };
     if set.adapters.contains_key("") {
-        return Err(unsupported(named(""), ": it has no name; make it the field of a model"));
+        return Err(unsupported(named(""), "it has no name; make it the field of a model"));
     }
 
     for (path, adapter) in set.iter() {
         let reason = match &adapter.layout {
             WeightLayout::Conv { groups, .. } if *groups > 1 => {
-                ": its convolution has groups, for which PEFT computes a different update"
+                "its convolution has groups, for which PEFT computes a different update"
             }
-            WeightLayout::ConvTranspose { .. } => {
-                ": PEFT has no adapters of transposed convolutions"
-            }
+            WeightLayout::ConvTranspose { .. } => "PEFT has no adapters of transposed convolutions",
             WeightLayout::Embedding if set.adapters.values().any(|it| it.bias.is_some()) => {
-                ": PEFT has no adapters of embeddings in a set with biases"
+                "PEFT has no adapters of embeddings in a set with biases"
             }
             _ if adapter.magnitude.is_some() != first.magnitude.is_some() => {
-                ": some adapters have DoRA's magnitudes, and others do not; save them as two sets"
+                "some adapters have DoRA's magnitudes, and others do not; save them as two sets"
             }
             _ if adapter.magnitude.is_some() && adapter.bias.is_some() => {
-                ": PEFT has no adapters with DoRA's magnitudes and a bias"
+                "PEFT has no adapters with DoRA's magnitudes and a bias"
             }
             WeightLayout::Embedding if adapter.magnitude.is_some() && adapter.tie == Tie::Moves => {
-                ": it moves a head that is the same table, too, which PEFT has no files for with DoRA's \
+                "it moves a head that is the same table, too, which PEFT has no files for with DoRA's \
                  magnitudes; leave the embedding out, or merge"
             }
             _ => continue,
@@ -343,11 +341,11 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     let alphas = paths().filter(|path| alpha(path) != common_alpha);
     let alphas: BTreeMap<_, _> = alphas.map(|path| (exactly(path), number(alpha(path)))).collect();
     if let Some(path) = paths().find(|path| !alpha(path).is_finite()) {
-        return Err(unsupported("lora_alpha", &format!(": that of `{path}` is not finite")));
+        return Err(unsupported("lora_alpha", &format!("that of `{path}` is not finite")));
     }
     let dropout = set.adapters.values().map(|it| it.dropout.prob).fold(0.0, f64::max);
     if dropout >= 1.0 {
-        return Err(unsupported("lora_dropout", ": it drops everything"));
+        return Err(unsupported("lora_dropout", "it drops everything"));
     }
 
     let biases: BTreeSet<_> = set

@@ -24,10 +24,10 @@ const UNSUPPORTED: [(&str, &str); 3] = [
     // PEFT 0.21 applies the update of the output projection twice.
     (
         ".base_layer.out_proj.",
-        ": adapters of PyTorch's `MultiheadAttention` cannot be read; use four `Linear`s instead",
+        "adapters of PyTorch's `MultiheadAttention` cannot be read; use four `Linear`s instead",
     ),
-    (".token_adapter.", ": trainable tokens cannot be read"),
-    (".lora_ga_", ": LoRA-GA cannot be read"),
+    (".token_adapter.", "trainable tokens cannot be read"),
+    (".lora_ga_", "LoRA-GA cannot be read"),
 ];
 
 /// The most whole tables that PEFT saves unasked: those of the embeddings and of the head.
@@ -104,7 +104,7 @@ impl<'a> Keys<'a> {
         let unsupported = |field: &str, reason: &str| LoraError::Unsupported {
             file: file.to_owned(),
             field: field.to_owned(),
-            reason: reason.to_owned(),
+            reason: Some(reason.to_owned()),
         };
         let (modules_to_save, layers) = (Vec::new(), BTreeMap::new());
         let mut keys = Self { layers, roles: Vec::new(), modules_to_save };
@@ -131,7 +131,7 @@ impl<'a> Keys<'a> {
             if is_grouped(parts, config.rank(path)) {
                 return Err(unsupported(
                     &format!("{PREFIX}{path}{B}"),
-                    ": its convolution has groups, and PEFT's adapter mixes channels of different \
+                    "its convolution has groups, and PEFT's adapter mixes channels of different \
                      groups, which no update of the kernel can do",
                 ));
             }

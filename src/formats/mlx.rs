@@ -62,9 +62,9 @@ pub(super) fn parse(text: &[u8], file: &str) -> Option<Result<MlxConfig, LoraErr
         let MlxParameters { rank, scale, dropout } = config.lora_parameters;
         let problem = match () {
             _ if !["lora", "dora"].contains(&config.fine_tune_type.as_str()) => {
-                let reason = format!(": it is {}, not lora or dora", config.fine_tune_type);
+                let reason = format!("it is {}, not lora or dora", config.fine_tune_type);
                 let (file, field) = (file.to_owned(), "fine_tune_type".to_owned());
-                return Err(LoraError::Unsupported { file, field, reason });
+                return Err(LoraError::Unsupported { file, field, reason: Some(reason) });
             }
             _ if rank == 0 => "`rank` is 0".to_owned(),
             _ if !scale.is_finite() => "`scale` is not finite".to_owned(),

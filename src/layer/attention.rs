@@ -12,7 +12,7 @@ use burn::{
 };
 
 use super::{LoraLinear, fresh, swap_heads};
-use crate::{config::LoraConfig, error::LoraError, tensors::cat};
+use crate::{config::LoraConfig, tensors::cat};
 
 /// A drop-in for Burn's [`MultiHeadAttention`] whose four projections can carry adapters.
 ///
@@ -96,17 +96,12 @@ impl LoraConfig {
         let mut projections =
             [("query", query), ("key", key), ("value", value), ("output", output)];
         let paths = projections.each_ref().map(|(path, _)| (*path).to_owned());
-        let put_on = |projections: &mut [(&str, &mut LoraLinear<B>)]| {
-            config.validate()?;
-            let chosen = config.choose(&paths)?;
-            for (path, layer) in projections {
-                if chosen.iter().any(|it| it == path) {
-                    layer.set_adapter(Some(fresh(&config.for_layer(path)?, *layer)));
-                }
+        let plan = config.resolve(&paths).unwrap_or_else(|error| panic!("{error}"));
+        for (path, layer) in &mut projections {
+            if let Some(config) = plan.get(path) {
+                layer.set_adapter(Some(fresh(config, *layer)));
             }
-            Ok::<_, LoraError>(())
-        };
-        put_on(&mut projections).unwrap_or_else(|error| panic!("{error}"));
+        }
         attention
     }
 }

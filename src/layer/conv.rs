@@ -10,8 +10,9 @@ use burn::{
 use super::{LoraLayer, constant, fixed, module::lora_layer};
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout},
+    burn_faults::repeated,
     ops::{Conv, Convolve, run, runs_on},
-    tensors::{add, cat, frozen},
+    tensors::{add, frozen},
 };
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
@@ -297,22 +298,11 @@ fn forward<B: Backend, const D: usize>(
         let mut dims = weight.dims();
         dims[usize::from(transposed)] = a.dims()[1];
         let filters = adapter.layout.to_weight(a, dims);
-        let filters = if transposed { filters } else { for_each_group(filters, groups) };
+        // The same filters for every group of channels.
+        let filters = if transposed { filters } else { repeated(filters, groups) };
         convolve(x, constant(filters), None)
     });
     add(base, update)
-}
-
-/// The same filters for every group of channels.
-fn for_each_group<B: Backend, const D: usize>(
-    filters: Tensor<B, D>,
-    groups: usize,
-) -> Tensor<B, D> {
-    if groups == 1 {
-        return filters;
-    }
-    // `repeat_dim` cannot be used, because its gradient is wrong in Burn 0.21.
-    cat(&vec![filters; groups], 0)
 }
 
 lora_layer!(LoraConv1d, LoraConv1dRecord, Conv1d, 3, weight, bias);

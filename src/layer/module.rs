@@ -2,7 +2,7 @@
 //! layers. It is not derived, so that a layer has the parameter paths of its base, and the base stays
 //! frozen.
 
-/// Implements [`LoraLayer`](super::LoraLayer) and Burn's module traits for a layer with the fields
+/// Implements [`LoraLayer`](super::LoraLayer), [`LoraLayerMut`](super::LoraLayerMut) and Burn's module traits for a layer with the fields
 /// `base`, `adapter` and `mixed`, and the methods `layout` and `can_take_bias`. The base's weight has `$D`
 /// dimensions. The next arguments name the base's parameters. The record holds these and the adapter.
 /// The last argument is the field of the quantized weight, in layers that can have one, and its name in records,
@@ -46,8 +46,8 @@ macro_rules! lora_layer {
                 adapter::{LoraAdapter, Mixed, WeightLayout},
                 config::LoraConfig,
                 layer::{
-                    self, LoraLayer,
-                    letter::{self, ADAPTER, TAG},
+                    self, Capabilities, LoraLayer, LoraLayerMut,
+                    access::{self, ADAPTER, TAG},
                 },
                 tensors::frozen,
             };
@@ -139,7 +139,7 @@ macro_rules! lora_layer {
 
                 fn with_fresh_adapter(self, config: &LoraConfig) -> $Layer<B> {
                     let mut layer = $Layer::from(self);
-                    layer.set_adapter(Some(layer::fresh(config, &layer)));
+                    layer.set_adapter(Some(layer::fresh(&config.into(), &layer)));
                     layer
                 }
             }
@@ -149,16 +149,14 @@ macro_rules! lora_layer {
                     self.adapter.as_ref()
                 }
 
-                fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
-                    self.set_adapter(adapter);
-                }
-
-                fn set_mixed(&mut self, mixed: Mixed<B>) {
-                    for adapter in mixed.adapters() {
-                        layer::check_fit(self, adapter);
+                fn capabilities(&self) -> Capabilities {
+                    const QUANTIZED: &[&str] = &[$(stringify!($quantized))?];
+                    Capabilities {
+                        bias: self.can_take_bias(),
+                        dropout: true,
+                        quantized: !QUANTIZED.is_empty(),
+                        mixed: true,
                     }
-                    self.adapter = None;
-                    self.mixed = Some(mixed);
                 }
 
                 fn weight_shape(&self) -> [usize; 2] {
@@ -181,21 +179,35 @@ macro_rules! lora_layer {
                     self.layout().to_matrix(frozen(&self.base.$weight))
                 }
 
-                fn takes_bias(&self) -> bool {
-                    self.can_take_bias()
-                }
-
                 $(
                     fn quantized(&self) -> Option<&layer::QuantizedWeight<B>> {
                         self.$quantized.as_ref()
                     }
+                )?
 
-                    fn takes_quantized(&self) -> bool {
-                        true
+                fn device(&self) -> B::Device {
+                    self.base.$weight.lazy_device()
+                }
+            }
+
+            impl<B: Backend> LoraLayerMut<B> for $Layer<B> {
+                fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
+                    self.set_adapter(adapter);
+                }
+
+                fn set_mixed(&mut self, mixed: Mixed<B>) -> bool {
+                    for adapter in mixed.adapters() {
+                        layer::check_fit(self, adapter);
                     }
+                    self.adapter = None;
+                    self.mixed = Some(mixed);
+                    true
+                }
 
-                    fn set_quantized(&mut self, weight: layer::QuantizedWeight<B>) {
+                $(
+                    fn set_quantized(&mut self, weight: layer::QuantizedWeight<B>) -> bool {
                         self.set_quantized(weight);
+                        true
                     }
 
                     fn dequantize(&mut self) {
@@ -206,10 +218,6 @@ macro_rules! lora_layer {
                         }
                     }
                 )?
-
-                fn device(&self) -> B::Device {
-                    self.base.$weight.lazy_device()
-                }
 
                 fn merge_adapter(&mut self) -> bool {
                     $(if self.adapter.is_some() && self.$quantized.is_some() {
@@ -282,7 +290,7 @@ macro_rules! lora_layer {
                         }
                     }
                     visitor.enter_module(ADAPTER, TAG);
-                    letter::answer_look(self);
+                    access::provide(self);
                     self.adapter.visit(visitor);
                     visitor.exit_module(ADAPTER, TAG);
                 }
@@ -303,7 +311,7 @@ macro_rules! lora_layer {
                         }
                     };
                     mapper.enter_module(ADAPTER, TAG);
-                    letter::answer_change(&mut layer);
+                    access::provide_mut(&mut layer);
                     let adapter = Module::map(layer.adapter.take(), mapper);
                     mapper.exit_module(ADAPTER, TAG);
                     layer.set_adapter(adapter);

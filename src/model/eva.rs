@@ -1,20 +1,25 @@
 //! Adapters that start with the directions in which their layers' inputs vary the most.
 
-use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+};
 
 use burn::{module::Module, tensor::backend::Backend};
 
-use super::{Lora, LoraModule, walk};
+use super::{Lora, record};
 use crate::{
     adapter::{LoraAdapter, Observer, Principal, WeightLayout},
     config::{Init, LoraConfig},
     error::LoraError,
     layer::LoraLayer,
+    traverse,
 };
 
 /// The model with adapters whose A is of the principal directions, after `see` has run it on data.
 pub(super) fn attach<B: Backend, M: Module<B>>(
-    model: M,
+    base: &Lora<B, M>,
     config: &LoraConfig,
     rho: f64,
     see: impl FnOnce(&Lora<B, M>),
@@ -24,12 +29,14 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
         let problem = format!("is {:?}, and EVA has initial values of its own", config.init);
         return Err(LoraError::InvalidConfig { field: "init", problem });
     }
-    let lora = model.attach(config)?;
+    let before: BTreeSet<_> = record::adapters(base).into_iter().map(|(path, _)| path).collect();
+    let lora = base.attach(config)?;
     let observers: Rc<RefCell<BTreeMap<String, Observer<B>>>> = Rc::default();
     let noted = observers.clone();
     let observed = lora.clone().change_layers(move |path, layer| {
         let Some(adapter) = layer.adapter() else { return };
-        if layer.weight_layout() == WeightLayout::Matrix && layer.takes_dropout() {
+        let is_new = !before.contains(path);
+        if is_new && layer.weight_layout() == WeightLayout::Matrix && layer.capabilities().dropout {
             let mut adapter = adapter.clone();
             let observer = noted.borrow_mut().entry(path.to_owned()).or_default().clone();
             adapter.training.observer = Some(observer);
@@ -39,7 +46,7 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
     see(&observed);
     drop(observed);
 
-    let ranks = walk::layers(&lora, |path, layer: &dyn LoraLayer<B>| {
+    let ranks = traverse::layers(&lora, |path, layer: &dyn LoraLayer<B>| {
         (path.to_owned(), layer.adapter().map_or(0, LoraAdapter::rank))
     });
     let ranks: BTreeMap<_, _> = ranks.into_iter().collect();

@@ -1,13 +1,16 @@
 //! Adapters made of the difference of two models.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    rc::Rc,
+};
 
 use burn::{
     module::Module,
-    tensor::{Tensor, backend::Backend},
+    tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{in_full, put_on, walk};
+use super::{attach, fully_trained};
 use crate::{
     adapter::{LoraAdapter, WeightLayout},
     adapters::{Approximation, LoraAdapters, low_rank},
@@ -15,11 +18,13 @@ use crate::{
     error::LoraError,
     layer::LoraLayer,
     tensors::at_least_f32,
+    traverse,
 };
 
 /// A layer that is to get an adapter.
 struct Layer<B: Backend> {
     path: String,
+    rank: usize,
     layout: WeightLayout,
     is_adapted: bool,
     weight: Tensor<B, 2>,
@@ -30,15 +35,19 @@ pub(super) fn extract<B: Backend, M: Module<B>>(
     tuned: &M,
     config: &LoraConfig,
 ) -> Result<Approximation<B>, LoraError> {
-    config.validate()?;
-    let paths = walk::layer_paths::<B, M>(base);
-    assert_eq!(paths, walk::layer_paths::<B, M>(tuned), "the two models' layers must be the same");
-    let chosen: BTreeSet<_> = config.choose(&paths)?.into_iter().collect();
+    let paths = traverse::layer_paths::<B, M>(base);
+    assert_eq!(
+        paths,
+        traverse::layer_paths::<B, M>(tuned),
+        "the two models' layers must be the same"
+    );
+    let plan = Rc::new(config.resolve(&paths)?);
     let layers = |model: &M| {
-        let chosen = chosen.clone();
-        let layers = walk::layers(model, move |path, layer: &dyn LoraLayer<B>| {
-            chosen.contains(path).then(|| Layer {
+        let plan = plan.clone();
+        let layers = traverse::layers(model, move |path, layer: &dyn LoraLayer<B>| {
+            plan.get(path).map(|config| Layer {
                 path: path.to_owned(),
+                rank: config.rank,
                 layout: layer.weight_layout(),
                 is_adapted: layer.adapter().is_some(),
                 weight: layer.weight_matrix(),
@@ -55,20 +64,20 @@ pub(super) fn extract<B: Backend, M: Module<B>>(
 
     let mut kept = BTreeMap::new();
     let mut adapters = Vec::new();
-    for (Layer { path, layout, weight, .. }, tuned) in base.into_iter().zip(tuned_layers) {
-        let rank = config.for_layer(&path)?.rank;
+    for (Layer { path, rank, layout, weight, .. }, tuned) in base.into_iter().zip(tuned_layers) {
         let delta = at_least_f32(tuned.weight) - at_least_f32(weight);
+        if !delta.clone().is_finite().all().into_scalar().elem::<bool>() {
+            let problem = "the difference of its weights has NaN or infinite values";
+            return Err(LoraError::Unusable { path, problem: problem.to_owned() });
+        }
         let (adapter, share) = low_rank::extract(delta, rank);
         kept.insert(path.clone(), share);
         adapters.push((path, LoraAdapter { layout, ..adapter }));
     }
     let mut set = LoraAdapters::new(adapters);
-    let saved = put_on::in_full(
-        super::Lora::new(tuned.clone()),
-        &config.modules_to_save,
-        "modules_to_save",
-    )?;
-    set.extras = in_full::read(&*saved.model, &saved.originals.keys().cloned().collect());
+    let tuned = super::Lora::new(tuned.clone());
+    let saved = attach::train_in_full(tuned, plan.modules_to_save(), attach::MODULES_TO_SAVE)?;
+    set.extras = fully_trained::read(&*saved.model, &saved.originals.keys().cloned().collect());
     set.modules_to_save = saved.modules;
     Ok(Approximation { adapters: set, kept })
 }

@@ -7,8 +7,10 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::walk::{Map, Place, Walk};
-use crate::layer::is_quantized;
+use crate::{
+    layer::is_quantized,
+    traverse::{Map, Place, Walk},
+};
 
 /// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
 /// others. Running statistics, and factors that were frozen, never train. What trains gets an id of its own where two parameters have

@@ -1,5 +1,7 @@
 //! Adapters that start as what rounding took from the weights.
 
+use std::collections::BTreeMap;
+
 use burn::{
     module::{Module, Param},
     tensor::{ElementConversion, Tensor, backend::Backend},
@@ -10,27 +12,40 @@ use crate::{
     adapter::LoraAdapter,
     config::{Init, LoraConfig},
     error::LoraError,
+    layer::LoraLayer,
     tensors::frozen,
+    traverse,
 };
 
 pub(super) fn attach<B: Backend, M: Module<B>>(
-    model: &M,
+    lora: &Lora<B, M>,
     to: &QuantizeConfig,
     config: &LoraConfig,
     iterations: usize,
 ) -> Result<Lora<B, M>, LoraError> {
     assert!(iterations > 0, "LoftQ needs at least one iteration, got 0");
+    let base = lora.bare().into_inner();
     // The updates alone: what trains in full is put on by `attach`.
     let alone = LoraConfig { modules_to_save: Vec::new(), ..config.clone() };
-    let (mut quantized, _) = model.quantize(to.clone())?;
-    let mut updates = quantized.extract(model, &alone)?.adapters;
+    let (adapted, _) = lora.quantize(to.clone())?;
+    let mut quantized = adapted.bare().into_inner();
+    let mut updates = quantized.extract(&base, &alone)?.adapters;
     for _ in 1..iterations {
-        let rest = model.switch(&updates.scaled(-1.0))?.merge()?;
+        let rest: M = base.switch(&updates.scaled(-1.0))?.merge()?;
         quantized = rest.quantize(to.clone())?.0;
-        updates = quantized.extract(model, &alone)?.adapters;
+        updates = quantized.extract(&base, &alone)?.adapters;
     }
+    let weights = traverse::layers(&quantized, |path, layer: &dyn LoraLayer<B>| {
+        Some((path.to_owned(), layer.quantized()?.clone()))
+    });
+    let weights: BTreeMap<_, _> = weights.into_iter().flatten().collect();
+    let adapted = adapted.change_layers(move |path, layer| {
+        if let Some(weight) = weights.get(path) {
+            assert!(layer.set_quantized(weight.clone()), "`{path}` was quantized before");
+        }
+    });
     // LoftQ has initial values of its own.
-    let lora = quantized.attach(&config.clone().with_init(Init::default()))?;
+    let lora = adapted.attach(&config.clone().with_init(Init::default()))?;
     Ok(lora.change_layers(move |path, layer| {
         let (Some(adapter), Some(update)) = (layer.adapter(), updates.get(path)) else { return };
         let (adapter, update) = (adapter.clone(), update.clone());

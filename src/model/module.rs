@@ -1,7 +1,12 @@
 //! What Burn asks of a module, for an adapted model: the same trains after every trip, and the record
 //! holds only that.
 
-use std::{collections::BTreeSet, fmt, sync::OnceLock};
+use std::{
+    cell::RefCell,
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    rc::Rc,
+};
 
 use burn::{
     module::{
@@ -16,26 +21,16 @@ use burn::{
 
 use super::{
     Lora,
-    in_full::{self, Values},
     record::{self, LoraRecord, PlacedAdapterRecord},
-    slot::{Held, Slot, SlotLayer},
-    statistics, walk,
 };
 use crate::{
     adapter::LoraAdapter,
-    layer::letter::{self, ADAPTER, TAG},
+    error::LoraError,
+    layer::misfit,
+    traverse::{self, Values, statistics},
 };
 
 impl<B: Backend, M: Module<B>> Lora<B, M> {
-    /// The same with other adapters in the slots, made of those that there are.
-    fn map_slots(self, mut change: impl FnMut(&Slot<B>, LoraAdapter<B>) -> LoraAdapter<B>) -> Self {
-        let slots = self.slots.into_iter().map(|mut slot| {
-            slot.adapter = slot.adapter.take().map(|adapter| change(&slot, adapter));
-            slot
-        });
-        Self { slots: slots.collect(), ..self }
-    }
-
     fn map_originals(
         self,
         mut change: impl FnMut(TensorPrimitive<B>) -> TensorPrimitive<B>,
@@ -44,89 +39,96 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         Self { originals: originals.collect(), ..self }
     }
 
-    /// Maps the model and the adapters in the slots, and leaves what trains as it is.
-    pub(super) fn map_parts(self, mapper: &mut impl ModuleMapper<B>) -> Self {
-        let mut model = Box::new(self.model.map(mapper));
-        let mut slots = Vec::new();
-        for mut slot in self.slots {
-            let names = names(&slot);
-            names.iter().for_each(|(name, container)| mapper.enter_module(name, container));
-            let (module, held) = (Held::Exclusive(&mut *model), Held::Exclusive(&mut slot));
-            letter::answer_change(&mut SlotLayer { module, slot: held });
-            slot.adapter = Module::map(slot.adapter, mapper);
-            names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
-            slots.push(slot);
-        }
-        Self { model, slots, composed: OnceLock::new(), ..self }
+    /// Maps the model, and leaves what trains as it is.
+    pub(super) fn map_model(self, mapper: &mut impl ModuleMapper<B>) -> Self {
+        Self { model: Box::new(self.model.map(mapper)), ..self }
     }
 
     /// Has those parameters train that are marked as such now. Values that will be trained from here
     /// on are remembered as they are.
     fn training_as_marked(mut self) -> Self {
-        if walk::marks_are(&self, &self.trains) {
+        if traverse::marks_are(&self, &self.trains) {
             return self;
         }
-        let marked = walk::params(&self).into_iter().filter(|param| param.requires_grad);
+        let marked = traverse::params(&self).into_iter().filter(|param| param.requires_grad);
         let marked: Vec<_> = marked.collect();
         let is_new = |path: &String| !self.originals.contains_key(path);
         let new = marked.iter().filter(|param| !param.in_adapter && is_new(&param.path));
         let new: Vec<_> = new.collect();
         if !new.is_empty() {
             let paths = new.iter().map(|param| param.path.clone()).collect();
-            self.originals.extend(in_full::values(&*self.model, &paths));
+            self.originals.extend(traverse::values(&*self.model, &paths));
             self.modules.extend(new.iter().map(|param| param.torch_name.clone()));
         }
         self.trains = marked.into_iter().map(|param| param.path).collect();
         self
     }
 
+    /// Takes over what was recorded: [`load_record`](Module::load_record) for records that come from a file.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::InvalidRecord`] if the record is one of another model. If this model has adapters, or
+    /// something that trains in full: unless the record has the same, of the same ranks and scales.
+    pub fn try_load_record(self, record: LoraRecord<B>) -> Result<Self, LoraError> {
+        let adapters = record::adapters(&self);
+        let is_blank = adapters.is_empty() && self.originals.is_empty() && self.trains.is_empty();
+        if !is_blank {
+            record.check(&adapters, &self.trains)?;
+        }
+        self.restored(record)
+    }
+
     /// The same, with an adapter for each of the record's, and these parameters.
-    fn restored(self, record: LoraRecord<B>) -> Self {
+    fn restored(self, record: LoraRecord<B>) -> Result<Self, LoraError> {
+        let described = serde_json::from_str(&record.described).or_else(|error| {
+            record::invalid(format!("the record's description of the adapters is no JSON: {error}"))
+        })?;
         let device = self.devices().first().cloned().unwrap_or_default();
         let parameters = record.parameters.iter().map(|it| it.path.clone());
         let in_full: BTreeSet<_> = parameters.filter(|it| !self.statistics.contains(it)).collect();
-        let mut adapters: Vec<_> = record.adapters;
-        let known = walk::layer_paths::<B, _>(&self);
-        let unknown = adapters.iter().find(|it| !known.contains(&it.path));
+        let known = traverse::layer_paths::<B, _>(&self);
+        let unknown = record.adapters.iter().find(|it| !known.contains(&it.path));
         if let Some(PlacedAdapterRecord { path, .. }) = unknown {
-            panic!("the record has an adapter of `{path}`, and the model no such layer");
+            return record::invalid(format!(
+                "the record has an adapter of `{path}`, and the model no such layer"
+            ));
         }
+        let adapters = record.adapters.into_iter();
+        let mut adapters: BTreeMap<_, _> =
+            adapters.map(|it| (it.path, LoraAdapter::from_record(it.adapter, &device))).collect();
+        let misfits = Rc::new(RefCell::new(Vec::new()));
+        let found = misfits.clone();
         let lora = self.change_layers(move |path, layer| {
-            if let Some(index) = adapters.iter().position(|it| it.path == path) {
-                let adapter = adapters.swap_remove(index).adapter;
-                layer.set_adapter(Some(LoraAdapter::from_record(adapter, &device)));
+            let Some(adapter) = adapters.remove(path) else { return };
+            match misfit(layer, &adapter) {
+                None => layer.set_adapter(Some(adapter)),
+                Some(problem) => found.borrow_mut().push(format!("`{path}`: {problem}")),
             }
         });
+        if let Some(problem) = misfits.take().into_iter().next() {
+            return record::invalid(problem);
+        }
         let mut lora = lora.training(&in_full);
-        lora.model = Box::new(record::load(*lora.model, record.parameters));
+        lora.model = Box::new(record::load(*lora.model, record.parameters)?);
         lora.trains = record.trains.into_iter().collect();
         lora.modules = record.modules;
-        lora.described = serde_json::from_str(&record.described).expect("the record holds JSON");
+        lora.described = described;
         lora.conv1d = record.conv1d.into_iter().collect();
-        lora.refrozen()
+        Ok(lora.refrozen())
     }
-}
-
-/// The names to enter on the way to a slot's adapter, and their containers.
-fn names<B: Backend>(slot: &Slot<B>) -> Vec<(String, &'static str)> {
-    let path = slot.path.split('.').filter(|name| !name.is_empty());
-    path.map(|name| (name.to_owned(), "Struct:Lora")).chain([(ADAPTER.to_owned(), TAG)]).collect()
 }
 
 impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
     type Record = LoraRecord<B>;
 
     fn collect_devices(&self, devices: Devices<B>) -> Devices<B> {
-        let devices = self.model.collect_devices(devices);
-        self.slots.iter().fold(devices, |devices, slot| slot.adapter.collect_devices(devices))
+        self.model.collect_devices(devices)
     }
 
     fn fork(self, device: &B::Device) -> Self {
         let model = Box::new(self.model.fork(device));
-        Self { model, ..self }
-            .map_slots(|_, adapter| adapter.fork(device))
-            .map_originals(|value| moved(value, device))
-            .refrozen()
+        Self { model, ..self }.map_originals(|value| moved(value, device)).refrozen()
     }
 
     fn to_device(self, device: &B::Device) -> Self {
@@ -135,18 +137,10 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
 
     fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
         self.model.visit(visitor);
-        for slot in &self.slots {
-            let names = names(slot);
-            names.iter().for_each(|(name, container)| visitor.enter_module(name, container));
-            let (module, held) = (Held::Shared(&*self.model), Held::Shared(slot));
-            letter::answer_look(&SlotLayer { module, slot: held });
-            slot.adapter.visit(visitor);
-            names.iter().rev().for_each(|(name, container)| visitor.exit_module(name, container));
-        }
     }
 
     fn map<Map: ModuleMapper<B>>(self, mapper: &mut Map) -> Self {
-        let mapped = self.map_parts(mapper);
+        let mapped = self.map_model(mapper);
         // Only where there are gradients do the flags mean anything.
         let autodiff = mapped.devices().first().is_some_and(|device| B::ad_enabled(device));
         if autodiff { mapped.training_as_marked() } else { mapped }
@@ -156,15 +150,9 @@ impl<B: Backend, M: Module<B>> Module<B> for Lora<B, M> {
     ///
     /// # Panics
     ///
-    /// If the record is one of another model. If this model has adapters, or something that trains in
-    /// full: unless the record has the same, of the same ranks and scales.
+    /// Where [`try_load_record`](Lora::try_load_record) returns an error.
     fn load_record(self, record: Self::Record) -> Self {
-        let adapters = record::adapters(&self);
-        let is_blank = adapters.is_empty() && self.originals.is_empty() && self.trains.is_empty();
-        if !is_blank {
-            record.check(&adapters, &self.trains);
-        }
-        self.restored(record)
+        self.try_load_record(record).unwrap_or_else(|error| panic!("{error}"))
     }
 
     fn into_record(self) -> Self::Record {
@@ -200,7 +188,6 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
     type InnerModule = Lora<B::InnerBackend, M::InnerModule>;
 
     fn valid(&self) -> Self::InnerModule {
-        let slots = self.slots.iter().map(|slot| slot.with(slot.adapter.valid()));
         let originals = self.originals.iter().map(|(path, value)| {
             let value = match value.clone() {
                 TensorPrimitive::Float(value) => TensorPrimitive::Float(B::inner(value)),
@@ -210,22 +197,16 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
         });
         Lora {
             model: Box::new(self.model.valid()),
-            slots: slots.collect(),
             trains: self.trains.clone(),
             originals: originals.collect(),
             modules: self.modules.clone(),
             described: self.described.clone(),
             conv1d: self.conv1d.clone(),
             statistics: self.statistics.clone(),
-            composed: OnceLock::new(),
         }
     }
 
     fn from_inner(module: Self::InnerModule) -> Self {
-        let slots = module.slots.into_iter().map(|mut slot| {
-            let adapter = AutodiffModule::from_inner(slot.adapter.take());
-            slot.with(adapter)
-        });
         let originals = module.originals.into_iter().map(|(path, value)| {
             let value = match value {
                 TensorPrimitive::Float(value) => TensorPrimitive::Float(B::from_inner(value)),
@@ -236,14 +217,12 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
         let originals: Values<B> = originals.collect();
         let lora = Self {
             model: Box::new(M::from_inner(*module.model)),
-            slots: slots.collect(),
             trains: module.trains,
             originals,
             modules: module.modules,
             described: module.described,
             conv1d: module.conv1d,
             statistics: module.statistics,
-            composed: OnceLock::new(),
         };
         lora.refrozen()
     }
@@ -259,11 +238,7 @@ where
 
 impl<B: Backend, M: Module<B> + ModuleDisplay> ModuleDisplayDefault for Lora<B, M> {
     fn content(&self, content: Content) -> Option<Content> {
-        let content = content.set_top_level_type("Lora").add("model", &*self.model);
-        let adapted = self.slots.iter().filter_map(|slot| Some((slot, slot.adapter.as_ref()?)));
-        adapted
-            .fold(content, |content, (slot, adapter)| content.add(&slot.path, adapter))
-            .optional()
+        content.set_top_level_type("Lora").add("model", &*self.model).optional()
     }
 
     fn num_params(&self) -> usize {

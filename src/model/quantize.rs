@@ -12,14 +12,14 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::walk;
 use crate::{
-    config::LoraConfig,
+    config::Targets,
     error::{LoraError, Mismatch},
-    layer::{LoraLayer, is_quantized, quantized},
+    layer::{LoraLayer, LoraLayerMut, is_quantized, quantized},
     pattern::Pattern,
     quantized::{Quantization, QuantizedWeight},
     table::{grouped, table},
+    traverse,
 };
 
 /// Which weights of a model are quantized, and how.
@@ -28,7 +28,7 @@ use crate::{
 pub struct QuantizeConfig {
     /// What the weights are rounded to.
     pub quantization: Quantization,
-    /// The layers, as in [`LoraConfig::targets`]. All that can be quantized, if there are no targets.
+    /// The layers, as in [`LoraConfig::targets`](crate::LoraConfig::targets). All that can be quantized, if there are no targets.
     pub targets: Vec<String>,
     /// The layers that are left as they are, even if a target matches them.
     pub excludes: Vec<String>,
@@ -101,22 +101,23 @@ pub(super) fn quantize<B: Backend, M: Module<B>>(
     let report = Rc::new(RefCell::new(Vec::new()));
     let problem = Rc::new(RefCell::new(None));
     let (reported, refused) = (report.clone(), problem.clone());
-    let model = model.map(&mut walk::changer(move |path: &str, layer: &mut dyn LoraLayer<B>| {
-        if !chosen.contains(path) {
-            return;
-        }
-        let weight = layer.weight_matrix();
-        match round(weight, layer, to) {
-            Ok((rounded, change)) => {
-                layer.set_quantized(rounded);
-                reported.borrow_mut().push(QuantizedLayer { path: path.to_owned(), ..change });
+    let model =
+        model.map(&mut traverse::changer(move |path: &str, layer: &mut dyn LoraLayerMut<B>| {
+            if !chosen.contains(path) {
+                return;
             }
-            Err(problem) => {
-                let path = path.to_owned();
-                refused.borrow_mut().get_or_insert(LoraError::NotQuantizable { path, problem });
+            let weight = layer.weight_matrix();
+            match round(weight, layer, to) {
+                Ok((rounded, change)) => {
+                    assert!(layer.set_quantized(rounded), "`{path}` takes a quantized weight");
+                    reported.borrow_mut().push(QuantizedLayer { path: path.to_owned(), ..change });
+                }
+                Err(problem) => {
+                    let path = path.to_owned();
+                    refused.borrow_mut().get_or_insert(LoraError::NotQuantizable { path, problem });
+                }
             }
-        }
-    }));
+        }));
     match problem.take() {
         Some(error) => Err(error),
         None => Ok((model, QuantizationReport { layers: report.take() })),
@@ -165,17 +166,15 @@ fn choose<B: Backend, M: Module<B>>(
     model: &M,
     config: &QuantizeConfig,
 ) -> Result<BTreeSet<String>, LoraError> {
-    let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| Candidate {
+    let layers = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| Candidate {
         path: path.to_owned(),
-        takes: layer.takes_quantized(),
+        takes: layer.capabilities().quantized,
         is_quantized: layer.quantized().is_some(),
     });
     let paths: Vec<_> = layers.iter().filter(|it| it.takes).map(|it| it.path.clone()).collect();
-    // The rank and the scale do not matter.
-    let as_targets = LoraConfig::new(1, 1.0)
-        .with_targets(config.targets.iter().cloned())
-        .with_excludes(config.excludes.iter().cloned());
-    let chosen: BTreeSet<_> = as_targets.choose(&paths)?.into_iter().collect();
+    let targets = Targets::new(&config.targets, &config.excludes, &[])?;
+    targets.require_matches(&paths)?;
+    let chosen: BTreeSet<_> = targets.choose(&paths)?.into_iter().cloned().collect();
     match layers.iter().find(|it| it.is_quantized && chosen.contains(&it.path)) {
         Some(layer) => Err(LoraError::NotQuantizable {
             path: layer.path.clone(),
@@ -187,7 +186,7 @@ fn choose<B: Backend, M: Module<B>>(
 
 /// The model with all weights in full.
 pub(super) fn dequantize<B: Backend, M: Module<B>>(model: M) -> M {
-    model.map(&mut walk::changer(|_: &str, layer: &mut dyn LoraLayer<B>| layer.dequantize()))
+    model.map(&mut traverse::changer(|_: &str, layer: &mut dyn LoraLayerMut<B>| layer.dequantize()))
 }
 
 /// The model with these weights for its layers.
@@ -198,23 +197,24 @@ pub(super) fn with_weights<B: Backend, M: Module<B>>(
     let mismatch = Rc::new(RefCell::new(Mismatch::default()));
     let (found, weights) = (mismatch.clone(), Rc::new(RefCell::new(weights)));
     let left = weights.clone();
-    let model = model.map(&mut walk::changer(move |path: &str, layer: &mut dyn LoraLayer<B>| {
-        let Some(weight) = weights.borrow_mut().remove(path) else { return };
-        let mut mismatch = found.borrow_mut();
-        if !layer.takes_quantized() {
-            mismatch.unexpected.push(path.to_owned());
-            return;
-        }
-        let (expected, shape) =
-            (layer.weight_shape(), quantized::shape(&weight, &layer.weight_layout()));
-        match shape == expected {
-            true => layer.set_quantized(weight),
-            false => {
-                let problem = format!("{path} (expected {expected:?}, found {shape:?})");
-                mismatch.misshapen.push(problem);
+    let model =
+        model.map(&mut traverse::changer(move |path: &str, layer: &mut dyn LoraLayerMut<B>| {
+            let Some(weight) = weights.borrow_mut().remove(path) else { return };
+            let mut mismatch = found.borrow_mut();
+            if !layer.capabilities().quantized {
+                mismatch.unexpected.push(path.to_owned());
+                return;
             }
-        }
-    }));
+            let (expected, shape) =
+                (layer.weight_shape(), quantized::shape(&weight, &layer.weight_layout()));
+            match shape == expected {
+                true => assert!(layer.set_quantized(weight), "`{path}` takes a quantized weight"),
+                false => {
+                    let problem = format!("{path} (expected {expected:?}, found {shape:?})");
+                    mismatch.misshapen.push(problem);
+                }
+            }
+        }));
     let mut mismatch = mismatch.take();
     mismatch.unexpected.extend(left.take().into_keys());
     mismatch.into_result("a quantized base")?;
@@ -227,7 +227,7 @@ pub(super) fn meant<B: Backend, M: Module<B>>(
     patterns: &[Pattern],
     is_adapted: impl Fn(&str) -> bool,
 ) -> Option<String> {
-    let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
+    let layers = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| {
         layer.quantized().is_some().then(|| path.to_owned())
     });
     let weights = layers.into_iter().flatten().filter(|path| !is_adapted(path)).map(weight_path);

@@ -8,11 +8,12 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::walk::{self, Map, Place, Visit};
 use crate::{
     adapter::{LoraAdapter, LoraAdapterRecord},
-    error::some_of,
+    burn_faults::unshared,
+    error::{LoraError, some_of},
     layer::LoraLayer,
+    traverse::{self, Map, Place, Visit},
 };
 
 /// What a record keeps of a [`Lora`](crate::Lora).
@@ -52,25 +53,18 @@ pub struct ParameterRecord<B: Backend> {
 
 /// The adapters in the model, by the paths of their layers.
 pub(crate) fn adapters<B: Backend, M: Module<B>>(model: &M) -> Vec<(String, LoraAdapter<B>)> {
-    let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
+    let layers = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| {
         Some((path.to_owned(), layer.adapter()?.clone()))
     });
     layers.into_iter().flatten().collect()
 }
 
 /// The record in memory of its own. burn-train reads a checkpoint on another thread, while the training
-/// goes on. On GPUs, Burn 0.21 may change memory in place that another thread is about to read.
+/// goes on.
 pub(super) fn unshared_adapter<B: Backend>(record: LoraAdapterRecord<B>) -> LoraAdapterRecord<B> {
     let LoraAdapterRecord { a, b, bias, magnitude, .. } = record;
     let (bias, magnitude) = (bias.map(unshared), magnitude.map(unshared));
     LoraAdapterRecord { a: unshared(a), b: unshared(b), bias, magnitude, ..record }
-}
-
-fn unshared<B: Backend, const D: usize>(param: Param<Tensor<B, D>>) -> Param<Tensor<B, D>> {
-    let (id, value, mapper) = param.consume();
-    let options = (&value.device(), value.dtype());
-    let value = Tensor::from_data(value.to_data(), options);
-    Param::from_mapped_value(id, value, mapper)
 }
 
 /// The parameters at `paths`.
@@ -90,18 +84,21 @@ pub(super) fn save<B: Backend, M: Module<B>>(
         }
     }
     let mut saver = Saver(paths, vec![]);
-    walk::visit(model, &mut saver);
+    traverse::visit(model, &mut saver);
     saver.1
 }
 
-/// The model with the recorded values and ids, frozen or not as it was.
-///
-/// # Panics
-///
-/// If the model lacks one of the parameters, or has it in another size.
-pub(super) fn load<B: Backend, M: Module<B>>(model: M, records: Vec<ParameterRecord<B>>) -> M {
-    /// Those that still have to find their place.
-    struct Loader<B: Backend>(BTreeMap<String, Param<Tensor<B, 1>>>);
+/// The model with the recorded values and ids, frozen or not as it was. Fails if it lacks one of the parameters, or
+/// has it in another size.
+pub(super) fn load<B: Backend, M: Module<B>>(
+    model: M,
+    records: Vec<ParameterRecord<B>>,
+) -> Result<M, LoraError> {
+    struct Loader<B: Backend> {
+        /// Those that still have to find their place.
+        values: BTreeMap<String, Param<Tensor<B, 1>>>,
+        problem: Option<String>,
+    }
     impl<B: Backend> Map<B> for Loader<B> {
         fn param<const D: usize>(
             &mut self,
@@ -109,35 +106,45 @@ pub(super) fn load<B: Backend, M: Module<B>>(model: M, records: Vec<ParameterRec
             param: Param<Tensor<B, D>>,
         ) -> Param<Tensor<B, D>> {
             let path = place.path();
-            let Some(values) = self.0.remove(path) else { return param };
+            let Some(values) = self.values.remove(path) else { return param };
+            let (expected, found) = (param.shape().num_elements(), values.shape().num_elements());
+            if expected != found {
+                self.problem.get_or_insert(format!(
+                    "the record has {found} elements for `{path}`, and the model {expected}"
+                ));
+                return param;
+            }
             let (_, current, mapper) = param.consume();
-            let (expected, found) = (current.shape().num_elements(), values.shape().num_elements());
-            assert!(
-                expected == found,
-                "the record has {found} elements for `{path}`, and the model {expected}"
-            );
             let value = values.val().to_device(&current.device()).reshape(current.dims());
             let value = value.detach().set_require_grad(current.is_require_grad());
             Param::from_mapped_value(values.id, value, mapper)
         }
     }
     if records.is_empty() {
-        return model;
+        return Ok(model);
     }
-    let mut loader = Loader(records.into_iter().map(|it| (it.path, it.values)).collect());
-    let model = walk::map(model, &mut loader);
-    assert!(
-        loader.0.is_empty(),
-        "the record has parameters that the model does not have: {:?}",
-        loader.0.into_keys(),
-    );
-    model
+    let values = records.into_iter().map(|it| (it.path, it.values)).collect();
+    let mut loader = Loader { values, problem: None };
+    let model = traverse::map(model, &mut loader);
+    if let Some(problem) = loader.problem {
+        return invalid(problem);
+    }
+    if !loader.values.is_empty() {
+        let unknown: Vec<_> = loader.values.into_keys().collect();
+        return invalid(format!(
+            "the record has parameters that the model does not have: {unknown:?}"
+        ));
+    }
+    Ok(model)
 }
 
 impl<B: Backend> LoraRecord<B> {
     /// Fails unless the record is one of a model with these adapters in which the same trains.
-    #[track_caller]
-    pub(super) fn check(&self, adapters: &[(String, LoraAdapter<B>)], trains: &BTreeSet<String>) {
+    pub(super) fn check(
+        &self,
+        adapters: &[(String, LoraAdapter<B>)],
+        trains: &BTreeSet<String>,
+    ) -> Result<(), LoraError> {
         let shape = |rank: usize, scale: f64| format!("rank {rank} and scale {scale}");
         let here: BTreeMap<_, _> =
             adapters.iter().map(|(path, it)| (path, shape(it.rank(), it.scale()))).collect();
@@ -153,18 +160,25 @@ impl<B: Backend> LoraRecord<B> {
             (here != there).then(|| format!("`{path}` has {here}, and {there} in the record"))
         });
         let differ: Vec<_> = differ.collect();
-        assert!(
-            differ.is_empty(),
-            "the record is one of other adapters, so that it cannot be loaded: {}",
-            some_of(&differ),
-        );
+        if !differ.is_empty() {
+            let differ = some_of(&differ);
+            return invalid(format!(
+                "the record is one of other adapters, so that it cannot be loaded: {differ}"
+            ));
+        }
         let recorded: BTreeSet<_> = self.trains.iter().cloned().collect();
         let differ = trains.symmetric_difference(&recorded).map(|path| format!("`{path}`"));
         let differ: Vec<_> = differ.collect();
-        assert!(
-            differ.is_empty(),
-            "the model and the record disagree on whether these train: {}",
-            some_of(&differ),
-        );
+        if !differ.is_empty() {
+            let differ = some_of(&differ);
+            return invalid(format!(
+                "the model and the record disagree on whether these train: {differ}"
+            ));
+        }
+        Ok(())
     }
+}
+
+pub(super) fn invalid<T>(problem: String) -> Result<T, LoraError> {
+    Err(LoraError::InvalidRecord { problem })
 }

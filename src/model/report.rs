@@ -4,10 +4,10 @@ use std::{collections::BTreeMap, fmt};
 
 use burn::{module::Module, tensor::backend::Backend};
 
-use super::walk::{self, Seen};
 use crate::{
     layer::LoraLayer,
     table::{grouped, table},
+    traverse::{self, Seen},
 };
 
 /// What trains in a model, and how much of it that is.
@@ -51,7 +51,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
     model: &M,
     trains: impl Fn(&Seen) -> bool,
 ) -> ParameterReport {
-    let layers = walk::layers(model, |path, layer: &dyn LoraLayer<B>| {
+    let layers = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| {
         let adapter = layer.adapter().map(|it| (it.rank(), it.scale()));
         let bytes = layer.quantized().map(|it| it.num_bytes());
         (path.to_owned(), layer.weight_shape(), adapter, bytes)
@@ -81,7 +81,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
         rows[place].total += total;
         rows[place].quantized_bytes += bytes;
     };
-    for param in walk::params(model).iter().filter(|it| !it.is_statistic) {
+    for param in traverse::params(model).iter().filter(|it| !it.is_statistic) {
         let size = param.num_elements;
         let trainable = if trains(param) { size } else { 0 };
         count(owner(param), trainable, if param.in_adapter { 0 } else { size }, 0);

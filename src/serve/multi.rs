@@ -10,7 +10,9 @@ use burn::{
 use crate::{
     adapters::LoraAdapters,
     error::LoraError,
-    model::{ByPath, LoraModule, adapters_of, draw, mixed},
+    layer::LoraLayer,
+    model::{ByPath, LoraModule, adapters_of, mixed},
+    traverse::{draw, layers},
 };
 
 /// One base and many sets of adapters, by name, for batches in which each sample uses one of them.
@@ -78,7 +80,7 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     ///
     /// As for [`LoraModule::switch`], and [`LoraError::NotMixable`] if the set has parameters that were trained
     /// in full, such as a new head, which the samples of a batch share, or [DoRA](crate::LoraConfig::dora)'s
-    /// magnitudes.
+    /// magnitudes, or if an adapter is for a stock module in an [`Overlay`](crate::overlay::Overlay).
     pub fn insert(
         &mut self,
         name: impl Into<String>,
@@ -99,6 +101,16 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
             return Err(LoraError::NotMixable { what: format!("`{path}` of `{name}`"), problem });
         }
         let adapted = self.base.switch(set)?;
+        let shared = layers(&adapted, |path, layer: &dyn LoraLayer<B>| {
+            let takes = layer.adapter().is_none() || layer.capabilities().mixed;
+            (!takes).then(|| path.to_owned())
+        });
+        if let Some(path) = shared.into_iter().flatten().next() {
+            let problem = "it is for a stock module in an overlay, whose weight all samples of a batch share: use \
+                           this crate's layers"
+                .to_owned();
+            return Err(LoraError::NotMixable { what: format!("`{path}` of `{name}`"), problem });
+        }
         self.sets.insert(name, Arc::new(adapters_of(&adapted).into_iter().collect()));
         Ok(())
     }

@@ -5,11 +5,13 @@ use std::collections::BTreeSet;
 use burn::{
     module::{AutodiffModule, Param},
     optim::{GradientsParams, LearningRate, MultiGradientsParams, Optimizer},
-    record::{DoublePrecisionSettings, Record},
     tensor::{Tensor, backend::AutodiffBackend},
 };
 
-use crate::model::{Place, Visit, visit};
+use crate::{
+    burn_faults::unshared_record,
+    traverse::{Place, Visit, visit},
+};
 
 /// An optimizer with a higher learning rate for B than for A: LoRA+
 /// ([Hayou et al. 2024](https://arxiv.org/abs/2402.12354)).
@@ -81,15 +83,10 @@ where
     }
 
     /// The states in memory of their own. burn-train reads a checkpoint on another thread, while the
-    /// training goes on. On GPUs, Burn 0.21 may change memory in place that another thread is about to
-    /// read.
+    /// training goes on. Steps move the state to the device of the parameters.
     fn to_record(&self) -> Self::Record {
-        let unshared = |record: O::Record| {
-            // Steps move the state to the device of the parameters.
-            let device = B::Device::default();
-            Record::<B>::from_item::<DoublePrecisionSettings>(record.into_item(), &device)
-        };
-        (unshared(self.fast.to_record()), unshared(self.slow.to_record()))
+        let (fast, slow) = (self.fast.to_record(), self.slow.to_record());
+        (unshared_record::<B, _>(fast), unshared_record::<B, _>(slow))
     }
 
     fn load_record(self, (fast, slow): Self::Record) -> Self {

@@ -10,7 +10,7 @@ use burn::{
 };
 
 use super::Backward;
-use crate::model::Lora;
+use crate::{model::Lora, overlay::Overlay};
 
 /// A model that computes block by block, for [`segments`]. Implement it for all backends. `I` is what a step
 /// reads, such as a number of texts, and `D` the number of dimensions of what goes from block to block.
@@ -57,11 +57,44 @@ where
     type Context = M::Context;
 
     fn blocks(&self) -> usize {
-        self.module().blocks()
+        (**self).blocks()
     }
 
     fn context(&self, input: &I, device: &B::Device) -> Self::Context {
-        self.module().context(input, device)
+        (**self).context(input, device)
+    }
+
+    fn begin(&self, context: &Self::Context) -> Tensor<B, D> {
+        self.with_fixed_statistics(|model| model.begin(context))
+    }
+
+    fn block(&self, index: usize, x: Tensor<B, D>, context: &Self::Context) -> Tensor<B, D> {
+        self.with_fixed_statistics(|model| model.block(index, x, context))
+    }
+
+    fn parts(&self, context: &Self::Context) -> usize {
+        (**self).parts(context)
+    }
+
+    fn loss(&self, part: usize, x: Tensor<B, D>, context: &Self::Context) -> Tensor<B, 1> {
+        self.with_fixed_statistics(|model| model.loss(part, x, context))
+    }
+}
+
+impl<B, M, I, const D: usize> Blocks<B, D, I> for Overlay<B, M>
+where
+    B: Backend,
+    M: Module<B> + Blocks<B, D, I>,
+    I: ?Sized,
+{
+    type Context = M::Context;
+
+    fn blocks(&self) -> usize {
+        self.model().blocks()
+    }
+
+    fn context(&self, input: &I, device: &B::Device) -> Self::Context {
+        self.model().context(input, device)
     }
 
     fn begin(&self, context: &Self::Context) -> Tensor<B, D> {
@@ -73,7 +106,7 @@ where
     }
 
     fn parts(&self, context: &Self::Context) -> usize {
-        self.module().parts(context)
+        self.model().parts(context)
     }
 
     fn loss(&self, part: usize, x: Tensor<B, D>, context: &Self::Context) -> Tensor<B, 1> {

@@ -169,14 +169,21 @@ fn sets_that_cannot_be_combined_are_refused() {
     let (one, two) = (set(3, 2.0, 1), set(2, 2.0, 2));
     let refused = |parts: &[(&LoraAdapters<Plain>, f64)], how, message: &str| {
         let error = LoraAdapters::combine(parts, how).unwrap_err();
-        assert!(matches!(error, LoraError::Incompatible { .. }));
+        assert!(matches!(
+            error,
+            LoraError::Incompatible { .. } | LoraError::InvalidArgument { .. }
+        ));
         assert!(error.to_string().contains(message), "{error}");
     };
     let both = [(&one, 1.0), (&two, 1.0)];
     refused(&both, Combination::Linear, "`blocks.0`: ranks differ: (3, 2)");
-    refused(&both, Combination::Ties { density: 0.0 }, "`density`: it is 0");
-    refused(&both, Combination::Dare { density: f64::NAN, seed: 0 }, "`density`: it is NaN");
-    refused(&[(&one, f64::INFINITY)], Combination::Concatenate, "inf is not finite");
+    refused(&both, Combination::Ties { density: 0.0 }, "invalid argument: `density` is 0");
+    refused(&both, Combination::Dare { density: f64::NAN, seed: 0 }, "`density` is NaN");
+    refused(
+        &[(&one, f64::INFINITY)],
+        Combination::Concatenate,
+        "`weights` has inf, which is not finite",
+    );
     let other = LoraAdapters::new([("head", one.get("blocks.0").unwrap().clone())]);
     let shapes = "`head`: shapes differ: ([7, 3], [6, 8])";
     refused(&[(&one, 1.0), (&other, 1.0)], Combination::Concatenate, shapes);
@@ -323,4 +330,14 @@ fn extraction_is_good_beyond_the_directions_that_it_tries() {
     let best = values.iter().take(4).sum::<f64>() / values.iter().sum::<f64>();
     let kept = extracted.kept[""];
     assert!(kept <= best + 1e-6 && kept > 0.99 * best, "kept {kept}, and the best is {best}");
+}
+
+#[test]
+fn a_tuned_model_that_diverged_has_no_extract() {
+    let base = Mlp::<Plain>::new(&device::<Plain>());
+    let mut tuned = base.clone();
+    let head = &mut tuned.head.base.weight;
+    *head = head.clone().map(|weight| weight / 0.0);
+    let error = base.extract(&tuned, &LoraConfig::new(2, 1.0)).unwrap_err();
+    assert!(matches!(&error, LoraError::Unusable { path, .. } if path == "head"), "{error}");
 }

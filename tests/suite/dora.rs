@@ -368,7 +368,8 @@ fn an_overlay_computes_what_the_layer_does() {
         y,
         layer_with(&layer, set.get("").unwrap()).forward(x.clone()),
     );
-    assert_close(overlay.merge().unwrap().weight.val(), &dora.weight(), 1e-6);
+    let merged: Linear<_> = overlay.merge().unwrap();
+    assert_close(merged.weight.val(), &dora.weight(), 1e-6);
 }
 
 fn layer_with(layer: &LoraLinear<Train>, adapter: &LoraAdapter<Train>) -> LoraLinear<Train> {

@@ -21,6 +21,7 @@ use burn_lora::{
         LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraMhaInput,
         LoraMultiHeadAttention,
     },
+    overlay::Overlay,
     quantize::Quantization,
 };
 use burn_store::{ModuleSnapshot, SafetensorsStore};
@@ -95,7 +96,7 @@ struct Zoo<B: Backend> {
     line: LoraConv1d<B>,
     square: LoraConv2d<B>,
     up: LoraConvTranspose2d<B>,
-    overlay: Lora<B, Gru<B>>,
+    overlay: Lora<B, Overlay<B, Gru<B>>>,
 }
 
 struct Zoos;

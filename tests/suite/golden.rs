@@ -1,4 +1,5 @@
-//! Files that the first version wrote are still read, to the same bits. `tests/golden/make.rs` wrote them.
+//! Files that the first version wrote are still read, to the same bits. `tests/golden/make.rs` wrote them. The tests
+//! of the overlay have its records.
 
 use std::{
     collections::BTreeMap,
@@ -10,8 +11,8 @@ use burn::{
     config::Config,
     module::{AutodiffModule, Module, ModuleVisitor, Param},
     nn::{
-        Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig,
-        PaddingConfig2d, attention::MultiHeadAttentionConfig, conv::Conv2dConfig,
+        EmbeddingConfig, LayerNorm, LayerNormConfig, LinearConfig, PaddingConfig2d,
+        attention::MultiHeadAttentionConfig, conv::Conv2dConfig,
     },
     optim::{AdamWConfig, GradientsParams, Optimizer},
     record::{
@@ -21,7 +22,7 @@ use burn::{
     tensor::{Int, Tensor, TensorData, activation::relu, backend::Backend},
 };
 use burn_lora::{
-    Init, Lora, LoraConfig, LoraAdapters, LoraLinear, LoraModule,
+    Init, Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule,
     nn::{LoraConv2d, LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention},
     train::{AtomicRecorder, LoraPlus},
 };
@@ -65,22 +66,6 @@ impl<B: Backend> Net<B> {
         let image: Vec<f32> = (0..32).map(|it| (it as f32 * 0.7).sin()).collect();
         let image = Tensor::<B, 4>::from_data(TensorData::new(image, [1, 2, 4, 4]), &device);
         Tensor::cat(vec![y, self.conv.forward(image).flatten(0, 3)], 0)
-    }
-}
-
-#[derive(Module, Debug)]
-struct Stock<B: Backend> {
-    table: Embedding<B>,
-    blocks: Vec<Linear<B>>,
-}
-
-impl<B: Backend> Stock<B> {
-    fn new(device: &B::Device) -> Self {
-        let linear = |(d_input, d_output)| LinearConfig::new(d_input, d_output).init(device);
-        Self {
-            table: EmbeddingConfig::new(5, 6).init(device),
-            blocks: [(6, 8), (8, 3)].map(linear).into(),
-        }
     }
 }
 
@@ -227,20 +212,4 @@ fn quantized_bases() {
             }
         }
     }
-}
-
-#[test]
-fn records_of_overlays() {
-    let into = || Lora::overlay(Stock::<Train>::new(&device::<Train>()));
-    // Only what trains is in the record; the weights below are those of the file.
-    let model = loaded(into(), &Mpk::default(), "overlay").valid();
-    let again = loaded(into(), &Bin::default(), "overlay").valid();
-    let expected = expected("overlay");
-    for (path, values) in values(&model).into_iter().chain(values(&again)) {
-        if path.contains("adapter") {
-            assert_eq!(values, expected[&path], "{path}");
-        }
-    }
-    let adapters = model.adapters().iter().count();
-    assert_eq!(adapters, 3);
 }

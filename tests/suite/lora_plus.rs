@@ -13,7 +13,8 @@ use burn::{
     },
 };
 use burn_lora::{
-    Init, Lora, LoraConfig, LoraLinear, LoraModule, nn::LoraEmbedding, train::LoraPlus,
+    Init, Lora, LoraConfig, LoraLinear, LoraModule, nn::LoraEmbedding, overlay::Overlay,
+    train::LoraPlus,
 };
 
 use crate::{
@@ -181,15 +182,15 @@ fn the_overlay_is_split_as_the_layers_are() {
     };
     let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
     let model = Lora::overlay(stock).attach(&config).unwrap();
-    let loss = |model: &Lora<Train, Stock<Train>>| {
+    let loss = |model: &Lora<Train, Overlay<Train, Stock<Train>>>| {
         let ids = Tensor::<Train, 2, Int>::from_ints([[1, 3, 0]], &Default::default());
         model.with_adapters(|it| it.fc.forward(it.table.forward(ids))).square().mean()
     };
     let grads = || GradientsParams::from_grads(loss(&model).backward(), &model);
-    let sgd = SgdConfig::new().init::<Train, Lora<Train, Stock<Train>>>();
+    let sgd = SgdConfig::new().init::<Train, Lora<Train, Overlay<Train, Stock<Train>>>>();
     let plain = sgd.clone().step(0.1, model.clone(), grads());
     let plus = LoraPlus::new(sgd, 5.0).step(0.1, model.clone(), grads());
-    let moves = |after: &Lora<Train, Stock<Train>>| {
+    let moves = |after: &Lora<Train, Overlay<Train, Stock<Train>>>| {
         let after = after.adapters();
         let before = model.adapters();
         let moved = |path: &str, b: bool| {

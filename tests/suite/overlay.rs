@@ -1,5 +1,6 @@
 //! The overlay on stock modules: its outputs, the gradients of its adapters, and the unchanged base.
 
+mod golden;
 mod own;
 
 use std::collections::BTreeMap;

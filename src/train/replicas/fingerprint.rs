@@ -10,7 +10,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     layer::LoraLayer,
-    model::{Place, Visit, layers, visit},
+    traverse::{Place, Visit, layers, visit},
 };
 
 /// A model as lines of text, for [`agree`](super::Replicas::agree): the rank and the scale of each adapter, and

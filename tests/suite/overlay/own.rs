@@ -7,13 +7,18 @@ use burn::{
     module::{AutodiffModule, Module, Param},
     nn::{
         BatchNorm, BatchNormConfig, Embedding, EmbeddingConfig, Linear, LinearConfig,
-        conv::Conv2dConfig,
+        conv::{Conv2d, Conv2dConfig},
     },
     optim::{AdamWConfig, GradientsParams, Optimizer},
     record::{FullPrecisionSettings, NamedMpkBytesRecorder, Recorder},
     tensor::{Int, Tensor, backend::Backend},
 };
-use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule};
+use burn_lora::{
+    Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule,
+    overlay::Overlay,
+    quantize::{Quantization, QuantizeConfig},
+    serve::MultiLora,
+};
 
 use super::{config, input, values};
 use crate::{
@@ -64,11 +69,15 @@ fn statistics(own: &Own<Train>) -> Vec<u32> {
 }
 
 /// Trains for some steps.
-fn train<M>(mut model: Lora<Train, M>, pass: impl Fn(&M) -> Tensor<Train, 2>) -> Lora<Train, M>
+fn train<M>(
+    mut model: Lora<Train, Overlay<Train, M>>,
+    pass: impl Fn(&M) -> Tensor<Train, 2>,
+) -> Lora<Train, Overlay<Train, M>>
 where
     M: AutodiffModule<Train>,
 {
-    let mut optimizer = AdamWConfig::new().with_weight_decay(0.5).init::<Train, Lora<Train, M>>();
+    let mut optimizer =
+        AdamWConfig::new().with_weight_decay(0.5).init::<Train, Lora<Train, Overlay<Train, M>>>();
     for _ in 0..5 {
         let grads = model.with_adapters(&pass).sin().sum().backward();
         let grads = GradientsParams::from_grads(grads, &model);
@@ -95,7 +104,8 @@ fn a_module_of_ones_own_with_running_statistics() {
     assert_eq!(statistics(&own), before, "the statistics moved");
     assert_eq!(statistics(&model.detach()), before);
     assert_identical(own.valid().forward(ids()), evaluated.clone());
-    assert_identical(model.detach().valid().forward(ids()), evaluated);
+    let base: Own<Train> = model.detach();
+    assert_identical(base.valid().forward(ids()), evaluated);
 }
 
 #[test]
@@ -119,7 +129,7 @@ fn running_statistics_stay_without_dense_adapters_too() {
     let own = Own::<Train>::new();
     let before = statistics(&own);
     let model = Lora::new(own.clone());
-    let _ = model.with_adapters(|own| own.forward(ids()));
+    let _ = model.with_fixed_statistics(|own| own.forward(ids()));
     assert_eq!(statistics(&own), before);
     // A forward pass of the model itself changes them, as in Burn.
     for _ in 0..2 {
@@ -134,9 +144,10 @@ fn records_hold_what_trains_and_nothing_else() {
     let config = config().with_targets(["table", "mixer"]).with_modules_to_save(["head"]);
     let model = Lora::overlay(own.clone()).attach(&config).unwrap();
     let model = train(model, |own| own.forward(ids()));
-    assert_ne!(bits(model.clone().into_inner().head.weight.val()), bits(own.head.weight.val()));
-    assert_identical(model.detach().mixer.val(), own.mixer.val());
-    assert_identical(model.detach().head.weight.val(), own.head.weight.val());
+    assert_ne!(bits(model.model().head.weight.val()), bits(own.head.weight.val()));
+    let base: Own<Train> = model.detach();
+    assert_identical(base.mixer.val(), own.mixer.val());
+    assert_identical(base.head.weight.val(), own.head.weight.val());
 
     let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
     let record = model.clone().into_record();
@@ -147,11 +158,13 @@ fn records_hold_what_trains_and_nothing_else() {
     let bytes = recorder.record(record, ()).unwrap();
     let load = || recorder.load(bytes.clone(), &device::<Train>()).unwrap();
     let restored = Lora::overlay(own.clone()).load_record(load());
-    let y = |model: &Lora<Train, Own<Train>>| model.valid().with_adapters(|own| own.forward(ids()));
+    let y = |model: &Lora<Train, Overlay<Train, Own<Train>>>| {
+        model.valid().with_adapters(|own| own.forward(ids()))
+    };
     assert_identical(y(&restored), y(&model));
     // Further training gives the same as with the original.
     assert_eq!(restored.parameters().trainable, model.parameters().trainable);
-    let ids_of = |model: &Lora<Train, Own<Train>>| {
+    let ids_of = |model: &Lora<Train, Overlay<Train, Own<Train>>>| {
         let record = model.clone().into_record();
         (record.parameters[2].values.id, record.adapters[0].adapter.a.id)
     };
@@ -165,6 +178,47 @@ fn a_record_of_other_adapters_is_refused_by_layer() {
     let model = |config| Lora::overlay(own.clone()).attach(&config).unwrap();
     let record = model(config().with_targets(["table", "mixer"])).into_record();
     model(LoraConfig::new(1, 1.0).with_targets(["mixer"])).load_record(record);
+}
+
+#[test]
+fn a_record_that_does_not_fit_is_an_error_when_it_is_tried() {
+    let own = Own::<Train>::new();
+    let record = || {
+        let config = config().with_modules_to_save(["head"]).with_targets(["mixer"]);
+        Lora::overlay(own.clone()).attach(&config).unwrap().into_record()
+    };
+    let blank = || Lora::overlay(own.clone());
+    assert_eq!(blank().try_load_record(record()).unwrap().adapters().len(), 1);
+    let refused = |model: Lora<Train, Overlay<Train, Own<Train>>>, record, message: &str| {
+        let error = model.try_load_record(record).unwrap_err();
+        assert!(
+            matches!(&error, LoraError::InvalidRecord { problem } if problem.contains(message)),
+            "{error}"
+        );
+    };
+    let other = LoraConfig::new(1, 1.0).with_targets(["mixer"]);
+    let other = Lora::overlay(own.clone()).attach(&other).unwrap();
+    refused(
+        other,
+        record(),
+        "`mixer` has rank 1 and scale 1, and rank 2 and scale 0.7 in the record",
+    );
+
+    let mut broken = record();
+    broken.adapters[0].adapter.b = Param::from_tensor(Tensor::zeros([2, 5], &device::<Train>()));
+    refused(blank(), broken, "`mixer`: the adapter must fit the weight: expected [4, 6]");
+    let mut broken = record();
+    broken.adapters[0].adapter.a = Param::from_tensor(Tensor::zeros([4, 3], &device::<Train>()));
+    refused(blank(), broken, "`mixer`: the factors must have one rank");
+    let mut broken = record();
+    broken.parameters[2].values = Param::from_tensor(Tensor::zeros([4], &device::<Train>()));
+    refused(blank(), broken, "the record has 4 elements for `head.weight`, and the model 18");
+    let mut broken = record();
+    broken.parameters[2].path = "tail.weight".to_owned();
+    refused(blank(), broken, "parameters that the model does not have: [\"tail.weight\"]");
+    let mut broken = record();
+    broken.described = "{".to_owned();
+    refused(blank(), broken, "no JSON");
 }
 
 #[test]
@@ -202,7 +256,8 @@ fn adapters_go_from_the_overlay_to_layers_and_back() {
     let expected = Matrix { rows: 4, cols: 3, data: expected };
     let back = overlay.switch(&adapted.adapters()).unwrap();
     assert_close(back.with_adapters(|it| it.forward(x())), &expected, 1e-5);
-    assert_close(back.merge().unwrap().forward(x()), &expected, 1e-5);
+    let merged: PlainMlp<Plain> = back.merge().unwrap();
+    assert_close(merged.forward(x()), &expected, 1e-5);
 }
 
 #[test]
@@ -213,7 +268,8 @@ fn a_bias_needs_one_to_be_added_to() {
     assert!(matches!(error, LoraError::InvalidConfig { field: "bias", .. }), "{error}");
     let config = config().with_bias(true).with_targets(["blocks.*"]);
     let adapted = overlay.attach(&config).unwrap();
-    let layers = Mlp::from(overlay.detach()).switch(&adapted.adapters()).unwrap();
+    let layers =
+        Mlp::from(overlay.detach::<PlainMlp<Plain>>()).switch(&adapted.adapters()).unwrap();
     let mut layers = layers.into_inner();
     for block in layers.blocks.iter_mut() {
         let mut adapter = block.adapter().unwrap().clone();
@@ -227,7 +283,8 @@ fn a_bias_needs_one_to_be_added_to() {
     let layers = Lora::new(layers);
     let overlay = overlay.switch(&layers.adapters()).unwrap();
     assert_close(overlay.with_adapters(|it| it.forward(x())), &expected, 1e-5);
-    assert_close(overlay.merge().unwrap().forward(x()), &expected, 1e-5);
+    let merged: PlainMlp<Plain> = overlay.merge().unwrap();
+    assert_close(merged.forward(x()), &expected, 1e-5);
 }
 
 #[test]
@@ -242,7 +299,8 @@ fn extracted_from_a_tuned_module() {
     let device = device::<Plain>();
     let base = Conv2dConfig::new([2, 5], [2, 3]).with_bias(false).init::<Plain>(&device);
     let _ = base.weight.val();
-    let tuned = Lora::overlay(base.clone()).attach(&config()).unwrap().merge().unwrap();
+    let tuned = Lora::overlay(base.clone()).attach(&config()).unwrap();
+    let tuned: Conv2d<Plain> = tuned.merge().unwrap();
     let x = || input::<Plain, 4>([1, 2, 4, 4]);
     let expected = values(tuned.forward(x()));
     let expected = Matrix { rows: 1, cols: expected.len(), data: expected };
@@ -256,7 +314,7 @@ fn extracted_from_a_tuned_module() {
 /// An overlay among other layers of a model.
 #[derive(Module, Debug)]
 struct Mixed<B: Backend> {
-    body: Lora<B, PlainMlp<B>>,
+    body: Overlay<B, PlainMlp<B>>,
     head: LoraLinear<B>,
 }
 
@@ -264,7 +322,7 @@ struct Mixed<B: Backend> {
 fn as_the_field_of_a_model() {
     let device = device::<Train>();
     let model = Mixed::<Train> {
-        body: Lora::overlay(PlainMlp::new(&device)),
+        body: Overlay::new(PlainMlp::new(&device)),
         head: LinearConfig::new(3, 2).init(&device).into(),
     };
     let config = config().with_targets(["body.blocks.*", "head"]);
@@ -284,4 +342,52 @@ fn as_the_field_of_a_model() {
     assert_close(forward(&merged), &Matrix { rows: 4, cols: 2, data: expected }, 1e-5);
     assert_eq!(merged.body.into_inner().blocks.len(), 2);
     assert!(model.to_string().contains("Lora"));
+}
+
+#[test]
+fn as_a_record_of_its_own() {
+    let device = device::<Plain>();
+    let overlay = Overlay::new(PlainMlp::<Plain>::new(&device)).attach(&config()).unwrap();
+    let x = input::<Plain, 2>([4, 6]);
+    let y = overlay.with_adapters(|it| it.forward(x.clone()));
+    let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
+    let bytes = recorder.record(overlay.into_inner().into_record(), ()).unwrap();
+    // The record has the base, too, as that of a layer with an adapter.
+    let other = Overlay::new(PlainMlp::<Plain>::new(&device));
+    let restored = other.load_record(recorder.load(bytes, &device).unwrap());
+    assert_identical(restored.with_adapters(|it| it.forward(x)), y);
+}
+
+#[test]
+fn what_is_attached_to_an_adapted_model_stays_one_model() {
+    let device = device::<Plain>();
+    let base = Mlp::from(PlainMlp::<Plain>::new(&device));
+    let x = || input::<Plain, 2>([16, 6]);
+    let first = base.attach(&config().with_targets(["blocks.0"])).unwrap();
+    let kept = bits(first.blocks[0].adapter().unwrap().a.val());
+    let fresh = LoraConfig::new(2, 0.7).with_targets(["head"]);
+
+    let eva: Lora<Plain, Mlp<Plain>> =
+        first.attach_eva(&fresh, 1.0, |model| drop(model.forward(x()))).unwrap();
+    assert_eq!(eva.adapters().len(), 2);
+    assert_eq!(bits(eva.blocks[0].adapter().unwrap().a.val()), kept);
+
+    let loftq: Lora<Plain, Mlp<Plain>> = first
+        .attach_loftq(
+            QuantizeConfig::from(Quantization::Int8).with_targets(["blocks.0", "head"]),
+            &fresh,
+            2,
+        )
+        .unwrap();
+    assert_eq!(loftq.adapters().len(), 2);
+    assert_eq!(bits(loftq.blocks[0].adapter().unwrap().a.val()), kept);
+    assert!(loftq.head.quantized().is_some() && loftq.blocks[0].quantized().is_some());
+}
+
+#[test]
+fn stock_modules_are_no_part_of_a_mixed_batch() {
+    let base = Overlay::new(PlainMlp::<Plain>::new(&device::<Plain>()));
+    let set = base.attach(&config()).unwrap().adapters();
+    let error = MultiLora::new(base).unwrap().insert("one", &set).unwrap_err();
+    assert!(matches!(error, LoraError::NotMixable { .. }), "{error}");
 }

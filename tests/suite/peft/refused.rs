@@ -240,7 +240,7 @@ fn magnitudes_are_there_if_the_configuration_says_so() {
     for field in ["lora_bias", "ensure_weight_tying"] {
         let mut both = config.clone();
         both[field] = json!(true);
-        let message = format!("`use_dora` is not supported together with `{field}`");
+        let message = format!("`use_dora` is not supported: it is set together with `{field}`");
         assert_refused(&serde_json::to_vec(&both).unwrap(), &dora, &message);
     }
     config["target_modules"] = json!(["fc1", "fc2"]);

@@ -8,17 +8,17 @@ use std::{
 
 use burn::{module::Module, tensor::backend::Backend};
 
-use super::in_full::{self, Values};
+use super::{Values, restore, values};
 
 /// Has the running statistics take in what the last passes left for them.
-pub(super) fn sync<B: Backend, M: Module<B>>(model: &M) {
+pub(crate) fn sync<B: Backend, M: Module<B>>(model: &M) {
     // Burn does so, for all clones at once, when it makes a record.
     drop(model.clone().into_record());
 }
 
 /// The result of `pass`, after which the running statistics at `paths` of `model` and all of its
 /// clones are what they were before, also if it panics.
-pub(super) fn unmoved<B: Backend, M: Module<B>, R>(
+pub(crate) fn unmoved<B: Backend, M: Module<B>, R>(
     model: &M,
     paths: &BTreeSet<String>,
     pass: impl FnOnce() -> R,
@@ -26,9 +26,9 @@ pub(super) fn unmoved<B: Backend, M: Module<B>, R>(
     if paths.is_empty() {
         return pass();
     }
-    let before: Values<B> = in_full::values(model, paths);
+    let before: Values<B> = values(model, paths);
     let result = panic::catch_unwind(AssertUnwindSafe(pass));
     sync::<B, M>(model);
-    drop(in_full::restore(model.clone(), &before));
+    drop(restore(model.clone(), &before));
     result.unwrap_or_else(|panic| panic::resume_unwind(panic))
 }

@@ -10,8 +10,9 @@ use burn::{
 use crate::{
     adapter::FROZEN,
     layer::{
-        LoraLayer, is_quantized,
-        letter::{self, ADAPTER, Change, Look, TAG},
+        LoraLayer, LoraLayerMut,
+        access::{self, ADAPTER, Change, Read, TAG},
+        is_quantized,
     },
 };
 
@@ -114,8 +115,8 @@ pub(crate) struct InTorch {
 pub(crate) trait Visit<B: Backend> {
     fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>);
 
-    /// What to read of the layer at `path`.
-    fn look(&mut self, _path: String) -> Option<Look<B>> {
+    /// The request to read the layer at `path`.
+    fn read(&mut self, _path: String) -> Option<Read<B>> {
         None
     }
 }
@@ -130,14 +131,14 @@ pub(crate) trait Map<B: Backend> {
         param
     }
 
-    /// What to do to the layer at `path`.
+    /// The request to change the layer at `path`.
     fn change(&mut self, _path: String) -> Option<Change<B>> {
         None
     }
 }
 
 /// A walk by Burn's visitor or mapper.
-pub(super) struct Walk<W> {
+pub(crate) struct Walk<W> {
     place: Place,
     walker: W,
 }
@@ -152,7 +153,7 @@ impl<B: Backend, W: Visit<B>> ModuleVisitor<B> for Walk<&mut W> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.place.enter(name, container);
         if name == ADAPTER && container == TAG {
-            self.walker.look(self.place.module().to_owned()).into_iter().for_each(letter::send);
+            self.walker.read(self.place.module().to_owned()).into_iter().for_each(access::request);
         }
     }
 
@@ -178,7 +179,10 @@ impl<B: Backend, W: Map<B>> ModuleMapper<B> for Walk<W> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.place.enter(name, container);
         if name == ADAPTER && container == TAG {
-            self.walker.change(self.place.module().to_owned()).into_iter().for_each(letter::send);
+            self.walker
+                .change(self.place.module().to_owned())
+                .into_iter()
+                .for_each(access::request);
         }
     }
 
@@ -275,7 +279,7 @@ pub(crate) fn draw<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
 }
 
 /// Whether exactly the parameters at these paths are marked as training.
-pub(super) fn marks_are<B: Backend, M: Module<B>>(model: &M, trains: &BTreeSet<String>) -> bool {
+pub(crate) fn marks_are<B: Backend, M: Module<B>>(model: &M, trains: &BTreeSet<String>) -> bool {
     struct Comparer<'a>(&'a BTreeSet<String>, bool);
     impl<B: Backend> Visit<B> for Comparer<'_> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
@@ -301,12 +305,12 @@ impl<B: Backend, W: Map<B>> Map<B> for &mut W {
     }
 }
 
-struct Looker<F, T> {
-    look: Rc<F>,
+struct Reader<F, T> {
+    read: Rc<F>,
     found: Rc<RefCell<Vec<T>>>,
 }
 
-impl<B, F, T> Visit<B> for Looker<F, T>
+impl<B, F, T> Visit<B> for Reader<F, T>
 where
     B: Backend,
     F: Fn(&str, &dyn LoraLayer<B>) -> T + 'static,
@@ -314,16 +318,16 @@ where
 {
     fn param<const D: usize>(&mut self, _place: &Place, _param: &Param<Tensor<B, D>>) {}
 
-    fn look(&mut self, path: String) -> Option<Look<B>> {
-        let (look, found) = (self.look.clone(), self.found.clone());
-        Some(Box::new(move |layer| found.borrow_mut().push(look(&path, layer))))
+    fn read(&mut self, path: String) -> Option<Read<B>> {
+        let (read, found) = (self.read.clone(), self.found.clone());
+        Some(Box::new(move |layer| found.borrow_mut().push(read(&path, layer))))
     }
 }
 
-/// What `look` returns for each LoRA layer in the model, in the model's order.
+/// What `read` returns for each LoRA layer in the model, in the model's order.
 pub(crate) fn layers<B, M, T>(
     model: &M,
-    look: impl Fn(&str, &dyn LoraLayer<B>) -> T + 'static,
+    read: impl Fn(&str, &dyn LoraLayer<B>) -> T + 'static,
 ) -> Vec<T>
 where
     B: Backend,
@@ -331,7 +335,7 @@ where
     T: 'static,
 {
     let found = Rc::default();
-    visit(model, &mut Looker { look: Rc::new(look), found: Rc::clone(&found) });
+    visit(model, &mut Reader { read: Rc::new(read), found: Rc::clone(&found) });
     found.take()
 }
 
@@ -347,7 +351,7 @@ struct Changer<F> {
 impl<B, F> Map<B> for Changer<F>
 where
     B: Backend,
-    F: FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+    F: FnMut(&str, &mut dyn LoraLayerMut<B>) + 'static,
 {
     fn change(&mut self, path: String) -> Option<Change<B>> {
         let change = self.change.clone();
@@ -356,8 +360,8 @@ where
 }
 
 /// A mapper that calls `change` for each LoRA layer of a model.
-pub(super) fn changer<B: Backend>(
-    change: impl FnMut(&str, &mut dyn LoraLayer<B>) + 'static,
+pub(crate) fn changer<B: Backend>(
+    change: impl FnMut(&str, &mut dyn LoraLayerMut<B>) + 'static,
 ) -> impl ModuleMapper<B> {
     Walk::new(Changer { change: Rc::new(RefCell::new(change)) })
 }

@@ -12,17 +12,15 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{
-    Lora, in_full, quantize, record, slot,
-    walk::{self, Place, Visit},
-};
+use super::{Lora, fully_trained, quantize, record};
 use crate::{
     adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
-    config::LoraConfig,
-    error::{LoraError, Mismatch, named},
-    layer::{LoraLayer, fresh as fresh_adapter, is_quantized},
+    config::{LoraConfig, Plan},
+    error::{LoraError, Mismatch, SHARED_STATISTICS, named},
+    layer::{Capabilities, LoraLayer, fresh as fresh_adapter, is_quantized},
     pattern::{Pattern, require_matches},
+    traverse::{self, Place, Visit, stock_weights},
 };
 
 /// What has to be known of a layer before it gets an adapter.
@@ -30,18 +28,16 @@ struct Layer {
     path: String,
     shape: [usize; 2],
     layout: WeightLayout,
-    takes_bias: bool,
-    takes_dropout: bool,
+    capabilities: Capabilities,
     is_adapted: bool,
 }
 
 fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
-    walk::layers(model, |path, layer: &dyn LoraLayer<B>| Layer {
+    traverse::layers(model, |path, layer: &dyn LoraLayer<B>| Layer {
         path: path.to_owned(),
         shape: layer.weight_shape(),
         layout: layer.weight_layout(),
-        takes_bias: layer.takes_bias(),
-        takes_dropout: layer.takes_dropout(),
+        capabilities: layer.capabilities(),
         is_adapted: layer.adapter().is_some(),
     })
 }
@@ -83,7 +79,7 @@ fn require_usable<B: Backend, M: Module<B>>(
         }
     }
     let mut check = Check { is_layer, result: Ok(()) };
-    walk::visit(model, &mut check);
+    traverse::visit(model, &mut check);
     check.result
 }
 
@@ -92,35 +88,35 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
     config: &LoraConfig,
 ) -> Result<Lora<B, M>, LoraError> {
-    config.validate()?;
     let layers = layers::<B, _>(lora);
-    let chosen: BTreeSet<_> = choose(lora, config, &layers)?.into_iter().collect();
-    let is_chosen = |path: &str| chosen.contains(path);
-    let in_full = Pattern::all(&config.modules_to_save)?;
-    let is_in_full = |path: &str| in_full.iter().any(|module| module.covers(path));
+    let plan = resolve(lora, config, &layers)?;
+    let saved = plan.modules_to_save();
     // A walk is most of the time that attaching takes.
-    let params = if in_full.is_empty() { vec![] } else { walk::params(lora) };
-    for param in params.iter().filter(|it| !it.in_adapter && is_in_full(&it.path)) {
+    let params = if saved.is_empty() { vec![] } else { traverse::params(lora) };
+    let is_saved = |path: &str| saved.iter().any(|module| module.covers(path));
+    for param in params.iter().filter(|it| !it.in_adapter && is_saved(&it.path)) {
         if param.is_statistic {
-            return Err(LoraError::running_statistic("modules_to_save", &param.path));
+            let problem =
+                format!("names `{}`, which cannot train: {SHARED_STATISTICS}", param.path);
+            return Err(LoraError::InvalidConfig { field: MODULES_TO_SAVE, problem });
         }
-        if param.is_base_of(is_chosen) {
-            let field = "modules_to_save";
+        if param.is_base_of(|path| plan.contains(path)) {
+            let field = MODULES_TO_SAVE;
             let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
             return Err(LoraError::InvalidConfig { field, problem });
         }
     }
 
-    let adapted = layers.iter().filter(|it| it.is_adapted && is_chosen(&it.path));
+    let adapted = layers.iter().filter(|it| it.is_adapted && plan.contains(&it.path));
     let paths: Vec<_> = adapted.map(|it| it.path.clone()).collect();
     if !paths.is_empty() {
         return Err(LoraError::AlreadyAttached { paths });
     }
-    require_usable(&*lora.model, is_chosen)?;
-    for layer in layers.iter().filter(|it| is_chosen(&it.path)) {
+    require_usable(&*lora.model, |path| plan.contains(path))?;
+    for layer in layers.iter().filter(|it| plan.contains(&it.path)) {
         for (field, wanted, takes) in [
-            ("bias", config.bias, layer.takes_bias),
-            ("dropout", config.dropout > 0.0, layer.takes_dropout),
+            ("bias", config.bias, layer.capabilities.bias),
+            ("dropout", config.dropout > 0.0, layer.capabilities.dropout),
         ] {
             if wanted && !takes {
                 let problem =
@@ -134,28 +130,27 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
             return Err(LoraError::InvalidConfig { field: "freeze_a", problem });
         }
     }
+    let plan = Rc::new(plan);
     if config.reads_weight() {
-        require_finite(lora, chosen.clone())?;
+        require_finite(lora, plan.clone())?;
     }
-
-    let configs = chosen.iter().map(|path| Ok((path.clone(), config.for_layer(path)?)));
-    let configs = configs.collect::<Result<BTreeMap<_, _>, LoraError>>()?;
+    let configs = plan.clone();
     let lora = lora.clone().change_layers(move |path, layer| {
         if let Some(config) = configs.get(path) {
             layer.set_adapter(Some(fresh_adapter(config, layer)));
         }
     });
-    self::in_full(lora, &config.modules_to_save, "modules_to_save")
+    train_in_full(lora, plan.modules_to_save(), MODULES_TO_SAVE)
 }
 
 /// Fails if a weight that initial values are computed from is not finite.
 fn require_finite<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
-    chosen: BTreeSet<String>,
+    plan: Rc<Plan>,
 ) -> Result<(), LoraError> {
-    let found = walk::layers(lora, move |path, layer: &dyn LoraLayer<B>| {
+    let found = traverse::layers(lora, move |path, layer: &dyn LoraLayer<B>| {
         let is_bad = || !layer.weight_matrix().is_finite().all().into_scalar().elem::<bool>();
-        (chosen.contains(path) && is_bad()).then(|| path.to_owned())
+        (plan.contains(path) && is_bad()).then(|| path.to_owned())
     });
     match found.into_iter().flatten().next() {
         Some(path) => {
@@ -167,18 +162,18 @@ fn require_finite<B: Backend, M: Module<B>>(
     }
 }
 
-/// The paths of the layers to adapt. What keeps a model without LoRA layers from being adapted is
-/// told in the end.
-fn choose<B: Backend, M: Module<B>>(
+/// What each layer of the model gets. The error for a model without LoRA layers says what keeps it from being
+/// adapted.
+fn resolve<B: Backend, M: Module<B>>(
     lora: &Lora<B, M>,
     config: &LoraConfig,
     layers: &[Layer],
-) -> Result<Vec<String>, LoraError> {
+) -> Result<Plan, LoraError> {
     let paths: Vec<_> = layers.iter().map(|it| it.path.clone()).collect();
-    config.choose(&paths).map_err(|error| {
+    config.resolve(&paths).map_err(|error| {
         let LoraError::Unmatched { patterns, .. } = &error else { return error };
         let wanted = Pattern::all(patterns).unwrap_or_default();
-        let stock = slot::find::<B, M>(&*lora.model).into_iter().map(|slot| slot.path);
+        let stock = stock_weights::<B, M>(&*lora.model).into_iter().map(|it| it.path);
         let stock = stock.filter(|path| {
             !paths.contains(path) && (wanted.is_empty() || wanted.iter().any(|it| it.matches(path)))
         });
@@ -189,29 +184,35 @@ fn choose<B: Backend, M: Module<B>>(
     })
 }
 
-/// The model in which exactly its adapters and what the patterns name train.
-pub(super) fn in_full<B: Backend, M: Module<B>, S: AsRef<str>>(
+/// The field of the configuration that names what trains in full.
+pub(super) const MODULES_TO_SAVE: &str = "modules_to_save";
+
+/// The model in which exactly its adapters and what the patterns name train. `field` is the field or the argument
+/// that holds the patterns.
+pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     mut lora: Lora<B, M>,
-    patterns: &[S],
+    patterns: &[Pattern],
     field: &'static str,
 ) -> Result<Lora<B, M>, LoraError> {
-    let patterns = Pattern::all(patterns)?;
     if patterns.is_empty() {
         return Ok(lora.training(&BTreeSet::new()));
     }
     let adapted: BTreeSet<_> = record::adapters(&lora).into_iter().map(|(path, _)| path).collect();
     let is_adapted = |path: &str| adapted.contains(path);
-    let cannot_train = |path: &str| LoraError::InvalidConfig {
-        field,
-        problem: format!("names `{path}`, which is quantized, and cannot train"),
+    let cannot_train = |path: &str| {
+        let problem = format!("names `{path}`, which is quantized, and cannot train");
+        match field {
+            MODULES_TO_SAVE => LoraError::InvalidConfig { field, problem },
+            argument => LoraError::InvalidArgument { argument, problem },
+        }
     };
-    if let Some(path) = quantize::meant::<B, _>(&lora, &patterns, is_adapted) {
+    if let Some(path) = quantize::meant::<B, _>(&lora, patterns, is_adapted) {
         return Err(cannot_train(&path));
     }
-    let params = walk::params(&lora).into_iter().filter(|it| !it.in_adapter);
+    let params = traverse::params(&lora).into_iter().filter(|it| !it.in_adapter);
     let params: Vec<_> = params.collect();
     let paths: Vec<_> = params.iter().map(|param| param.path.clone()).collect();
-    require_matches(field, &patterns, &paths, Pattern::covers)?;
+    require_matches(field, patterns, &paths, Pattern::covers)?;
 
     // The base under an adapter is a constant, whatever its flags say.
     let covered = params.iter().filter_map(|param| {
@@ -252,7 +253,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     let layers = layers::<B, _>(bare);
     let set = &*untied(set, &layers);
     let mut params =
-        if set.extras.is_empty() { vec![] } else { walk::params::<B, M>(&*bare.model) };
+        if set.extras.is_empty() { vec![] } else { traverse::params::<B, M>(&*bare.model) };
     params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
@@ -300,13 +301,13 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     if !unknown.is_empty() {
         mismatch.hint = other_prefix(&unknown, &layers);
         let stock: BTreeSet<_> =
-            slot::find::<B, M>(&*bare.model).into_iter().map(|slot| slot.path).collect();
+            stock_weights::<B, M>(&*bare.model).into_iter().map(|it| it.path).collect();
         mismatch.unexpected.extend(unknown.into_iter().map(|path| match stock.contains(&path) {
             true => format!("{} (a stock module: see `Lora::overlay`)", named(&path)),
             false => named(&path).to_owned(),
         }));
     }
-    for Layer { path, shape, layout, takes_bias, .. } in &layers {
+    for Layer { path, shape, layout, capabilities, .. } in &layers {
         match set.get(path) {
             Some(adapter) if adapter.shape() != *shape => {
                 mismatch.misshapen.push(misshapen(path, shape, &adapter.shape()));
@@ -314,7 +315,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             Some(adapter) if !adapter.layout.fits(layout) => {
                 mismatch.misshapen.push(misshapen(path, layout, &adapter.layout));
             }
-            Some(adapter) if adapter.bias.is_some() && !takes_bias => {
+            Some(adapter) if adapter.bias.is_some() && !capabilities.bias => {
                 mismatch.unexpected.push(format!("{} (a bias)", named(path)));
             }
             None if set.is_target(path) => mismatch.missing.push(named(path).to_owned()),
@@ -332,12 +333,12 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             layer.set_adapter(Some(adapter.fork(&layer.device())));
         }
     });
-    lora.originals = in_full::values(&*lora.model, &brought);
+    lora.originals = traverse::values(&*lora.model, &brought);
     let mut extras = set.extras.clone();
     for name in &conv1d {
         extras.entry(name.clone()).and_modify(|extra| *extra = extra.transposed());
     }
-    lora.model = Box::new(in_full::write(*lora.model, &extras));
+    lora.model = Box::new(fully_trained::write(*lora.model, &extras));
     lora.conv1d = conv1d;
     lora.modules = set.modules_to_save.clone();
     lora.described = set.config.clone();
@@ -399,10 +400,12 @@ fn ambiguous(name: &str) -> LoraError {
     LoraError::Unsupported {
         file: "the set of adapters".to_owned(),
         field: name.to_owned(),
-        reason: ": the file says `fan_in_fan_out`, and the weight is square, so that it may be a \
+        reason: Some(
+            "the file says `fan_in_fan_out`, and the weight is square, so that it may be a \
                  `Conv1D`'s or a `Linear`'s, which is its transpose; store it in the file as a \
                  `Linear` has it, `[d_output, d_input]`, with `fan_in_fan_out` false"
-            .to_owned(),
+                .to_owned(),
+        ),
     }
 }
 
