@@ -52,7 +52,7 @@ pub use report::{LayerReport, ParameterReport};
 /// let layer = |d_input, d_output| LinearConfig::new(d_input, d_output).init(&device).into();
 /// let base: Mlp<Autodiff<Flex>> = Mlp { layers: vec![layer(784, 256), layer(256, 10)] };
 ///
-/// let model = base.attach(&LoraConfig::new(8, 16.0).with_targets(["layers.0"]))?;
+/// let model = base.attach(&LoraConfig::peft(8, 16.0).with_targets(["layers.0"]))?;
 /// assert_eq!(model.parameters().trainable, 8 * (784 + 256));
 /// # Ok(())
 /// # }
@@ -137,7 +137,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
     /// let (base, report) = base.quantize(Quantization::Nf4)?;
     /// assert!(report.bytes() * 7 < report.bytes_before());
-    /// let model = base.attach(&LoraConfig::new(8, 16.0))?;
+    /// let model = base.attach(&LoraConfig::peft(8, 16.0))?;
     /// # Ok(())
     /// # }
     /// ```
@@ -174,7 +174,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// # fn main() -> Result<(), burn_lora::LoraError> {
     /// type B = Autodiff<Flex>;
     /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
-    /// let model = base.attach_loftq(Quantization::Nf4, &LoraConfig::new(8, 16.0), 1)?;
+    /// let model = base.attach_loftq(Quantization::Nf4, &LoraConfig::peft(8, 16.0), 1)?;
     /// # Ok(())
     /// # }
     /// ```

@@ -23,7 +23,7 @@ use crate::{config::LoraConfig, tensors::cat};
 /// let device = Default::default();
 /// let base = MultiHeadAttentionConfig::new(64, 4).init::<Flex>(&device);
 /// // On the queries and values, the paper's choice; `with_targets` makes another.
-/// let attention = LoraConfig::new(4, 8.0).init_attention(base);
+/// let attention = LoraConfig::peft(4, 8.0).init_attention(base);
 /// let x = Tensor::ones([2, 5, 64], &device);
 /// let y = attention.forward(LoraMhaInput::self_attn(x)).context;
 /// assert_eq!(y.dims(), [2, 5, 64]);

@@ -46,7 +46,7 @@ pub struct LoraConv1d<B: Backend> {
 ///
 /// let device = Default::default();
 /// let base = Conv2dConfig::new([16, 32], [3, 3]).with_padding(PaddingConfig2d::Same);
-/// let layer: LoraConv2d<Flex> = LoraConfig::new(4, 8.0).init(base.init(&device));
+/// let layer: LoraConv2d<Flex> = LoraConfig::peft(4, 8.0).init(base.init(&device));
 /// let y = layer.forward(Tensor::ones([1, 16, 8, 8], &device));
 /// assert_eq!(y.dims(), [1, 32, 8, 8]);
 /// ```

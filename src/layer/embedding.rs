@@ -24,7 +24,7 @@ use crate::{
 ///
 /// let device = Default::default();
 /// let base = EmbeddingConfig::new(1000, 64).init(&device);
-/// let layer: LoraEmbedding<Flex> = LoraConfig::new(4, 8.0).init(base);
+/// let layer: LoraEmbedding<Flex> = LoraConfig::peft(4, 8.0).init(base);
 /// let x = layer.forward(Tensor::from_ints([[3, 1, 4], [1, 5, 9]], &device));
 /// assert_eq!(x.dims(), [2, 3, 64]);
 /// // The same table as the output projection of a language model.

@@ -25,7 +25,7 @@ use crate::{
 ///
 /// let device = Default::default();
 /// let base = LinearConfig::new(784, 256).init::<Flex>(&device);
-/// let layer: LoraLinear<Flex> = LoraConfig::new(4, 8.0).init(base);
+/// let layer: LoraLinear<Flex> = LoraConfig::peft(4, 8.0).init(base);
 /// ```
 ///
 /// # Freezing

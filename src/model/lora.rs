@@ -57,7 +57,7 @@ use crate::{
 ///     body: LinearConfig::new(8, 16).init(&device).into(),
 ///     head: LinearConfig::new(16, 2).init(&device),
 /// };
-/// let config = LoraConfig::new(4, 8.0).with_modules_to_save(["head"]);
+/// let config = LoraConfig::peft(4, 8.0).with_modules_to_save(["head"]);
 /// let mut model: Lora<B, Net<B>> = base.attach(&config)?;
 ///
 /// let mut optimizer = AdamWConfig::new().init();
