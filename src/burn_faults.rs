@@ -3,16 +3,26 @@
 //! The tests below show the faults that a CPU backend has, and fail once Burn has removed one: the way around it can go
 //! then. Those on GPUs have to be tried there.
 //!
-//! | what was observed | where | the way around it | when it can go |
-//! |---|---|---|---|
-//! | an operation in place changes memory that another thread is about to read, as burn-train does with a checkpoint | GPU backends | [`unshared`], [`unshared_record`] | a resumed training on a GPU comes to the same bits without them (`tests/suite/resuming.rs`) |
-//! | the gradient of `repeat_dim` is in the wrong order | autodiff | [`repeated`] | `the_gradient_of_repeat_dim_is_still_wrong` |
-//! | until a weight in the column layout is initialized, its `lazy_shape` is the transpose | all | `shape` is asked for, which draws the values | `the_lazy_shape_of_a_column_layout_is_still_transposed` |
-//! | a detached tensor keeps its `require_grad` flag | autodiff | `detach().set_require_grad(false)` | `a_detached_tensor_still_keeps_its_flag` |
-//! | some operations on empty tensors panic | flex and others | layers return before them | `tests/suite/empty.rs` passes without |
-//! | `Tensor::cat` drops its inputs before it has noted what became of them, so that a backward pass on another thread clears away their gradients | autodiff | a `cat` that holds them | the tests of `tests/suite/replicas.rs` pass many times with Burn's |
-//! | a transposed vector is later reshaped wrongly | wgpu | vectors are reshaped, not transposed | the suite passes on wgpu with transposes |
-//! | the running statistics of a batch norm are shared between clones, and move in passes of frozen models | all | `traverse::statistics`, and errors where they would be put on | a clone's statistics stay when the original's move |
+//! - **Memory that another thread is about to read is changed in place**, as that of a checkpoint, which burn-train
+//!   reads while the training goes on. On GPUs. Way around it: [`unshared`], [`unshared_record`]. It can go when a
+//!   training that is resumed on a GPU comes to the same bits without it (`tests/suite/resuming.rs`).
+//! - **The gradient of `repeat_dim` is in the wrong order.** With autodiff. Way around it: [`repeated`]. It can go
+//!   when `the_gradient_of_repeat_dim_is_still_wrong` fails.
+//! - **The `lazy_shape` of a weight in the column layout is the transpose**, until the weight is initialized. On all
+//!   backends. Way around it: `shape`, which draws the values. It can go when
+//!   `the_lazy_shape_of_a_column_layout_is_still_transposed` fails.
+//! - **A detached tensor keeps its `require_grad` flag.** With autodiff. Way around it:
+//!   `detach().set_require_grad(false)`. It can go when `a_detached_tensor_still_keeps_its_flag` fails.
+//! - **Some operations on empty tensors panic.** On flex and others. Way around it: layers return before them. It can
+//!   go when `tests/suite/empty.rs` passes without.
+//! - **`Tensor::cat` drops its inputs before it has noted what became of them**, so that a backward pass on another
+//!   thread clears away their gradients. With autodiff. Way around it: a `cat` of this crate that holds them. It can
+//!   go when the tests with workers (`tests/suite/steps.rs`) pass many times with Burn's.
+//! - **A transposed vector is reshaped wrongly later.** On wgpu. Way around it: vectors are reshaped and not
+//!   transposed. It can go when the suite passes on wgpu with transposes.
+//! - **Clones share the running statistics of a batch norm**, which move in passes of frozen models, too. With
+//!   autodiff. Way around it: `traverse::statistics`, and errors where statistics would be put on a model. It can go
+//!   when the statistics of a clone stay while those of the original move.
 
 use burn::{
     module::Param,

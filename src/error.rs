@@ -218,8 +218,9 @@ impl Mismatch {
 }
 
 /// Why running statistics do not train and are not put on, and what to do.
-pub(crate) const SHARED_STATISTICS: &str = "Burn shares the running statistics of a batch norm between clones; name the parameters of the norm (`gamma` and \
-     `beta`; in PyTorch `weight` and `bias`) instead of the norm";
+pub(crate) const SHARED_STATISTICS: &str = "Burn shares the running statistics of a \
+     batch norm between clones; name the parameters of the norm (`gamma` and `beta`; in PyTorch `weight` and \
+     `bias`) instead of the norm";
 
 impl LoraError {
     /// The variant's name.

@@ -20,8 +20,8 @@ pub use module::OverlayRecord;
 /// `TransformerEncoder`, `Lstm` or `Conv3d`, or a matrix of a model of your own.
 ///
 /// An overlay is a model itself, with all methods of [`LoraModule`](crate::LoraModule): its LoRA layers are the
-/// weights of the module in it. They have the paths that they would have as this crate's layers. Every weight of two or more dimensions can carry an
-/// adapter. For a forward pass the weights that have one are replaced, in a copy of the module that
+/// weights of the module in it. They have the paths that they would have as this crate's layers. Every weight of
+/// two or more dimensions can carry an adapter. For a forward pass the weights that have one are replaced, in a copy of the module that
 /// shares everything else, by `W + s·A·B`:
 ///
 /// ```

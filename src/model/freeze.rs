@@ -13,8 +13,8 @@ use crate::{
 };
 
 /// A mapper of models that has exactly the parameters train that `trains` accepts, and freezes all
-/// others. Running statistics, and factors that were frozen, never train. What trains gets an id of its own where two parameters have
-/// the same.
+/// others. Running statistics, and factors that were frozen, never train. What trains gets an id of its own
+/// where two parameters have the same.
 ///
 /// On a backend without autodiff no parameter can be marked, and a model stays as it was.
 pub(super) fn marker<B: Backend>(trains: impl FnMut(&Place) -> bool) -> impl ModuleMapper<B> {

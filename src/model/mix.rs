@@ -13,8 +13,8 @@ use crate::{
 /// Adapters by the paths of their layers.
 pub(crate) type ByPath<B> = BTreeMap<String, LoraAdapter<B>>;
 
-/// The model for a batch that begins with so many samples for the first set, and so on. The sets fit it, and its layers can take
-/// several adapters.
+/// The model for a batch that begins with so many samples for the first set, and so on. The sets
+/// fit it, and its layers can take several adapters.
 pub(crate) fn mixed<B: Backend, M: Module<B>>(
     base: M,
     groups: Vec<(usize, Option<Arc<ByPath<B>>>)>,

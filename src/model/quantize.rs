@@ -28,7 +28,8 @@ use crate::{
 pub struct QuantizeConfig {
     /// What the weights are rounded to.
     pub quantization: Quantization,
-    /// The layers, as in [`LoraConfig::targets`](crate::LoraConfig::targets). All that can be quantized, if there are no targets.
+    /// The layers, as in [`LoraConfig::targets`](crate::LoraConfig::targets). All that can be quantized, if
+    /// there are no targets.
     pub targets: Vec<String>,
     /// The layers that are left as they are, even if a target matches them.
     pub excludes: Vec<String>,

@@ -23,7 +23,9 @@ pub(crate) fn unmoved<B: Backend, M: Module<B>, R>(
     paths: &BTreeSet<String>,
     pass: impl FnOnce() -> R,
 ) -> R {
-    if paths.is_empty() {
+    // Without autodiff they do not move.
+    let autodiff = || model.devices().first().is_some_and(|device| B::ad_enabled(device));
+    if paths.is_empty() || !autodiff() {
         return pass();
     }
     let before: Values<B> = values(model, paths);
