@@ -21,9 +21,9 @@ use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraModule, report::g
 use clap::Parser;
 use common::{
     Context, Result,
-    adaptation::bits,
     backend::{self, Plain, Train},
     cli::{self, file_name, live::during, write_summary},
+    tensors::bits,
 };
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};

@@ -6,12 +6,12 @@ use burn::{
 };
 use burn_lora::{LoraConfig, LoraModule};
 use common::{
-    adaptation::bits,
     backend::{Plain, Train},
     classifier::{Sample, logits},
     digits::{Digit, Digits, PIXELS},
     recognizer::{Grid, Recognizer},
     speech::generated,
+    tensors::bits,
 };
 
 use crate::{
