@@ -207,9 +207,10 @@ fn run(args: Args) -> Result<()> {
         results.push(judge_set(format!("left and mirrored, {way}"), &both)?);
     }
 
-    // 6. Reduce the rank: truncate the adapters, or extract adapters from a model trained in full.
+    // 6. Reduce the rank: truncate the adapters, or extract adapters from a fully fine-tuned model.
     let full = base.clone().train::<Train>().train_only(&[".*"]).context("full fine-tuning")?;
-    let full = train("left, in full", full, options.learning_rate, &left.digits)?.into_inner();
+    let full =
+        train("left, full fine-tuning", full, options.learning_rate, &left.digits)?.into_inner();
     results.push(row("full fine-tuning on left".to_owned(), &full, &tasks));
     let mut by_rank = [Vec::new(), Vec::new()];
     for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= options.rank) {

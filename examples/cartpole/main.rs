@@ -110,7 +110,7 @@ fn run(args: Args) -> Result<()> {
         let fresh = Policy::<Train>::new(&Default::default());
         // Reports wrong targets before the training.
         fresh.attach(&adapters_of(seed)).context("attaching adapters")?;
-        fresh.train_only(&[".*"]).context("training in full")
+        fresh.train_only(&[".*"]).context("training the base")
     });
     let fresh = fresh.collect::<Result<Models>>()?;
     let learn = |what: &'static str, on: &str, physics: &Physics, models: Models| {

@@ -97,9 +97,7 @@ fn run(args: Args) -> Result<()> {
     );
 
     // 2. Adapt this base to negatives with three methods.
-    let last =
-        Part { name: "last layer", layers: &["head"], learning_rate: options.lora_learning_rate };
-    let comparison = experiment.compare(base, &last)?;
+    let comparison = experiment.compare(base, &Part::last_layer(options))?;
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
     experiment.finish(

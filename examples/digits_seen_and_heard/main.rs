@@ -1,10 +1,10 @@
-//! Joins a recognizer of pictures and one of sounds, which were trained apart, by a small head that tells
-//! whether the picture shows the digit that is spoken. Then the pictures are rotated and the voice is a new
-//! one, and nothing but such pairs says which digits these are. Compares full fine-tuning, LoRA in both
-//! encoders, and frozen encoders, of which only the head trains.
+//! Joins two classifiers of digits, one of pictures and one of recordings, by a small head that tells whether a
+//! picture shows the digit that is spoken. Then adapts this model to rotated pictures and a new speaker. It
+//! learns from pairs alone: whether picture and recording match, but not which digit they show. Compares full
+//! fine-tuning, LoRA in both encoders, and training only the head on frozen encoders.
 //!
-//! What the encoders were trained on: the ten digits, the one in upright pictures, the other as spoken by all
-//! speakers but one. The head was trained on pairs of these.
+//! The encoders are pretrained apart, on upright pictures and on all speakers but one. The head learns from
+//! pairs of these.
 //!
 //! ```text
 //! git clone https://github.com/Jakobovski/free-spoken-digit-dataset
@@ -139,7 +139,7 @@ fn run(args: Args) -> Result<()> {
         ..options.recipe(name, learning_rate)
     };
 
-    // 1. Train the encoders apart: each with a head of its own, which tells the ten digits.
+    // 1. Pretrain the encoders apart, each as a classifier of the ten digits.
     let device = Default::default();
     Plain::seed(&device, options.seed);
     let [eye, ear] = [0; 2].map(|_| Recognizer::<Train>::new(DIGITS, &device));
@@ -165,7 +165,7 @@ fn run(args: Args) -> Result<()> {
         eye_accuracy[0], eye_accuracy[1], ear_accuracy[0], ear_accuracy[1],
     );
 
-    // 2. Join them. The head learns from pairs of what they know.
+    // 2. Join them. The head learns from pairs of the old pictures and speakers.
     let model =
         Matcher::new(eye, ear).train::<Train>().train_only(&[FUSION]).context("freezing")?;
     let recipe = base_recipe("head: old pairs", args.head_learning_rate);
@@ -176,7 +176,7 @@ fn run(args: Args) -> Result<()> {
         base.accuracy_old, base.accuracy_new,
     );
 
-    // 3. Adapt the whole to the new pairs with three methods.
+    // 3. Adapt the model to the new pairs with three methods.
     let frozen =
         Part { name: "frozen encoders", layers: &[FUSION], learning_rate: args.head_learning_rate };
     let comparison = experiment.compare(base, &frozen)?;

@@ -80,9 +80,7 @@ fn run(args: Args) -> Result<()> {
     );
 
     // 2. Adapt this base to rotated digits with three methods.
-    let last =
-        Part { name: "last layer", layers: &["head"], learning_rate: options.lora_learning_rate };
-    let mut comparison = experiment.compare(base, &last)?;
+    let mut comparison = experiment.compare(base, &Part::last_layer(options))?;
 
     // 3. Train a second set of adapters for another task, on the same base.
     let mirrored = digits.map(mirror);

@@ -53,7 +53,7 @@ pub fn task(args: &Args) -> Result<Task<Mlp<Train>>> {
         train: rotated.train,
         test: rotated.test,
         old_test,
-        in_full: &[],
+        modules_to_save: &[],
         targets: &[],
         sets: SETS,
         learning_rate: options.learning_rate,

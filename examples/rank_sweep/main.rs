@@ -60,7 +60,7 @@ static ALLOCATOR: MiMalloc = MiMalloc;
     mut_arg("out", help("Directory for the figures, summary.json and the base's logs")),
 )]
 struct Args {
-    /// The task that a base is adapted to; `text` needs the cargo feature of this name
+    /// The task that a base is adapted to
     #[arg(long, value_enum, default_value = "digits")]
     task: TaskName,
     /// Directory with MNIST's four IDX files, raw or .gz; otherwise the cache, or a download

@@ -54,7 +54,7 @@ pub fn task(args: &Args) -> Result<Task<TextClassifier<Train>>> {
         train: texts.train.into_iter().take(args.train_size).collect(),
         test: texts.test,
         old_test: vec![],
-        in_full: &[HEAD],
+        modules_to_save: &[HEAD],
         targets: &ALL_LINEAR,
         sets: SETS,
         learning_rate: options.learning_rate,

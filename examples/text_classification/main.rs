@@ -185,7 +185,7 @@ fn run(args: Args) -> Result<()> {
         methods.push(adapt(Recipe { lora_plus, ..plus }, all_linear)?.0);
     }
     for &relative in &args.relatives {
-        // Without gradients.
+        // Runs the model on some texts, without gradients.
         let see = |model: &TextClassifier<Plain>| {
             for texts in train[..train.len().min(SEEN)].chunks(Text::BATCH) {
                 model.forward(&Text::stack(texts, &device));
@@ -228,7 +228,7 @@ fn run(args: Args) -> Result<()> {
     )
 }
 
-/// The classifier with the encoder's linear layers in few bits.
+/// The classifier with the encoder's linear layers in 8 or 4 bits.
 fn quantize(
     base: &TextClassifier<Plain>,
     kind: Kind,
@@ -321,7 +321,7 @@ fn first(texts: &[Text]) -> &[Text] {
     &texts[..texts.len().min(16)]
 }
 
-/// Writes the adapted encoder's vectors of some texts. `tests/bert/check_saved.py` compares them with
+/// Writes the adapted encoder's vectors of some texts. `llm/tests/bert/check_saved.py` compares them with
 /// those that Python computes.
 fn write_vectors(path: &Path, model: &TextClassifier<Plain>, texts: &[Text]) -> Result<()> {
     let vectors = embeddings(model, texts);

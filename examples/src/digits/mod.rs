@@ -20,7 +20,7 @@ pub const SIDE: usize = 28;
 /// The number of pixels.
 pub const PIXELS: usize = SIDE * SIDE;
 
-/// A grey image, row by row, and the digit it shows.
+/// A gray image, row by row, and the digit it shows.
 #[derive(Clone, Debug)]
 pub struct Digit {
     pub pixels: [u8; PIXELS],

@@ -61,10 +61,10 @@ pub struct Experiment<'a, S> {
     pub names: Renaming,
 }
 
-/// A trained base, and what it is worth on both tasks.
+/// A trained base, and its accuracy on both tasks.
 pub struct Base<M: Learns> {
     model: M::InnerModule,
-    /// Of the test samples of the old task.
+    /// Those of the test samples of the old task.
     logits: Tensor<Plain, 2>,
     /// In percent.
     pub accuracy_old: f64,
@@ -86,7 +86,15 @@ pub struct Part<'a> {
     pub learning_rate: f64,
 }
 
-/// The base, and what became of it with different methods.
+impl Part<'_> {
+    /// Trains only the layer `head`, at the learning rate of LoRA.
+    pub fn last_layer(options: &Options) -> Self {
+        let learning_rate = options.lora_learning_rate;
+        Self { name: "last layer", layers: &["head"], learning_rate }
+    }
+}
+
+/// The base, and the results of the methods.
 pub struct Comparison<M: Learns> {
     pub base: Base<M>,
     pub methods: Vec<Method>,

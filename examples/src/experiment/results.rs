@@ -20,18 +20,18 @@ pub struct Method {
     pub total: usize,
     pub epoch_seconds: f64,
     pub accuracy_new: f64,
-    /// The accuracy on the old task, where there is one.
+    /// The accuracy on the old task, if it has test samples.
     pub accuracy_old: Option<f64>,
-    /// The accuracy on the old task without the adapters, where there are any.
+    /// The same without the adapters, if the method has any.
     pub accuracy_old_switched_off: Option<f64>,
-    /// What has to be stored in addition to the base: the adapters' files, or the trained parameters in
+    /// The size of what is stored in addition to the base: the adapters' files, or the trained parameters in
     /// `f32`.
     pub bytes: u64,
     #[serde(skip)]
     pub history: History,
 }
 
-/// What becomes of the outputs when the adapters are merged, and when they are taken off.
+/// How the outputs change when the adapters are merged and when they are detached.
 #[derive(Serialize)]
 pub struct Ending {
     pub max_abs_logit_diff_merged: f64,
@@ -39,13 +39,13 @@ pub struct Ending {
 }
 
 impl Ending {
-    /// A word for the sentence that tells whether the base came back.
+    /// How the restored base compares with the base, in words.
     pub fn exactly(&self) -> &'static str {
         if self.base_restored_exactly { "exactly" } else { "NOT exactly" }
     }
 }
 
-/// What came out of an experiment.
+/// The results of an experiment.
 #[derive(Serialize)]
 pub struct Results {
     /// The accuracy of the base on its own task, in percent, if that was measured.
@@ -76,7 +76,7 @@ impl Results {
     }
 }
 
-/// The table of the results. It has columns for the old task, where there is one.
+/// The table of the results. It has columns for the old task, if that was measured.
 fn results(methods: &[Method]) -> String {
     let full = methods[0].epoch_seconds;
     let percent = |value: f64| format!("{value:.2} %");
