@@ -121,8 +121,9 @@ impl<'a, S: Sample> Experiment<'a, S> {
         let device = Default::default();
         Plain::seed(&device, self.options.seed);
         let model = init(&device);
-        // Reports wrong targets before the training.
-        model.attach(&self.config).context("attaching adapters")?;
+        // Reports wrong targets before the training. The clone draws the initial values, in the order of the
+        // model's fields.
+        model.clone().attach(&self.config).context("attaching adapters")?;
         let model = model.train_only(&[".*"]).context("training the base")?;
         let (model, _) = fit(recipe, model, self.old.train, self.old.test)?;
         Ok(self.evaluate(model))
