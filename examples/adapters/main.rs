@@ -8,7 +8,6 @@
 use std::{
     alloc::System,
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Instant,
@@ -16,7 +15,7 @@ use std::{
 
 use burn::{module::Module, tensor::backend::Backend};
 use burn_lora::{
-    Lora, LoraAdapters, LoraConfig, LoraModule,
+    LoraAdapters, LoraConfig, LoraModule,
     adapters::{Approximation, Combination},
     report::{grouped, table},
 };
@@ -24,15 +23,14 @@ use clap::Parser;
 use common::{
     Context, Result,
     backend::{self, Plain, Train},
-    classifier::{Recipe, accuracy, fit, logits},
+    classifier::{Trained, accuracy, fit, logits},
     cli::{
         self,
         live::during,
         plot::{Panel, SeriesLabelPosition, draw},
-        workers::WorkersArg,
-        write_summary,
     },
     digits::{Digits, mirror, rotate},
+    experiment::{Options, default, help},
     mlp::Mlp,
 };
 use serde::Serialize;
@@ -44,51 +42,33 @@ static MEMORY: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 /// Learn several tasks as adapters on one base, and switch, save, combine and truncate them.
 #[derive(Parser, Debug)]
+#[command(
+    mut_arg("epochs", default("3")),
+    mut_arg(
+        "out",
+        help("Directory for adapters.svg, summary.json, the adapters and burn-train's logs")
+    ),
+    mut_arg("out", default("out/adapters"))
+)]
 struct Args {
     /// Directory with MNIST's four IDX files, raw or .gz; drawn digits by default
     #[arg(long, value_name = "DIR")]
     data: Option<PathBuf>,
-    /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = cli::positive)]
-    rank: usize,
-    /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
-    alpha: f64,
-    /// Layers that get adapters, with commas between them: fc1, fc2 or head; all by default
-    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
-    targets: Vec<String>,
-    /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
-    learning_rate: f64,
-    /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.005", value_parser = cli::rate)]
-    lora_learning_rate: f64,
-    /// Passes over the training images, for each training
-    #[arg(long, default_value = "3", value_parser = cli::positive)]
-    epochs: usize,
     /// Number of training images
     #[arg(long, value_name = "N", default_value = "12000", value_parser = cli::positive)]
     train_size: usize,
+    /// Layers that get adapters, with commas between them: fc1, fc2 or head; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
+    targets: Vec<String>,
     #[command(flatten)]
-    workers: WorkersArg,
-    /// Seed of weights, adapters, shuffling and generated digits
-    #[arg(long, default_value = "42")]
-    seed: u64,
-    /// Directory for adapters.svg, summary.json, the adapters and burn-train's logs
-    #[arg(long, value_name = "DIR", default_value = "out/adapters")]
-    out: PathBuf,
+    options: Options,
 }
 
+/// What `summary.json` has besides the options.
 #[derive(Serialize)]
 struct Summary {
     dataset: &'static str,
-    backend: &'static str,
-    rank: usize,
-    alpha: f64,
     targets: Vec<String>,
-    learning_rate: f64,
-    lora_learning_rate: f64,
-    seed: u64,
     base_bytes: usize,
     /// The size of one set of adapters in memory.
     adapter_bytes: usize,
@@ -114,8 +94,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    fs::create_dir_all(&args.out).context(args.out.display())?;
-    let mut digits = Digits::load(args.data.as_deref(), args.data.is_none(), args.seed)?;
+    let options = &args.options;
+    options.create_out()?;
+    let mut digits = Digits::load(args.data.as_deref(), args.data.is_none(), options.seed)?;
     digits.train.truncate(args.train_size);
     println!(
         "Training on {} images ({}), with the {} backend\n",
@@ -123,17 +104,20 @@ fn run(args: Args) -> Result<()> {
         digits.name,
         backend::NAME,
     );
-    let config =
-        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
+    let config = options.config().with_targets(&args.targets);
+    let train = |name, model, learning_rate, digits: &Digits| -> Result<Trained<Mlp<Train>>> {
+        let recipe = options.recipe(name, learning_rate);
+        Ok(fit(&recipe, model, &digits.train, &digits.test)?.0)
+    };
     let mut results = Vec::new();
 
     // 1. Train one base, and a set of adapters for each task.
-    Plain::seed(&Default::default(), args.seed);
+    Plain::seed(&Default::default(), options.seed);
     let base = Mlp::<Train>::new(&Default::default());
     // Reports wrong targets before the training.
     base.clone().attach(&config).context("attaching adapters")?;
     let base = base.train_only(&[".*"]).context("training the base")?;
-    let base = train(&args, "base", base, args.learning_rate, &digits)?.into_inner();
+    let base = train("base", base, options.learning_rate, &digits)?.into_inner();
     let base_bytes = 4 * base.num_params();
     let changes: [(&str, fn(&_) -> _); 4] = [
         ("left", |image| rotate(image, 60.0)),
@@ -145,7 +129,7 @@ fn run(args: Args) -> Result<()> {
     for (name, change) in changes {
         let digits = digits.map(change);
         let model = base.clone().train::<Train>().attach(&config).context("attaching adapters")?;
-        let model = train(&args, name, model, args.lora_learning_rate, &digits)?;
+        let model = train(name, model, options.lora_learning_rate, &digits)?;
         tasks.push(Task { name, digits, adapters: model.adapters() });
     }
     println!("\n{}\n", tasks[0].adapters);
@@ -153,7 +137,7 @@ fn run(args: Args) -> Result<()> {
     // 2. Save the adapters, load them, and check that nothing is lost.
     let mut file_bytes = 0;
     for task in &mut tasks {
-        let dir = args.out.join(task.name);
+        let dir = options.out.join(task.name);
         task.adapters.save(&dir).context("saving")?;
         file_bytes = cli::size_of_files(&dir)?;
         let before = accuracy_on(&base, &task.adapters, task)?;
@@ -175,7 +159,7 @@ fn run(args: Args) -> Result<()> {
     let resident = |sets: usize| -> Result<usize> {
         let start = allocated();
         let dirs = tasks.iter().cycle().take(sets);
-        let sets: Result<Vec<_>> = dirs.map(|task| load(&args.out.join(task.name))).collect();
+        let sets: Result<Vec<_>> = dirs.map(|task| load(&options.out.join(task.name))).collect();
         let sets = sets?;
         let bytes = base_bytes + allocated() - start;
         drop(sets);
@@ -215,7 +199,7 @@ fn run(args: Args) -> Result<()> {
         ("sum", Combination::Concatenate),
         ("linear", Combination::Linear),
         ("ties", Combination::Ties { density: 0.7 }),
-        ("dare", Combination::Dare { density: 0.7, seed: args.seed }),
+        ("dare", Combination::Dare { density: 0.7, seed: options.seed }),
     ];
     for (way, how) in ways {
         let parts = [(&left.adapters, 0.6), (&mirrored.adapters, 0.6)];
@@ -223,12 +207,13 @@ fn run(args: Args) -> Result<()> {
         results.push(judge_set(format!("left and mirrored, {way}"), &both)?);
     }
 
-    // 6. Reduce the rank: truncate the adapters, or extract adapters from a model trained in full.
+    // 6. Reduce the rank: truncate the adapters, or extract adapters from a fully fine-tuned model.
     let full = base.clone().train::<Train>().train_only(&[".*"]).context("full fine-tuning")?;
-    let full = train(&args, "left, in full", full, args.learning_rate, &left.digits)?.into_inner();
+    let full =
+        train("left, full fine-tuning", full, options.learning_rate, &left.digits)?.into_inner();
     results.push(row("full fine-tuning on left".to_owned(), &full, &tasks));
     let mut by_rank = [Vec::new(), Vec::new()];
-    for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= args.rank) {
+    for rank in [1, 2, 4, 8].into_iter().filter(|rank| *rank <= options.rank) {
         let truncated = left.adapters.truncate(rank);
         let config = LoraConfig::new(rank, 1.0).with_targets(&args.targets);
         let extracted = base.extract(&full, &config).context("extracting")?;
@@ -267,7 +252,7 @@ fn run(args: Args) -> Result<()> {
     let rows = rows.map(|(name, value)| [name.to_owned(), value]);
     println!("{}\n", table(&["", "bytes"], &rows));
 
-    let figure = args.out.join("adapters.svg");
+    let figure = options.out.join("adapters.svg");
     let [on_left, on_mirrored] = mixtures;
     let [truncated, extracted] = by_rank;
     draw(
@@ -300,13 +285,7 @@ fn run(args: Args) -> Result<()> {
     let results = results.into_iter().map(|(name, accuracies)| (name, by_task(accuracies)));
     let summary = Summary {
         dataset: digits.name,
-        backend: backend::NAME,
-        rank: args.rank,
-        alpha: args.alpha,
         targets: args.targets,
-        learning_rate: args.learning_rate,
-        lora_learning_rate: args.lora_learning_rate,
-        seed: args.seed,
         base_bytes,
         adapter_bytes,
         file_bytes,
@@ -315,23 +294,9 @@ fn run(args: Args) -> Result<()> {
         resident_bytes_with_64,
         accuracies: results.collect(),
     };
-    let path = write_summary(&args.out, &summary)?;
+    let path = options.write_summary(&summary)?;
     println!("Wrote {} and {}", figure.display(), path.display());
     Ok(())
-}
-
-fn train(
-    args: &Args,
-    name: &str,
-    model: Lora<Train, Mlp<Train>>,
-    learning_rate: f64,
-    digits: &Digits,
-) -> Result<Lora<Plain, Mlp<Plain>>> {
-    let logs = &args.out.join("logs");
-    let &Args { epochs, seed, .. } = args;
-    let (lora_plus, workers, start) = (1.0, args.workers.count(backend::cores()), None);
-    let recipe = Recipe { name, learning_rate, epochs, seed, lora_plus, workers, start, logs };
-    Ok(fit(&recipe, model, &digits.train, &digits.test)?.0)
 }
 
 fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {

@@ -21,9 +21,9 @@ use burn_lora::{Lora, LoraAdapters, LoraConfig, LoraError, LoraModule, report::g
 use clap::Parser;
 use common::{
     Context, Result,
-    adaptation::bits,
     backend::{self, Plain, Train},
     cli::{self, file_name, live::during, write_summary},
+    tensors::bits,
 };
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
@@ -110,7 +110,7 @@ fn run(args: Args) -> Result<()> {
         let fresh = Policy::<Train>::new(&Default::default());
         // Reports wrong targets before the training.
         fresh.attach(&adapters_of(seed)).context("attaching adapters")?;
-        fresh.train_only(&[".*"]).context("training in full")
+        fresh.train_only(&[".*"]).context("training the base")
     });
     let fresh = fresh.collect::<Result<Models>>()?;
     let learn = |what: &'static str, on: &str, physics: &Physics, models: Models| {

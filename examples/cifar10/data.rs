@@ -11,6 +11,7 @@ use common::{
     Result,
     classifier::{Sample, stack_images},
     cli::live::during,
+    experiment::Samples,
 };
 
 /// The side of an image, in pixels.
@@ -71,6 +72,10 @@ impl Photos {
                 Ok(during("drawing shapes", || generated::photos(seed)))
             }
         }
+    }
+
+    pub fn samples(&self) -> Samples<'_, Photo> {
+        Samples::new(&self.train, &self.test)
     }
 
     /// The same photographs, with `change` applied to each.

@@ -10,20 +10,16 @@
 mod data;
 mod model;
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
-use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, peft::Renaming, report::grouped};
+use burn_lora::report::grouped;
 use clap::Parser;
 use common::{
-    Context, Result,
-    adaptation::{Ending, Job, Method, draw_curves, results},
-    backend::{self, Plain, Train},
-    classifier::{accuracy, logits},
-    cli::{self, live::during, workers::WorkersArg, write_summary},
+    Result, backend, cli,
+    experiment::{Experiment, Options, Part, default, help},
 };
 use mimalloc::MiMalloc;
-use serde::Serialize;
+use serde_json::json;
 
 use data::{Photos, negative};
 use model::Cnn;
@@ -35,6 +31,17 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// Adapt a convolutional network to photographic negatives, and compare full fine-tuning, LoRA and
 /// training only the last layer.
 #[derive(Parser, Debug)]
+#[command(
+    mut_arg("rank", default("7")),
+    mut_arg("alpha", default("14")),
+    mut_arg("learning_rate", default("0.002")),
+    mut_arg("lora_learning_rate", default("0.01")),
+    mut_arg("lora_learning_rate", help("Learning rate of LoRA, and of the last layer alone")),
+    mut_arg("epochs", default("6")),
+    mut_arg("epochs", help("Passes over the images, for each training")),
+    mut_arg("seed", help("Seed of weights, adapters, shuffling and generated images")),
+    mut_arg("out", default("out/cifar10"))
+)]
 struct Args {
     /// Directory with CIFAR-10's binary batches; otherwise the cache, or a download
     #[arg(long, value_name = "DIR", conflicts_with = "generated")]
@@ -42,24 +49,6 @@ struct Args {
     /// Use drawn shapes, which need no files and no network
     #[arg(long)]
     generated: bool,
-    /// Rank of the adapters
-    #[arg(long, default_value = "7", value_parser = cli::positive)]
-    rank: usize,
-    /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "14", value_parser = cli::nonzero)]
-    alpha: f64,
-    /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
-    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
-    targets: Vec<String>,
-    /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = cli::rate)]
-    learning_rate: f64,
-    /// Learning rate of LoRA, and of the last layer alone
-    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = cli::rate)]
-    lora_learning_rate: f64,
-    /// Passes over the images, for each training
-    #[arg(long, default_value = "6", value_parser = cli::positive)]
-    epochs: usize,
     /// Number of images that the base is trained on; all by default
     #[arg(long, value_name = "N", value_parser = cli::positive)]
     train_size: Option<usize>,
@@ -69,34 +58,11 @@ struct Args {
     /// Number of test images; all by default
     #[arg(long, value_name = "N", value_parser = cli::positive)]
     test_size: Option<usize>,
-    #[command(flatten)]
-    workers: WorkersArg,
-    /// Seed of weights, adapters, shuffling and generated images
-    #[arg(long, default_value = "42")]
-    seed: u64,
-    /// Directory for curves.svg, summary.json, the adapters and burn-train's logs
-    #[arg(long, value_name = "DIR", default_value = "out/cifar10")]
-    out: PathBuf,
-}
-
-#[derive(Serialize)]
-struct Summary {
-    dataset: &'static str,
-    backend: &'static str,
-    rank: usize,
-    alpha: f64,
+    /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
-    learning_rate: f64,
-    lora_learning_rate: f64,
-    seed: u64,
-    train_size: usize,
-    new_size: usize,
-    epochs: usize,
-    base_accuracy_old: f64,
-    base_accuracy_new: f64,
-    methods: Vec<Method>,
-    #[serde(flatten)]
-    ending: Ending,
+    #[command(flatten)]
+    options: Options,
 }
 
 fn main() -> ExitCode {
@@ -104,8 +70,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    fs::create_dir_all(&args.out).context(args.out.display())?;
-    let mut photos = Photos::load(args.data.as_deref(), args.generated, args.seed)?;
+    let options = &args.options;
+    options.create_out()?;
+    let mut photos = Photos::load(args.data.as_deref(), args.generated, options.seed)?;
     photos.train.truncate(args.train_size.unwrap_or(usize::MAX));
     photos.test.truncate(args.test_size.unwrap_or(usize::MAX));
     let mut negatives = photos.map(negative);
@@ -118,74 +85,28 @@ fn run(args: Args) -> Result<()> {
         grouped(photos.test.len()),
         backend::NAME,
     );
-    let config =
-        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
-    let job = Job {
-        out: &args.out,
-        epochs: args.epochs,
-        seed: args.seed,
-        lora_plus: 1.0,
-        workers: args.workers.count(backend::cores()),
-        start: None,
-        names: Renaming::default(),
-        old_test: &photos.test,
-    };
+    let config = options.config().with_targets(&args.targets);
+    let experiment = Experiment::new(options, config, photos.samples(), negatives.samples());
 
     // 1. Train a base on photographs. It never sees a negative.
-    Plain::seed(&Default::default(), args.seed);
-    let base = Cnn::<Train>::new(&Default::default());
-    // Reports wrong targets before the training.
-    base.clone().attach(&config).context("attaching adapters")?;
-    let base = base.train_only(&[".*"]).context("training the base")?;
-    let (base, _) =
-        job.fit("base: photographs", base, args.learning_rate, &photos.train, &photos.test)?;
-    let base = base.into_inner();
-    let (base_logits, base_accuracy_new) = during("testing the base", || {
-        (logits(&base, &photos.test), accuracy(logits(&base, &negatives.test), &negatives.test))
-    });
-    let base_accuracy_old = accuracy(base_logits.clone(), &photos.test);
+    let recipe = options.recipe("base: photographs", options.learning_rate);
+    let base = experiment.train_base(&recipe, Cnn::new)?;
     println!(
-        "\nThe base recognizes {base_accuracy_old:.2} % of photographs, and \
-         {base_accuracy_new:.2} % of negatives.\n"
+        "\nThe base recognizes {:.2} % of photographs, and {:.2} % of negatives.\n",
+        base.accuracy_old, base.accuracy_new,
     );
 
     // 2. Adapt this base to negatives with three methods.
-    let train = || base.clone().train::<Train>();
-    let full = train().train_only(&[".*"]).context("full fine-tuning")?;
-    let lora = train().attach(&config).context("attaching adapters")?;
-    let last = train().train_only(&["head"]).context("freezing")?;
-    println!("{}\n", lora.parameters());
-    let (new, test) = (&negatives.train, &negatives.test);
-    let (full, _) = job.adapt("full fine-tuning", full, args.learning_rate, new, test, test)?;
-    let (lora, adapted) = job.adapt("LoRA", lora, args.lora_learning_rate, new, test, test)?;
-    let (last, _) = job.adapt("last layer", last, args.lora_learning_rate, new, test, test)?;
+    let comparison = experiment.compare(base, &Part::last_layer(options))?;
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
-    let ending = job.end(adapted, test, base_logits)?;
-
-    let methods = vec![full, lora, last];
-    println!("{}\n", results(&methods));
-    let curves = args.out.join("curves.svg");
-    draw_curves(&curves, &methods, base_accuracy_new)?;
-    let summary = Summary {
-        dataset: photos.name,
-        backend: backend::NAME,
-        rank: args.rank,
-        alpha: args.alpha,
-        targets: args.targets,
-        learning_rate: args.learning_rate,
-        lora_learning_rate: args.lora_learning_rate,
-        seed: args.seed,
-        train_size: photos.train.len(),
-        new_size: negatives.train.len(),
-        epochs: args.epochs,
-        base_accuracy_old,
-        base_accuracy_new,
-        methods,
-        ending,
-    };
-    let path = write_summary(&args.out, &summary)?;
-    let adapters = args.out.join("adapters");
-    println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
-    Ok(())
+    experiment.finish(
+        comparison,
+        &json!({
+            "dataset": photos.name,
+            "targets": args.targets,
+            "train_size": photos.train.len(),
+            "new_size": negatives.train.len(),
+        }),
+    )
 }

@@ -1,17 +1,16 @@
-//! Joins a recognizer of pictures and one of sounds, which were trained apart, by a small head that tells
-//! whether the picture shows the digit that is spoken. Then the pictures are turned and the voice is a new
-//! one, and nothing but such pairs says which digits these are. Compares full fine-tuning, LoRA in both
-//! encoders, and frozen encoders, of which only the head trains.
+//! Joins two classifiers of digits, one of pictures and one of recordings, by a small head that tells whether a
+//! picture shows the digit that is spoken. Then adapts this model to rotated pictures and a new speaker. It
+//! learns from pairs alone: whether picture and recording match, but not which digit they show. Compares full
+//! fine-tuning, LoRA in both encoders, and training only the head on frozen encoders.
 //!
-//! What the encoders were trained on: the ten digits, the one in upright pictures, the other as spoken by all
-//! speakers but one. The head was trained on pairs of these.
+//! The encoders are pretrained apart, on upright pictures and on all speakers but one. The head learns from
+//! pairs of these.
 //!
 //! ```text
 //! git clone https://github.com/Jakobovski/free-spoken-digit-dataset
-//! cargo run --release --example digits_seen_and_heard --features audio -- \
-//!     --recordings free-spoken-digit-dataset
-//! cargo run --release --example digits_seen_and_heard --features audio -- --generated
-//! cargo run --release --example digits_seen_and_heard --no-default-features --features wgpu,audio -- \
+//! cargo run --release --example digits_seen_and_heard -- --recordings free-spoken-digit-dataset
+//! cargo run --release --example digits_seen_and_heard -- --generated
+//! cargo run --release --example digits_seen_and_heard --no-default-features --features wgpu -- \
 //!     --generated
 //! ```
 
@@ -21,22 +20,22 @@ mod senses;
 #[cfg(test)]
 mod tests;
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
 use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{Lora, LoraConfig, LoraModule, peft::Renaming, report::grouped};
+use burn_lora::{LoraModule, report::grouped};
 use clap::Parser;
 use common::{
     Context, Result,
-    adaptation::{Ending, Job, Method, draw_curves, results},
     backend::{self, Plain, Train},
-    classifier::{Sample, accuracy, logits},
-    cli::{self, live::during, workers::WorkersArg, write_summary},
+    classifier::{Recipe, accuracy, fit, logits},
+    cli::{self, live::during},
     digits::rotate,
+    experiment::{Base, Experiment, Options, Part, Samples, default, help},
     recognizer::Recognizer,
 };
 use mimalloc::MiMalloc;
-use serde::Serialize;
+use serde_json::json;
 
 use model::{DIGITS, FUSION, Matcher};
 use pairs::pairs;
@@ -49,6 +48,16 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// Join an encoder of pictures and one of sounds to tell whether a picture shows the digit that is spoken,
 /// and compare full fine-tuning, LoRA in both encoders, and frozen encoders.
 #[derive(Parser, Debug)]
+#[command(
+    mut_arg("rank", default("6")),
+    mut_arg("alpha", default("12")),
+    mut_arg("learning_rate", help(LEARNING_RATE)),
+    mut_arg("lora_learning_rate", default("0.004")),
+    mut_arg("epochs", default("5")),
+    mut_arg("epochs", help("Passes over the pairs, for each method")),
+    mut_arg("seed", help(SEED)),
+    mut_arg("out", default("out/digits_seen_and_heard"))
+)]
 struct Args {
     /// Directory with MNIST's four IDX files, raw or .gz; otherwise the cache, or a download
     #[arg(long, value_name = "DIR", conflicts_with = "generated")]
@@ -59,31 +68,6 @@ struct Args {
     /// Use drawn digits and synthetic voices, which need no files and no network
     #[arg(long)]
     generated: bool,
-    /// Rank of the adapters
-    #[arg(long, default_value = "6", value_parser = cli::positive)]
-    rank: usize,
-    /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "12", value_parser = cli::nonzero)]
-    alpha: f64,
-    /// Layers that get adapters, with commas between them: eye.encoder.convs.0 to eye.encoder.convs.3,
-    /// eye.head, and the same of ear; all by default
-    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
-    targets: Vec<String>,
-    /// Learning rate of the encoders' pretraining and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.001", value_parser = cli::rate)]
-    learning_rate: f64,
-    /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", default_value = "0.004", value_parser = cli::rate)]
-    lora_learning_rate: f64,
-    /// Learning rate of the head on frozen encoders
-    #[arg(long, value_name = "RATE", default_value = "0.05", value_parser = cli::rate)]
-    head_learning_rate: f64,
-    /// Passes over the pictures and over the recordings, for each encoder
-    #[arg(long, value_name = "EPOCHS", default_value = "3", value_parser = cli::positive)]
-    base_epochs: usize,
-    /// Passes over the pairs, for each method
-    #[arg(long, default_value = "5", value_parser = cli::positive)]
-    epochs: usize,
     /// Number of pictures to train on, the eye before and the whole after
     #[arg(long, value_name = "N", default_value = "6000", value_parser = cli::positive)]
     train_size: usize,
@@ -93,68 +77,47 @@ struct Args {
     /// Number of pairs to test on
     #[arg(long, value_name = "N", default_value = "1000", value_parser = cli::positive)]
     test_size: usize,
-    #[command(flatten)]
-    workers: WorkersArg,
-    /// Seed of weights, adapters, pairs, shuffling, drawn digits and synthetic voices
-    #[arg(long, default_value = "42")]
-    seed: u64,
-    /// Directory for curves.svg, summary.json, the adapters and burn-train's logs
-    #[arg(long, value_name = "DIR", default_value = "out/digits_seen_and_heard")]
-    out: PathBuf,
-}
-
-/// The new pictures are turned by this angle.
-const DEGREES: f64 = 60.0;
-
-#[derive(Serialize)]
-struct Summary {
-    dataset_images: &'static str,
-    dataset_recordings: &'static str,
-    backend: &'static str,
-    new_speaker: &'static str,
-    rank: usize,
-    alpha: f64,
+    /// Layers that get adapters, with commas between them: eye.encoder.convs.0 to eye.encoder.convs.3,
+    /// eye.head, and the same of ear; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
-    learning_rate: f64,
-    lora_learning_rate: f64,
+    /// Learning rate of the head on frozen encoders
+    #[arg(long, value_name = "RATE", default_value = "0.05", value_parser = cli::rate)]
     head_learning_rate: f64,
-    seed: u64,
-    pictures: usize,
-    recordings: usize,
-    new_size: usize,
-    test_size: usize,
+    /// Passes over the pictures and over the recordings, for each encoder
+    #[arg(long, value_name = "EPOCHS", default_value = "3", value_parser = cli::positive)]
     base_epochs: usize,
-    epochs: usize,
-    /// Of upright pictures, and of turned ones.
-    eye_accuracy: [f64; 2],
-    /// Of the old speakers, and of the new one.
-    ear_accuracy: [f64; 2],
-    base_accuracy_old: f64,
-    base_accuracy_new: f64,
-    methods: Vec<Method>,
-    #[serde(flatten)]
-    ending: Ending,
+    #[command(flatten)]
+    options: Options,
 }
+
+const LEARNING_RATE: &str = "Learning rate of the encoders' pretraining and of full fine-tuning, which falls to \
+                             zero along a cosine";
+const SEED: &str = "Seed of weights, adapters, pairs, shuffling, drawn digits and synthetic voices";
+
+/// The new pictures are rotated by this angle.
+const DEGREES: f64 = 60.0;
 
 fn main() -> ExitCode {
     common::main(run)
 }
 
 fn run(args: Args) -> Result<()> {
-    fs::create_dir_all(&args.out).context(args.out.display())?;
+    let options = &args.options;
+    options.create_out()?;
     let (images, recordings) = (args.images.as_deref(), args.recordings.as_deref());
-    let turn = |pixels: &_| rotate(pixels, DEGREES);
+    let rotated = |pixels: &_| rotate(pixels, DEGREES);
     let senses =
-        Senses::load(images, recordings, args.generated, args.train_size, args.seed, turn)?;
+        Senses::load(images, recordings, args.generated, args.train_size, options.seed, rotated)?;
     let Senses { seen_before, heard_before, seen, heard, speaker, .. } = senses;
-    // The tests are of pictures and recordings that no training has.
-    let deal = |seen: &Sense, heard: &Sense| {
-        let train = pairs(&seen.train, &heard.train, args.new_size, args.seed)?;
-        let test = pairs(&seen.test, &heard.test, args.test_size, args.seed.wrapping_add(1))?;
+    // No training has the pictures and recordings of the tests.
+    let split = |seen: &Sense, heard: &Sense| {
+        let train = pairs(&seen.train, &heard.train, args.new_size, options.seed)?;
+        let test = pairs(&seen.test, &heard.test, args.test_size, options.seed.wrapping_add(1))?;
         Ok::<_, String>((train, test))
     };
-    let (old, old_test) = deal(&seen_before, &heard_before)?;
-    let (new, new_test) = deal(&seen, &heard)?;
+    let (old, old_test) = split(&seen_before, &heard_before)?;
+    let (new, new_test) = split(&seen, &heard)?;
     println!(
         "Training encoders on {} pictures ({}) and {} recordings ({}), with the {} backend",
         grouped(seen_before.train.len()),
@@ -164,26 +127,28 @@ fn run(args: Args) -> Result<()> {
         backend::NAME,
     );
     println!(
-        "Adapting to {} pairs of turned pictures and recordings of {speaker}, testing on {}\n",
+        "Adapting to {} pairs of rotated pictures and recordings of {speaker}, testing on {}\n",
         grouped(new.len()),
         grouped(new_test.len()),
     );
-    let config = LoraConfig::peft(args.rank, args.alpha)
-        .with_targets(&args.targets)
-        .with_modules_to_save([FUSION])
-        .with_seed(args.seed);
+    let config = options.config().with_targets(&args.targets).with_modules_to_save([FUSION]);
+    let tasks = (Samples::new(&old, &old_test), Samples::new(&new, &new_test));
+    let experiment = Experiment::new(options, config, tasks.0, tasks.1);
+    let base_recipe = |name, learning_rate| Recipe {
+        epochs: args.base_epochs,
+        ..options.recipe(name, learning_rate)
+    };
 
-    // 1. Train the encoders apart: each with a head of its own, which tells the ten digits.
+    // 1. Pretrain the encoders apart, each as a classifier of the ten digits.
     let device = Default::default();
-    Plain::seed(&device, args.seed);
+    Plain::seed(&device, options.seed);
     let [eye, ear] = [0; 2].map(|_| Recognizer::<Train>::new(DIGITS, &device));
     // Reports wrong targets before the training.
     let check = Matcher::new(eye.clone(), ear.clone());
-    check.attach(&config).context("attaching adapters")?;
+    check.attach(&experiment.config).context("attaching adapters")?;
     let pretrain = |name, model: Recognizer<Train>, Sense { train, test }: &Sense| {
         let model = model.train_only(&[".*"]).context("pretraining")?;
-        let job = job(&args, args.base_epochs, &[]);
-        let (model, _) = job.fit(name, model, args.learning_rate, train, test)?;
+        let (model, _) = fit(&base_recipe(name, options.learning_rate), model, train, test)?;
         Ok::<_, String>(model.into_inner())
     };
     let eye = pretrain("eye: upright digits", eye, &seen_before)?;
@@ -195,87 +160,44 @@ fn run(args: Args) -> Result<()> {
         [of(&eye, [&seen_before, &seen]), of(&ear, [&heard_before, &heard])]
     });
     println!(
-        "\nThe eye recognizes {:.2} % of upright digits, and {:.2} % of turned ones.\n\
+        "\nThe eye recognizes {:.2} % of upright digits, and {:.2} % of rotated ones.\n\
          The ear understands {:.2} % of what the old speakers say, and {:.2} % of what {speaker} says.\n",
         eye_accuracy[0], eye_accuracy[1], ear_accuracy[0], ear_accuracy[1],
     );
 
-    // 2. Join them. The head learns from pairs of what they know.
-    let base = Matcher::new(eye, ear).train::<Train>().train_only(&[FUSION]).context("freezing")?;
-    let joining = job(&args, args.base_epochs, &old_test);
-    let name = "head: old pairs";
-    let (base, _) = joining.fit(name, base, args.head_learning_rate, &old, &old_test)?;
-    let base = base.into_inner();
-    let (base_logits, base_accuracy_new) = during("testing the whole", || {
-        (logits(&base, &old_test), accuracy(logits(&base, &new_test), &new_test))
-    });
-    let base_accuracy_old = accuracy(base_logits.clone(), &old_test);
+    // 2. Join them. The head learns from pairs of the old pictures and speakers.
+    let model =
+        Matcher::new(eye, ear).train::<Train>().train_only(&[FUSION]).context("freezing")?;
+    let recipe = base_recipe("head: old pairs", args.head_learning_rate);
+    let (model, _) = fit(&recipe, model, &old, &old_test)?;
+    let base: Base<Matcher<Train>> = experiment.evaluate(model);
     println!(
-        "\nTogether they are right about {base_accuracy_old:.2} % of the old pairs, and about \
-         {base_accuracy_new:.2} % of the new ones.\n"
+        "\nTogether they are right about {:.2} % of the old pairs, and about {:.2} % of the new ones.\n",
+        base.accuracy_old, base.accuracy_new,
     );
 
-    // 3. Adapt the whole to the new pairs with three methods.
-    let train = || base.clone().train::<Train>();
-    let full = train().train_only(&[".*"]).context("full fine-tuning")?;
-    let lora = train().attach(&config).context("attaching adapters")?;
-    let frozen = train().train_only(&[FUSION]).context("freezing")?;
-    println!("{}\n", lora.parameters());
-    let adapt = |name, model: Lora<Train, Matcher<Train>>, rate| {
-        job(&args, args.epochs, &old_test).adapt(name, model, rate, &new, &new_test, &new_test)
-    };
-    let (full, _) = adapt("full fine-tuning", full, args.learning_rate)?;
-    let (lora, adapted) = adapt("LoRA", lora, args.lora_learning_rate)?;
-    let (frozen, _) = adapt("frozen encoders", frozen, args.head_learning_rate)?;
+    // 3. Adapt the model to the new pairs with three methods.
+    let frozen =
+        Part { name: "frozen encoders", layers: &[FUSION], learning_rate: args.head_learning_rate };
+    let comparison = experiment.compare(base, &frozen)?;
 
     // 4. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
-    let ending = job(&args, args.epochs, &old_test).end(adapted, &new_test, base_logits)?;
-
-    let methods = vec![full, lora, frozen];
-    println!("{}\n", results(&methods));
-    let curves = args.out.join("curves.svg");
-    draw_curves(&curves, &methods, base_accuracy_new)?;
-    let summary = Summary {
-        dataset_images: senses.images,
-        dataset_recordings: senses.recordings,
-        backend: backend::NAME,
-        new_speaker: speaker,
-        rank: args.rank,
-        alpha: args.alpha,
-        targets: args.targets.clone(),
-        learning_rate: args.learning_rate,
-        lora_learning_rate: args.lora_learning_rate,
-        head_learning_rate: args.head_learning_rate,
-        seed: args.seed,
-        pictures: seen_before.train.len(),
-        recordings: heard_before.train.len(),
-        new_size: new.len(),
-        test_size: new_test.len(),
-        base_epochs: args.base_epochs,
-        epochs: args.epochs,
-        eye_accuracy,
-        ear_accuracy,
-        base_accuracy_old,
-        base_accuracy_new,
-        methods,
-        ending,
-    };
-    let path = write_summary(&args.out, &summary)?;
-    let adapters = args.out.join("adapters");
-    println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
-    Ok(())
-}
-
-/// What all trainings share.
-fn job<'a, S: Sample>(args: &'a Args, epochs: usize, old_test: &'a [S]) -> Job<'a, S> {
-    Job {
-        out: &args.out,
-        epochs,
-        seed: args.seed,
-        lora_plus: 1.0,
-        workers: args.workers.count(backend::cores()),
-        start: None,
-        names: Renaming::default(),
-        old_test,
-    }
+    experiment.finish(
+        comparison,
+        &json!({
+            "dataset_images": senses.images,
+            "dataset_recordings": senses.recordings,
+            "new_speaker": speaker,
+            "targets": args.targets,
+            "head_learning_rate": args.head_learning_rate,
+            "pictures": seen_before.train.len(),
+            "recordings": heard_before.train.len(),
+            "new_size": new.len(),
+            "test_size": new_test.len(),
+            "base_epochs": args.base_epochs,
+            // Of upright pictures and of rotated ones; of the old speakers and of the new one.
+            "eye_accuracy": eye_accuracy,
+            "ear_accuracy": ear_accuracy,
+        }),
+    )
 }

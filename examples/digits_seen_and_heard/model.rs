@@ -13,7 +13,7 @@ use common::{classifier::Classifier, recognizer::Recognizer};
 
 use crate::pairs::Pair;
 
-/// The number of digits that each side tells apart.
+/// The number of classes of each encoder.
 pub const DIGITS: usize = 10;
 
 /// The name of the head that joins the encoders.
@@ -28,7 +28,7 @@ pub struct Matcher<B: Backend> {
 }
 
 impl<B: Backend> Matcher<B> {
-    /// Joins two recognizers by a head that knows nothing yet.
+    /// Joins two recognizers by a head that is not trained yet.
     pub fn new(eye: Recognizer<B>, ear: Recognizer<B>) -> Self {
         let scores = Tensor::zeros([DIGITS, DIGITS], &Default::default());
         Self { eye, ear, fusion: Fusion { scores: Param::from_tensor(scores) } }
@@ -43,18 +43,18 @@ impl<B: Backend> Classifier<B> for Matcher<B> {
     }
 }
 
-/// What is known of which seen digit goes with which heard one.
+/// A score for each pair of a digit in a picture and a spoken one.
 #[derive(Module, Debug)]
 struct Fusion<B: Backend> {
-    /// Positive where they go together: `[seen, heard]`.
+    /// Positive where they are the same digit: `[seen, heard]`.
     scores: Param<Tensor<B, 2>>,
 }
 
 impl<B: Backend> Fusion<B> {
-    /// What each side makes of the digit, `[batch, digits]`, to the logits, `[batch, 2]`.
+    /// The logits of both encoders, `[batch, digits]` each, to the logits of the pairs, `[batch, 2]`.
     ///
-    /// They are the logarithms of the probabilities that the two do not go together, and that they do: the mean
-    /// over all pairs of digits, each as likely as the two sides think.
+    /// These are the logarithms of the probabilities that the two do not match, and that they do: the means over
+    /// all pairs of digits, weighted by the probabilities that the encoders give them.
     fn forward(&self, seen: Tensor<B, 2>, heard: Tensor<B, 2>) -> Tensor<B, 2> {
         let seen = log_softmax(seen, 1).unsqueeze_dim::<3>(2);
         let heard = log_softmax(heard, 1).unsqueeze_dim::<3>(1);

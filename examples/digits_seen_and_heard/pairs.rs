@@ -31,8 +31,8 @@ impl Sample for Pair {
     }
 }
 
-/// `count` pairs of these pictures and sounds, whose classes are their digits. Pairs of the same digit and
-/// of different ones take turns. All sounds, and all digits of a picture, are equally likely.
+/// Draws `count` pairs of these pictures and sounds, whose classes are their digits. Every second pair is of
+/// the same digit. All sounds are equally likely, and so are all digits of the pictures.
 pub fn pairs(pictures: &[Grid], sounds: &[Grid], count: usize, seed: u64) -> Result<Vec<Pair>> {
     let mut rng = StdRng::seed_from_u64(seed);
     let by_digit: [Vec<&Grid>; 10] = std::array::from_fn(|digit| {

@@ -1,4 +1,4 @@
-//! What there is to see and to hear. The class of each picture and sound is the digit.
+//! The pictures and sounds to train on and to test on. The class of each is the digit.
 
 use std::path::Path;
 
@@ -12,8 +12,8 @@ use common::{
 /// The number of pictures to test on.
 const TEST: usize = 2000;
 
-/// The new one of the synthetic voices, which is not the hardest to understand. Where neither eye nor ear
-/// understands anything, a pair tells neither of them what the other has.
+/// The new speaker among the synthetic voices. It is not the one that is hardest to understand: if neither
+/// encoder recognizes its input, a pair teaches neither of them anything.
 const GENERATED_SPEAKER: &str = "bass";
 
 /// Pictures or sounds for training and for testing.
@@ -22,7 +22,7 @@ pub struct Sense {
     pub test: Vec<Grid>,
 }
 
-/// What the encoders know, and what is new to them.
+/// The data of both tasks: that of the base, and that which is new to it.
 pub struct Senses {
     /// "mnist" or "generated".
     pub images: &'static str,
@@ -37,8 +37,9 @@ pub struct Senses {
 }
 
 impl Senses {
-    /// Before: the first `train_size` pictures as they are, and the speakers but one. New: the same
-    /// pictures after `change`, and the one speaker. Recordings are split as the dataset's authors do.
+    /// The base learns from the first `train_size` pictures as they are, and from all speakers but one. New
+    /// are the same pictures after `change`, and that speaker. The split of the recordings is the dataset's
+    /// own.
     pub fn load(
         images: Option<&Path>,
         recordings: Option<&Path>,
@@ -47,7 +48,7 @@ impl Senses {
         seed: u64,
         change: impl Fn(&[u8; PIXELS]) -> [u8; PIXELS],
     ) -> Result<Self> {
-        // First, because there is no other way to get them than the argument.
+        // First, because they are not downloaded: without the argument this fails at once.
         let recordings = Recordings::load(recordings, generated, seed)?;
         let mut digits = Digits::load(images, generated, seed)?;
         digits.train.truncate(train_size);

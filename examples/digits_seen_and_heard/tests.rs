@@ -6,12 +6,12 @@ use burn::{
 };
 use burn_lora::{LoraConfig, LoraModule};
 use common::{
-    adaptation::bits,
     backend::{Plain, Train},
     classifier::{Sample, logits},
     digits::{Digit, Digits, PIXELS},
     recognizer::{Grid, Recognizer},
     speech::generated,
+    tensors::bits,
 };
 
 use crate::{
@@ -61,7 +61,7 @@ fn pairs_need_every_digit() {
 }
 
 #[test]
-fn what_is_new_is_turned_and_of_one_speaker() {
+fn new_pictures_are_changed_and_new_recordings_are_of_one_speaker() {
     let digit = |label: u8| Digit { pixels: [10 * label; PIXELS], label };
     let digits = Digits {
         name: "test",

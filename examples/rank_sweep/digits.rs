@@ -4,7 +4,7 @@ use burn::{module::Module, tensor::backend::Backend};
 use burn_lora::LoraModule;
 use common::{
     Context, Result,
-    backend::{self, Plain, Train},
+    backend::{Plain, Train},
     classifier::{Recipe, fit},
     digits::{Digits, rotate},
     mlp::Mlp,
@@ -20,9 +20,8 @@ const BASE_EPOCHS: usize = 3;
 
 const BASE_LEARNING_RATE: f64 = 1e-3;
 
-/// About the best rates for these few steps, the second one at rank 8 and alpha 16.
-const LEARNING_RATE: f64 = 4e-3;
-const LORA_LEARNING_RATE: f64 = 1e-2;
+/// About the best rates for these few steps: of full fine-tuning, and of LoRA at rank 8 and alpha 16.
+pub const RATES: [&str; 2] = ["0.004", "0.01"];
 
 /// Sets of layers. An adapter of rank 1 has 1296 parameters on `fc1`, 768 on `fc2` and 266 on `head`.
 const SETS: &[(&str, &[&str])] = &[
@@ -34,20 +33,15 @@ const SETS: &[(&str, &[&str])] = &[
 ];
 
 pub fn task(args: &Args) -> Result<Task<Mlp<Train>>> {
-    let mut digits = Digits::load(args.data.as_deref(), args.generated, args.seed)?;
+    let options = &args.options;
+    let mut digits = Digits::load(args.data.as_deref(), args.generated, options.seed)?;
     digits.train.truncate(BASE_SIZE);
-    Plain::seed(&Default::default(), args.seed);
+    Plain::seed(&Default::default(), options.seed);
     let base = Mlp::<Train>::new(&Default::default());
     let base = base.train_only(&[".*"]).context("training the base")?;
     let recipe = Recipe {
-        name: "base: upright digits",
-        learning_rate: BASE_LEARNING_RATE,
         epochs: BASE_EPOCHS,
-        seed: args.seed,
-        lora_plus: 1.0,
-        workers: args.workers.count(backend::cores()),
-        start: None,
-        logs: &args.out.join("logs"),
+        ..options.recipe("base: upright digits", BASE_LEARNING_RATE)
     };
     let (base, _) = fit(&recipe, base, &digits.train, &digits.test)?;
     let old_test = digits.test.clone();
@@ -59,11 +53,11 @@ pub fn task(args: &Args) -> Result<Task<Mlp<Train>>> {
         train: rotated.train,
         test: rotated.test,
         old_test,
-        in_full: &[],
+        modules_to_save: &[],
         targets: &[],
         sets: SETS,
-        learning_rate: args.learning_rate.unwrap_or(LEARNING_RATE),
-        lora_learning_rate: args.lora_learning_rate.unwrap_or(LORA_LEARNING_RATE),
-        epochs: args.epochs.unwrap_or(4),
+        learning_rate: options.learning_rate,
+        lora_learning_rate: options.lora_learning_rate,
+        epochs: options.epochs,
     })
 }

@@ -90,7 +90,7 @@ struct Figures {
 impl<M: Learns> Lab<M> {
     pub fn new(task: Task<M>, seeds: Vec<u64>, workers: usize, rank: usize, alpha: f64) -> Self {
         let base = task.base.valid();
-        let weights = matrices(&base, task.in_full);
+        let weights = matrices(&base, task.modules_to_save);
         let base_logits = during("testing the base", || logits(&base, &task.test));
         let (workers, known) = (Workers::new(workers), Vec::new());
         Self { task, base, weights, base_logits, seeds, workers, rank, alpha, known }
@@ -102,7 +102,7 @@ impl<M: Learns> Lab<M> {
         LoraConfig::new(rank, alpha_for(scaling, self.rank, self.alpha))
             .with_scaling(scaling)
             .with_targets(self.task.targets.iter().copied())
-            .with_modules_to_save(self.task.in_full.iter().copied())
+            .with_modules_to_save(self.task.modules_to_save.iter().copied())
     }
 
     /// A point at the learning rate of all sweeps that do not compare it.
@@ -237,9 +237,9 @@ impl<M: Learns> Lab<M> {
         norm(updates.values()) / norm(self.weights.values())
     }
 
-    /// What training in full added to each matrix.
+    /// What full fine-tuning added to each matrix.
     pub fn changes(&self, tuned: &M::InnerModule) -> Matrices<Plain> {
-        differences(matrices(tuned, self.task.in_full), &self.weights)
+        differences(matrices(tuned, self.task.modules_to_save), &self.weights)
     }
 }
 

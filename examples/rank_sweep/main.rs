@@ -4,7 +4,7 @@
 //! ```text
 //! cargo run --release --example rank_sweep -- --generated
 //! cargo run --release --example rank_sweep -- --data mnist --sweep rank,scaling
-//! cargo run --release --example rank_sweep --no-default-features --features flex,text -- --task text \
+//! cargo run --release --example rank_sweep --no-default-features --features flex -- --task text \
 //!     --sweep rank,layers --seeds 1
 //! ```
 //!
@@ -22,7 +22,7 @@ mod task;
 mod train;
 mod weights;
 
-use std::{fs, path::PathBuf, process::ExitCode, time::Instant};
+use std::{path::PathBuf, process::ExitCode, time::Instant};
 
 use burn::module::Module;
 use clap::{Parser, ValueEnum};
@@ -31,9 +31,10 @@ use serde_json::{Map, json};
 
 use burn_lora::report::grouped;
 use common::{
-    Context, Result, backend,
+    Result, backend,
     classifier::{Learns, accuracy, logits},
-    cli::{self, live::during, workers::WorkersArg, write_summary},
+    cli::{self, live::during},
+    experiment::{Options, default, default_if, help},
 };
 use lab::Lab;
 use sweeps::{alpha, initialization, layers, rank, scaling, singular_values};
@@ -46,8 +47,20 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// Sweep over rank, scaling, layers, alpha and initial values of adapters, and compare with full
 /// fine-tuning.
 #[derive(Parser, Debug)]
+#[command(
+    mut_arg("rank", help("Rank of the adapters where it is not compared")),
+    mut_arg("alpha", help(ALPHA)),
+    mut_arg("learning_rate", default_if("task", "text", sentences::RATES[0], digits::RATES[0])),
+    mut_arg("learning_rate", help(LEARNING_RATE)),
+    mut_arg("lora_learning_rate", default_if("task", "text", sentences::RATES[1], digits::RATES[1])),
+    mut_arg("epochs", |it| it.hide_default_value(true)),
+    mut_arg("epochs", help("Passes over the samples, for each training")),
+    mut_arg("seed", help("Seed of the base and of generated samples, and first seed of the trainings")),
+    mut_arg("out", default("out/rank_sweep")),
+    mut_arg("out", help("Directory for the figures, summary.json and the base's logs")),
+)]
 struct Args {
-    /// The task that a base is adapted to; `text` needs the cargo feature of this name
+    /// The task that a base is adapted to
     #[arg(long, value_enum, default_value = "digits")]
     task: TaskName,
     /// Directory with MNIST's four IDX files, raw or .gz; otherwise the cache, or a download
@@ -59,22 +72,6 @@ struct Args {
     /// What to compare, with commas between; everything by default
     #[arg(long, value_enum, value_name = "SWEEPS", value_delimiter = ',')]
     sweep: Vec<Sweep>,
-    /// Rank of the adapters where it is not compared
-    #[arg(long, default_value = "8", value_parser = cli::positive)]
-    rank: usize,
-    /// Scale of the adapters at this rank: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
-    alpha: f64,
-    /// Learning rate of full fine-tuning, which falls to zero along a cosine; by default one that
-    /// suits the task
-    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
-    learning_rate: Option<f64>,
-    /// Learning rate of LoRA
-    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
-    lora_learning_rate: Option<f64>,
-    /// Passes over the samples, for each training
-    #[arg(long, value_parser = cli::positive)]
-    epochs: Option<usize>,
     /// Number of samples to train on
     #[arg(long, value_name = "N", default_value = "4000", value_parser = cli::positive)]
     train_size: usize,
@@ -82,14 +79,12 @@ struct Args {
     #[arg(long, value_name = "N", default_value = "3", value_parser = cli::positive)]
     seeds: usize,
     #[command(flatten)]
-    workers: WorkersArg,
-    /// Seed of the base and of generated samples, and first seed of the trainings
-    #[arg(long, default_value = "42")]
-    seed: u64,
-    /// Directory for the figures, summary.json and the base's logs
-    #[arg(long, value_name = "DIR", default_value = "out/rank_sweep")]
-    out: PathBuf,
+    options: Options,
 }
+
+const ALPHA: &str = "Scale of the adapters at this rank: their update is multiplied by alpha/rank";
+const LEARNING_RATE: &str = "Learning rate of full fine-tuning, which falls to zero along a cosine; by default \
+                             one that suits the task";
 
 #[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
 enum TaskName {
@@ -114,7 +109,7 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    fs::create_dir_all(&args.out).context(args.out.display())?;
+    args.options.create_out()?;
     match args.task {
         TaskName::Digits => compare(&args, digits::task(&args)?),
         TaskName::Text => compare(&args, sentences::task(&args)?),
@@ -123,10 +118,10 @@ fn run(args: Args) -> Result<()> {
 
 /// Runs the sweeps that were asked for, and prints their tables at the end.
 fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
+    let options = &args.options;
     let start = Instant::now();
-    let seeds = (0..args.seeds as u64).map(|index| args.seed + index).collect();
-    let mut lab =
-        Lab::new(task, seeds, args.workers.count(backend::cores()), args.rank, args.alpha);
+    let seeds = (0..args.seeds as u64).map(|index| options.seed + index).collect();
+    let mut lab = Lab::new(task, seeds, options.workers(), options.rank, options.alpha);
     let task = &lab.task;
     let base_accuracy = lab.base_accuracy();
     println!(
@@ -142,16 +137,9 @@ fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
     let mut summary = json!({
         "task": args.task.to_possible_value().map(|it| it.get_name().to_owned()),
         "dataset": task.dataset,
-        "backend": backend::NAME,
-        "rank": args.rank,
-        "alpha": args.alpha,
-        "learning_rate": task.learning_rate,
-        "lora_learning_rate": task.lora_learning_rate,
-        "seed": args.seed,
         "seeds": args.seeds,
         "train_size": task.train.len(),
         "test_size": task.test.len(),
-        "epochs": task.epochs,
         "parameters": lab.base.num_params(),
         "base_accuracy_old": during("testing the base", || {
             let old = &task.old_test;
@@ -165,7 +153,7 @@ fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
     let chosen = if args.sweep.is_empty() { Sweep::value_variants() } else { &args.sweep };
     for &sweep in chosen {
         let name = sweep.name();
-        let figure = args.out.join(format!("{name}.svg"));
+        let figure = options.out.join(format!("{name}.svg"));
         let report = match sweep {
             Sweep::Rank => rank::run(&mut lab, &full, &figure)?,
             Sweep::Scaling => scaling::run(&mut lab, &full, &figure)?,
@@ -185,7 +173,7 @@ fn compare<M: Learns>(args: &Args, task: Task<M>) -> Result<()> {
     summary["full"] = json!(full);
     summary["sweeps"] = results.into();
     summary["seconds"] = json!(seconds);
-    let path = write_summary(&args.out, &summary)?;
+    let path = options.write_summary(&summary)?;
     files.push(path);
     let files: Vec<_> = files.iter().map(|path| path.display().to_string()).collect();
     println!(

@@ -11,8 +11,8 @@ pub struct Task<M: Learns> {
     pub test: Vec<SampleOf<M>>,
     /// Test samples of the task that the base was trained on. Empty if it is another kind of task.
     pub old_test: Vec<SampleOf<M>>,
-    /// Modules without adapters that train in full next to those of the others.
-    pub in_full: &'static [&'static str],
+    /// Modules without adapters, all of whose parameters train along with the adapters.
+    pub modules_to_save: &'static [&'static str],
     /// The layers that get adapters where the layers are not what is compared. Empty for all.
     pub targets: &'static [&'static str],
     /// The sets of layers that are compared, and their names.

@@ -3,34 +3,32 @@
 //!
 //! ```text
 //! git clone https://github.com/Jakobovski/free-spoken-digit-dataset
-//! cargo run --release --example spoken_digits --features audio -- --data free-spoken-digit-dataset
-//! cargo run --release --example spoken_digits --features audio -- --generated
-//! cargo run --release --example spoken_digits --no-default-features --features wgpu,audio -- --generated
+//! cargo run --release --example spoken_digits -- --data free-spoken-digit-dataset
+//! cargo run --release --example spoken_digits -- --generated
+//! cargo run --release --example spoken_digits --no-default-features --features wgpu -- --generated
 //! ```
 //!
-//! The base never hears the new speaker. What a sound is to the model is in
-//! `examples/common/speech/spectrogram.rs`, and the model in `examples/common/recognizer.rs`.
+//! The base never hears the new speaker. Sounds become spectrograms in
+//! `examples/src/speech/spectrogram.rs`, and the model is in `examples/src/recognizer.rs`.
 
 mod split;
 #[cfg(test)]
 mod tests;
 
-use std::{fs, path::PathBuf, process::ExitCode};
+use std::{path::PathBuf, process::ExitCode};
 
-use burn::{module::Module, tensor::backend::Backend};
-use burn_lora::{LoraConfig, LoraModule, peft::Renaming, report::grouped};
+use burn_lora::report::grouped;
 use clap::Parser;
 use common::{
-    Context, Result,
-    adaptation::{Ending, Job, Method, draw_curves, results},
-    backend::{self, Plain, Train},
-    classifier::{accuracy, logits},
-    cli::{self, live::during, workers::WorkersArg, write_summary},
-    recognizer::{Grid, Recognizer},
+    Result, backend,
+    classifier::Recipe,
+    cli,
+    experiment::{Experiment, Options, Part, Samples, default, help},
+    recognizer::Recognizer,
     speech::Recordings,
 };
 use mimalloc::MiMalloc;
-use serde::Serialize;
+use serde_json::json;
 
 use split::Split;
 
@@ -41,6 +39,17 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// Adapt a recognizer of spoken digits to a new speaker, and compare full fine-tuning, LoRA and training
 /// only the last layer.
 #[derive(Parser, Debug)]
+#[command(
+    mut_arg("rank", default("6")),
+    mut_arg("alpha", default("12")),
+    mut_arg("learning_rate", default("0.002")),
+    mut_arg("lora_learning_rate", default("0.01")),
+    mut_arg("lora_learning_rate", help("Learning rate of LoRA, and of the last layer alone")),
+    mut_arg("epochs", default("20")),
+    mut_arg("epochs", help("Passes over the recordings of the new speaker, for each method")),
+    mut_arg("seed", help("Seed of weights, adapters, shuffling and synthetic voices")),
+    mut_arg("out", default("out/spoken_digits"))
+)]
 struct Args {
     /// Directory with the recordings of the Free Spoken Digit Dataset
     #[arg(long, value_name = "DIR", conflicts_with = "generated")]
@@ -51,62 +60,17 @@ struct Args {
     /// The new speaker, whom the base does not hear; george by default, and child with --generated
     #[arg(long, value_name = "NAME")]
     speaker: Option<String>,
-    /// Rank of the adapters
-    #[arg(long, default_value = "6", value_parser = cli::positive)]
-    rank: usize,
-    /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "12", value_parser = cli::nonzero)]
-    alpha: f64,
-    /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
-    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
-    targets: Vec<String>,
-    /// Learning rate of the base and of full fine-tuning, which falls to zero along a cosine
-    #[arg(long, value_name = "RATE", default_value = "0.002", value_parser = cli::rate)]
-    learning_rate: f64,
-    /// Learning rate of LoRA, and of the last layer alone
-    #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = cli::rate)]
-    lora_learning_rate: f64,
-    /// Passes over the recordings of the other speakers, for the base
-    #[arg(long, value_name = "EPOCHS", default_value = "6", value_parser = cli::positive)]
-    base_epochs: usize,
-    /// Passes over the recordings of the new speaker, for each method
-    #[arg(long, default_value = "20", value_parser = cli::positive)]
-    epochs: usize,
     /// Number of recordings of the new speaker to adapt to
     #[arg(long, value_name = "N", default_value = "50", value_parser = cli::positive)]
     new_size: usize,
-    #[command(flatten)]
-    workers: WorkersArg,
-    /// Seed of weights, adapters, shuffling and synthetic voices
-    #[arg(long, default_value = "42")]
-    seed: u64,
-    /// Directory for curves.svg, summary.json, the adapters and burn-train's logs
-    #[arg(long, value_name = "DIR", default_value = "out/spoken_digits")]
-    out: PathBuf,
-}
-
-#[derive(Serialize)]
-struct Summary {
-    dataset: &'static str,
-    backend: &'static str,
-    new_speaker: String,
-    rank: usize,
-    alpha: f64,
+    /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
+    #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
-    learning_rate: f64,
-    lora_learning_rate: f64,
-    seed: u64,
-    train_size: usize,
-    new_size: usize,
-    test_size_old: usize,
-    test_size_new: usize,
+    /// Passes over the recordings of the other speakers, for the base
+    #[arg(long, value_name = "EPOCHS", default_value = "6", value_parser = cli::positive)]
     base_epochs: usize,
-    epochs: usize,
-    base_accuracy_old: f64,
-    base_accuracy_new: f64,
-    methods: Vec<Method>,
-    #[serde(flatten)]
-    ending: Ending,
+    #[command(flatten)]
+    options: Options,
 }
 
 fn main() -> ExitCode {
@@ -114,8 +78,9 @@ fn main() -> ExitCode {
 }
 
 fn run(args: Args) -> Result<()> {
-    fs::create_dir_all(&args.out).context(args.out.display())?;
-    let recordings = Recordings::load(args.data.as_deref(), args.generated, args.seed)?;
+    let options = &args.options;
+    options.create_out()?;
+    let recordings = Recordings::load(args.data.as_deref(), args.generated, options.seed)?;
     let speaker = args.speaker.as_deref().unwrap_or(recordings.newcomer);
     let Split { old, old_test, new, new_test } = Split::new(&recordings, speaker, args.new_size)?;
     println!(
@@ -131,86 +96,36 @@ fn run(args: Args) -> Result<()> {
         new_test.len(),
         old_test.len(),
     );
-    let config =
-        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
-    let job = |epochs| Job::<Grid> {
-        out: &args.out,
-        epochs,
-        seed: args.seed,
-        lora_plus: 1.0,
-        workers: args.workers.count(backend::cores()),
-        start: None,
-        names: Renaming::default(),
-        old_test: &old_test,
-    };
+    let config = options.config().with_targets(&args.targets);
+    let tasks = (Samples::new(&old, &old_test), Samples::new(&new, &new_test));
+    let experiment = Experiment::new(options, config, tasks.0, tasks.1);
 
     // 1. Train a base on the old speakers. It never hears the new one.
-    Plain::seed(&Default::default(), args.seed);
-    let base = Recognizer::<Train>::new(10, &Default::default());
-    // Reports wrong targets before the training.
-    base.clone().attach(&config).context("attaching adapters")?;
-    let base = base.train_only(&[".*"]).context("training the base")?;
-    let (base, _) = job(args.base_epochs).fit(
-        "base: old speakers",
-        base,
-        args.learning_rate,
-        &old,
-        &old_test,
-    )?;
-    let base = base.into_inner();
-    let (base_logits, base_accuracy_new) = during("testing the base", || {
-        (logits(&base, &old_test), accuracy(logits(&base, &new_test), &new_test))
-    });
-    let base_accuracy_old = accuracy(base_logits.clone(), &old_test);
+    let recipe = Recipe {
+        epochs: args.base_epochs,
+        ..options.recipe("base: old speakers", options.learning_rate)
+    };
+    let base = experiment.train_base(&recipe, |device| Recognizer::new(10, device))?;
     println!(
-        "\nThe base understands {base_accuracy_old:.2} % of what the old speakers say, and \
-         {base_accuracy_new:.2} % of what {speaker} says.\n"
+        "\nThe base understands {:.2} % of what the old speakers say, and {:.2} % of what {speaker} says.\n",
+        base.accuracy_old, base.accuracy_new,
     );
 
     // 2. Adapt this base to the new speaker with three methods.
-    let train = || base.clone().train::<Train>();
-    let full = train().train_only(&[".*"]).context("full fine-tuning")?;
-    let lora = train().attach(&config).context("attaching adapters")?;
-    let last = train().train_only(&["head"]).context("freezing")?;
-    println!("{}\n", lora.parameters());
-    let job = job(args.epochs);
-    let (full, _) =
-        job.adapt("full fine-tuning", full, args.learning_rate, &new, &new_test, &new_test)?;
-    let (lora, adapted) =
-        job.adapt("LoRA", lora, args.lora_learning_rate, &new, &new_test, &new_test)?;
-    let (last, _) =
-        job.adapt("last layer", last, args.lora_learning_rate, &new, &new_test, &new_test)?;
+    let comparison = experiment.compare(base, &Part::last_layer(options))?;
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the base comes back, bit for bit.
-    let ending = job.end(adapted, &new_test, base_logits)?;
-
-    let methods = vec![full, lora, last];
-    println!("{}\n", results(&methods));
-    let curves = args.out.join("curves.svg");
-    draw_curves(&curves, &methods, base_accuracy_new)?;
-    let summary = Summary {
-        dataset: recordings.name,
-        backend: backend::NAME,
-        new_speaker: speaker.to_owned(),
-        rank: args.rank,
-        alpha: args.alpha,
-        learning_rate: args.learning_rate,
-        lora_learning_rate: args.lora_learning_rate,
-        seed: args.seed,
-        train_size: old.len(),
-        new_size: new.len(),
-        test_size_old: old_test.len(),
-        test_size_new: new_test.len(),
-        base_epochs: args.base_epochs,
-        epochs: args.epochs,
-        base_accuracy_old,
-        base_accuracy_new,
-        methods,
-        ending,
-        targets: args.targets,
-    };
-    let path = write_summary(&args.out, &summary)?;
-    let adapters = args.out.join("adapters");
-    println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
-    Ok(())
+    experiment.finish(
+        comparison,
+        &json!({
+            "dataset": recordings.name,
+            "new_speaker": speaker,
+            "targets": args.targets,
+            "train_size": old.len(),
+            "new_size": new.len(),
+            "test_size_old": old_test.len(),
+            "test_size_new": new_test.len(),
+            "base_epochs": args.base_epochs,
+        }),
+    )
 }

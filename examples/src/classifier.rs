@@ -3,7 +3,7 @@
 use std::{
     fmt::Debug,
     fs,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex},
 };
 
@@ -192,7 +192,7 @@ pub struct Recipe<'a> {
     /// Where to start. `None` means from the model, without checkpoints.
     pub start: Option<Start>,
     /// The directory for the logs. Each training gets a directory in it.
-    pub logs: &'a Path,
+    pub logs: PathBuf,
 }
 
 /// Where a training with checkpoints starts.

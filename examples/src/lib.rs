@@ -1,16 +1,17 @@
 //! What the examples share: the backend, data, training with progress, and reports.
 
-pub mod adaptation;
 pub mod backend;
 pub mod benches;
 pub mod classifier;
 pub mod digits;
+pub mod experiment;
 pub mod grammar;
 pub mod mlp;
 pub mod progress;
 pub mod recognizer;
 pub mod resume;
 pub mod speech;
+pub mod tensors;
 pub mod text;
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-//! The model of the examples with digits: three layers. Each can have an adapter.
+//! The model of the examples with digits: a multilayer perceptron. Each layer can have an adapter.
 
 use burn::{
     module::Module,
@@ -12,7 +12,7 @@ use super::{
     digits::{Digit, PIXELS},
 };
 
-/// A perceptron that classifies digits: 784 pixels, 512 and 256 hidden units, 10 classes.
+/// A perceptron that classifies digits: 784 pixels, hidden layers of 512 and 256 units, and 10 classes.
 #[derive(Module, Debug)]
 pub struct Mlp<B: Backend> {
     fc1: LoraLinear<B>,

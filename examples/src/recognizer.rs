@@ -1,4 +1,4 @@
-//! A recognizer of grids of numbers, such as grey images and spectrograms: an encoder with four
+//! A recognizer of grids of numbers, such as gray images and spectrograms: an encoder with four
 //! convolutions, and a linear layer. Each layer can have an adapter.
 
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Resumes a training at the right place in its data.
+//! Resumes a training at the right position in its data.
 
 use std::sync::{Arc, Mutex};
 

@@ -3,9 +3,9 @@
 //! frozen encoder.
 //!
 //! ```text
-//! cargo run --release --example text_classification --no-default-features --features flex,text -- \
+//! cargo run --release --example text_classification --no-default-features --features flex -- \
 //!     --data sst2
-//! cargo run --release --example text_classification --no-default-features --features flex,text -- \
+//! cargo run --release --example text_classification --no-default-features --features flex -- \
 //!     --generated
 //! ```
 //!
@@ -22,7 +22,7 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    Lora, LoraConfig, LoraModule,
+    Lora, LoraModule,
     quantize::{Quantization, QuantizationReport, QuantizeConfig},
     report::grouped,
 };
@@ -34,18 +34,17 @@ use burn_lora_llm::bert::{
 use clap::Parser;
 use common::{
     Context, Result,
-    adaptation::{Job, Method, bits, draw_curves, largest_difference, results},
     backend::{self, Plain, Train},
-    classifier::{Sample, Start, accuracy, logits},
-    cli::{
-        self, arguments, hub, live::during, quantize::Kind, relatives::Relative,
-        workers::WorkersArg, write_summary,
+    classifier::{Recipe, Sample, Start, accuracy, fit, logits},
+    cli::{self, arguments, hub, live::during, quantize::Kind, relatives::Relative},
+    experiment::{
+        Ending, Experiment, Options, Results, Samples, default, default_if, draw_curves, help,
     },
     grammar::{self, Language},
+    tensors::bits,
     text::{self, Texts},
 };
 use mimalloc::MiMalloc;
-use serde::Serialize;
 use serde_json::json;
 
 /// Reuses the memory of large tensors: every training step allocates them again.
@@ -56,6 +55,17 @@ static ALLOCATOR: MiMalloc = MiMalloc;
 /// fine-tuning, LoRA on all linear layers (targets query, key, value, output, expand, contract), LoRA on
 /// query and value, and training only a head.
 #[derive(Parser, Debug)]
+#[command(
+    mut_arg("learning_rate", default_if("generated", "true", "0.001", "0.0001")),
+    mut_arg("learning_rate", help(LEARNING_RATE)),
+    mut_arg("lora_learning_rate", default_if("generated", "true", "0.002", "0.001")),
+    mut_arg("lora_learning_rate", help(LORA_LEARNING_RATE)),
+    mut_arg("epochs", default_if("generated", "true", "5", "2")),
+    mut_arg("epochs", help(EPOCHS)),
+    mut_arg("seed", help("Seed of the head, adapters, shuffling and generated texts")),
+    mut_arg("out", default("out/text_classification")),
+    mut_arg("out", help(OUT))
+)]
 struct Args {
     /// Directory with train.tsv, dev.tsv and test.tsv of SST-2; otherwise generated sentences
     #[arg(long, value_name = "DIR", conflicts_with = "generated")]
@@ -67,19 +77,6 @@ struct Args {
     /// Pretrain a small encoder on generated sentences, which needs no files and no network
     #[arg(long)]
     generated: bool,
-    /// Rank of the adapters
-    #[arg(long, default_value = "8", value_parser = cli::positive)]
-    rank: usize,
-    /// Scale of the adapters: their update is multiplied by alpha/rank
-    #[arg(long, default_value = "16", value_parser = cli::nonzero)]
-    alpha: f64,
-    /// Learning rate of full fine-tuning, which falls to zero along a cosine; 0.0001 by default, and 0.001
-    /// with a generated encoder
-    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
-    learning_rate: Option<f64>,
-    /// Learning rate of LoRA; 0.001 by default, and 0.002 with a generated encoder
-    #[arg(long, value_name = "RATE", value_parser = cli::rate)]
-    lora_learning_rate: Option<f64>,
     /// Learning rate of the head alone
     #[arg(long, value_name = "RATE", default_value = "0.01", value_parser = cli::rate)]
     head_learning_rate: f64,
@@ -93,34 +90,29 @@ struct Args {
     /// Also train with relatives of LoRA on all linear layers; several are separated by commas
     #[arg(long, value_name = "KINDS", value_delimiter = ',')]
     relatives: Vec<Relative>,
-    /// Passes over the texts, for each training; 2 by default, and 5 with a generated encoder
-    #[arg(long, value_parser = cli::positive)]
-    epochs: Option<usize>,
     /// Number of texts to train on
     #[arg(long, value_name = "N", default_value = "10000", value_parser = cli::positive)]
     train_size: usize,
-    #[command(flatten)]
-    workers: WorkersArg,
-    /// Seed of the head, adapters, shuffling and generated texts
-    #[arg(long, default_value = "42")]
-    seed: u64,
     /// Resume an interrupted run with the same arguments and the same --out
     #[arg(long)]
     resume: bool,
-    /// Directory for curves.svg, summary.json, the adapters, logs, and the last two checkpoints of each
-    /// training
-    #[arg(long, value_name = "DIR", default_value = "out/text_classification")]
-    out: PathBuf,
+    #[command(flatten)]
+    options: Options,
 }
+
+const LEARNING_RATE: &str = "Learning rate of full fine-tuning, which falls to zero along a cosine; 0.0001 by \
+                             default, and 0.001 with a generated encoder";
+const LORA_LEARNING_RATE: &str =
+    "Learning rate of LoRA; 0.001 by default, and 0.002 with a generated encoder";
+const EPOCHS: &str =
+    "Passes over the texts, for each training; 2 by default, and 5 with a generated encoder";
+const OUT: &str = "Directory for curves.svg, summary.json, the adapters, logs, and the last two checkpoints of \
+                   each training";
 
 const MINILM: hub::Model = hub::Model {
     name: "sentence-transformers/all-MiniLM-L6-v2",
     files: &["config.json", "tokenizer.json", "model.safetensors"],
 };
-
-/// The learning rates of full fine-tuning and of LoRA.
-const PRETRAINED: [f64; 2] = [1e-4, 1e-3];
-const GENERATED: [f64; 2] = [1e-3, 2e-3];
 
 /// The learning rate at which the small encoder is pretrained.
 const PRETRAINING: f64 = 2e-3;
@@ -131,28 +123,6 @@ const SEEN: usize = 512;
 /// The number of texts for the evaluation after each epoch.
 const WATCHED: usize = 1000;
 
-#[derive(Serialize)]
-struct Summary {
-    dataset: &'static str,
-    backend: &'static str,
-    rank: usize,
-    alpha: f64,
-    learning_rate: f64,
-    lora_learning_rate: f64,
-    head_learning_rate: f64,
-    seed: u64,
-    train_size: usize,
-    epochs: usize,
-    /// The accuracy on missing words, if the encoder was pretrained here.
-    base_accuracy_old: Option<f64>,
-    base_accuracy_new: f64,
-    methods: Vec<Method>,
-    max_abs_logit_diff_merged: f64,
-    base_restored_exactly: bool,
-    /// The size of the encoder's weights.
-    model_bytes: usize,
-}
-
 fn main() -> ExitCode {
     common::main(run)
 }
@@ -160,27 +130,16 @@ fn main() -> ExitCode {
 fn run(args: Args) -> Result<()> {
     // Reads all files first, so that a wrong one is reported before anything is replaced.
     let given = if args.generated { None } else { Some(read(&args)?) };
-    let epochs = args.epochs.unwrap_or(if args.generated { 5 } else { 2 });
-    let config =
-        LoraConfig::peft(args.rank, args.alpha).with_modules_to_save([HEAD]).with_seed(args.seed);
-    let job = Job {
-        out: &args.out,
-        epochs,
-        seed: args.seed,
-        lora_plus: 1.0,
-        workers: args.workers.count(backend::cores()),
-        start: Some(start(&args, epochs)?),
-        names: classifier::names(),
-        old_test: &[],
-    };
-    Plain::seed(&Default::default(), args.seed);
+    let options = &args.options;
+    let start = Some(start(&args)?);
+    let recipe = |name, learning_rate| Recipe { start, ..options.recipe(name, learning_rate) };
+    Plain::seed(&Default::default(), options.seed);
 
     // 1. Load or pretrain an encoder, and load the texts of the task.
     let device = Default::default();
-    let [rate, lora_rate] = rates(&args);
     let Given { bert, sizes, mut texts, accuracy: base_accuracy_old } = match given {
         Some(given) => given,
-        None => pretrain(&job)?,
+        None => pretrain(recipe("base: missing words", PRETRAINING))?,
     };
     texts.train.truncate(args.train_size);
     texts.dev.truncate(WATCHED);
@@ -197,38 +156,45 @@ fn run(args: Args) -> Result<()> {
     let base_accuracy_new = during("testing the base", || accuracy(logits(&base, test), test));
     let base_vectors = embeddings(&base, test);
     let fresh = || base.clone().train::<Train>();
+    let experiment = Experiment {
+        options,
+        config: options.config().with_modules_to_save([HEAD]),
+        old: Samples::none(),
+        new: Samples { train, watched: dev, test },
+        names: classifier::names(),
+    };
+    let config = |targets: &[&str]| experiment.config.clone().with_targets(targets.iter().copied());
     let attach = |model: TextClassifier<Train>, targets: &[&str]| {
-        let config = config.clone().with_targets(targets.iter().copied());
-        model.attach(&config).context("attaching adapters")
+        model.attach(&config(targets)).context("attaching adapters")
     };
     let all_linear = attach(fresh(), &ALL_LINEAR)?;
     println!("{}\n", all_linear.parameters());
-    let adapt = |job: &Job<Text>, name, model, rate| job.adapt(name, model, rate, train, dev, test);
+    let adapt = |recipe, model| experiment.adapt(&recipe, model, &experiment.new);
+    let [rate, lora_rate] = [options.learning_rate, options.lora_learning_rate];
     let full = fresh().train_only(&[".*"]).context("full fine-tuning")?;
-    let (full, _) = adapt(&job, "full fine-tuning", full, rate)?;
-    let (all, adapted) = adapt(&job, "LoRA, all linear", all_linear.clone(), lora_rate)?;
+    let (full, _) = adapt(recipe("full fine-tuning", rate), full)?;
+    let (all, adapted) = adapt(recipe("LoRA, all linear", lora_rate), all_linear.clone())?;
     let query_value = attach(fresh(), &QUERY_VALUE)?;
-    let (some, _) = adapt(&job, "LoRA, query and value", query_value, lora_rate)?;
+    let (some, _) = adapt(recipe("LoRA, query and value", lora_rate), query_value)?;
     let head = fresh().train_only(&[HEAD]).context("freezing")?;
-    let (head, _) = adapt(&job, "head", head, args.head_learning_rate)?;
+    let (head, _) = adapt(recipe("head", args.head_learning_rate), head)?;
     let mut methods = vec![full, all, some, head];
     if let Some(lora_plus) = args.lora_plus {
         // Keeps the geometric mean of both learning rates.
-        let rate = lora_rate / lora_plus.sqrt();
-        let plus = Job { lora_plus, names: job.names.clone(), ..job };
-        methods.push(adapt(&plus, "LoRA+, all linear", all_linear, rate)?.0);
+        let plus = recipe("LoRA+, all linear", lora_rate / lora_plus.sqrt());
+        methods.push(adapt(Recipe { lora_plus, ..plus }, all_linear)?.0);
     }
     for &relative in &args.relatives {
-        let config = config.clone().with_targets(ALL_LINEAR);
-        // What is seen is computed without gradients.
+        // Runs the model on some texts, without gradients.
         let see = |model: &TextClassifier<Plain>| {
             for texts in train[..train.len().min(SEEN)].chunks(Text::BATCH) {
                 model.forward(&Text::stack(texts, &device));
             }
         };
-        let model = relative.attach(&base, config, see).context("attaching adapters")?;
+        let model =
+            relative.attach(&base, config(&ALL_LINEAR), see).context("attaching adapters")?;
         let model = Lora::from_inner(model);
-        methods.push(adapt(&job, relative.name(), model, lora_rate)?.0);
+        methods.push(adapt(recipe(relative.name(), lora_rate), model)?.0);
     }
     for &kind in &args.quantize {
         let (base, report) = quantize(&base, kind)?;
@@ -238,49 +204,31 @@ fn run(args: Args) -> Result<()> {
             Kind::Int8 => "LoRA, all linear, int8",
             Kind::Nf4 => "LoRA, all linear, NF4",
         };
-        methods.push(adapt(&job, name, model, lora_rate)?.0);
+        methods.push(adapt(recipe(name, lora_rate), model)?.0);
     }
 
     // 3. Merge the adapters: the outputs stay the same. Detach them: the encoder comes back, bit for bit.
-    let merged = adapted.merge().context("merging")?;
-    let max_abs_logit_diff_merged =
-        largest_difference(logits(&merged, test), logits(&*adapted, test));
-    let base_restored_exactly = bits(embeddings(&adapted.detach(), test)) == bits(base_vectors);
-    let exactly = if base_restored_exactly { "exactly" } else { "NOT exactly" };
-    println!(
-        "\nMerging the adapters changes the logits by at most {max_abs_logit_diff_merged:.1e}."
-    );
-    println!("Without them, the model computes {exactly} the vectors of the encoder.\n");
-
-    println!("{}\n", results(&methods));
-    let curves = args.out.join("curves.svg");
-    draw_curves(&curves, &methods, base_accuracy_new)?;
-    write_vectors(&args.out.join("vectors.json"), &adapted, test)?;
-    let summary = Summary {
-        dataset: name,
-        backend: backend::NAME,
-        rank: args.rank,
-        alpha: args.alpha,
-        learning_rate: rate,
-        lora_learning_rate: lora_rate,
-        head_learning_rate: args.head_learning_rate,
-        seed: args.seed,
-        train_size: train.len(),
-        epochs,
-        base_accuracy_old,
-        base_accuracy_new,
-        methods,
-        max_abs_logit_diff_merged,
-        base_restored_exactly,
-        model_bytes: size_of::<f32>() * base.bert.num_params(),
+    let ending = Ending {
+        max_abs_logit_diff_merged: experiment.merge(&adapted)?,
+        base_restored_exactly: bits(embeddings(&adapted.detach(), test)) == bits(base_vectors),
     };
-    let path = write_summary(&args.out, &summary)?;
-    let adapters = args.out.join("adapters");
-    println!("Wrote {}, {} and {}", curves.display(), path.display(), adapters.display());
-    Ok(())
+    println!("Without them, the model computes {} the vectors of the encoder.\n", ending.exactly());
+
+    draw_curves(&options.curves(), &methods, base_accuracy_new)?;
+    write_vectors(&options.out.join("vectors.json"), &adapted, test)?;
+    let results = Results { base_accuracy_old, base_accuracy_new, methods, ending };
+    results.report(
+        options,
+        &json!({
+            "dataset": name,
+            "head_learning_rate": args.head_learning_rate,
+            "train_size": train.len(),
+            "model_bytes": size_of::<f32>() * base.bert.num_params(),
+        }),
+    )
 }
 
-/// The classifier with the encoder's linear layers in few bits.
+/// The classifier with the encoder's linear layers in 8 or 4 bits.
 fn quantize(
     base: &TextClassifier<Plain>,
     kind: Kind,
@@ -289,30 +237,35 @@ fn quantize(
     base.clone().quantize(config).context("quantizing the encoder")
 }
 
-/// The learning rates of full fine-tuning and of LoRA.
-fn rates(args: &Args) -> [f64; 2] {
-    let [full, lora] = if args.generated { GENERATED } else { PRETRAINED };
-    [args.learning_rate.unwrap_or(full), args.lora_learning_rate.unwrap_or(lora)]
-}
-
 /// Whether to start from the model or from checkpoints. Those must come from a run with the same
 /// arguments.
-fn start(args: &Args, epochs: usize) -> Result<Start> {
-    let [rate, lora_rate] = rates(args);
+fn start(args: &Args) -> Result<Start> {
+    let options = &args.options;
     let kinds: Vec<_> = args.quantize.iter().map(|kind| format!("{kind:?}")).collect();
     let relatives: Vec<_> = args.relatives.iter().map(|it| it.name()).collect();
     let arguments = json!({
-        "data": args.data, "model": args.model, "generated": args.generated, "rank": args.rank,
-        "alpha": args.alpha, "epochs": epochs, "train_size": args.train_size,
-        "lora_plus": args.lora_plus, "quantize": kinds, "relatives": relatives, "seed": args.seed, "backend": backend::NAME,
-        "learning_rate": rate, "lora_learning_rate": lora_rate,
-        "head_learning_rate": args.head_learning_rate, "workers": args.workers.count(backend::cores()),
+        "data": args.data,
+        "model": args.model,
+        "generated": args.generated,
+        "rank": options.rank,
+        "alpha": options.alpha,
+        "epochs": options.epochs,
+        "train_size": args.train_size,
+        "lora_plus": args.lora_plus,
+        "quantize": kinds,
+        "relatives": relatives,
+        "seed": options.seed,
+        "backend": backend::NAME,
+        "learning_rate": options.learning_rate,
+        "lora_learning_rate": options.lora_learning_rate,
+        "head_learning_rate": args.head_learning_rate,
+        "workers": options.workers(),
     });
     if !args.resume {
-        arguments::begin(&args.out, "logs", &arguments)?;
+        arguments::begin(&options.out, "logs", &arguments)?;
         return Ok(Start::Fresh);
     }
-    arguments::resume(&args.out, &arguments)?;
+    arguments::resume(&options.out, &arguments)?;
     Ok(Start::Checkpoint)
 }
 
@@ -339,23 +292,23 @@ fn read(args: &Args) -> Result<Given> {
     let tokenizer = text::read_tokenizer(&dir.join("tokenizer.json"), &sizes)?;
     let texts = match &args.data {
         Some(dir) => Texts::read(dir, &tokenizer)?,
-        None => grammar::texts(&tokenizer, args.seed)?,
+        None => grammar::texts(&tokenizer, args.options.seed)?,
     };
     Ok(Given { bert, sizes, texts, accuracy: None })
 }
 
 /// Pretrains a small encoder to predict missing words of a generated language.
-fn pretrain(job: &Job<Text>) -> Result<Given> {
+fn pretrain(recipe: Recipe) -> Result<Given> {
     let Language { tokenizer, config: sizes, clozes, clozes_test: test } =
-        grammar::language(job.seed)?;
-    let (device, words) = (Default::default(), sizes.vocab_size);
-    let model = TextClassifier::new(sizes.init::<Train>(&device), &sizes, words, &device);
+        grammar::language(recipe.seed)?;
+    let (device, vocab_size) = (Default::default(), sizes.vocab_size);
+    let model = TextClassifier::new(sizes.init::<Train>(&device), &sizes, vocab_size, &device);
     let model = model.train_only(&[".*"]).context("pretraining")?;
-    let job = Job { epochs: 5, names: job.names.clone(), ..*job };
-    let (model, _) = job.fit("base: missing words", model, PRETRAINING, &clozes, &test)?;
+    let recipe = Recipe { epochs: 5, ..recipe };
+    let (model, _) = fit(&recipe, model, &clozes, &test)?;
     let right = accuracy(logits(&*model, &test), &test);
-    println!("\nThe encoder predicts {right:.1} % of missing words, out of {words} words.\n");
-    let texts = grammar::texts(&tokenizer, job.seed)?;
+    println!("\nThe encoder predicts {right:.1} % of missing words, out of {vocab_size} words.\n");
+    let texts = grammar::texts(&tokenizer, recipe.seed)?;
     Ok(Given { bert: model.into_inner().bert, sizes, texts, accuracy: Some(right) })
 }
 
@@ -368,7 +321,7 @@ fn first(texts: &[Text]) -> &[Text] {
     &texts[..texts.len().min(16)]
 }
 
-/// Writes the adapted encoder's vectors of some texts. `tests/bert/check_saved.py` compares them with
+/// Writes the adapted encoder's vectors of some texts. `llm/tests/bert/check_saved.py` compares them with
 /// those that Python computes.
 fn write_vectors(path: &Path, model: &TextClassifier<Plain>, texts: &[Text]) -> Result<()> {
     let vectors = embeddings(model, texts);

@@ -35,7 +35,7 @@ use mimalloc::MiMalloc;
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 use serde::Serialize;
 
-use model::{LENGTH, Layered, SYMBOLS, Stock};
+use model::{LENGTH, Layered, Stock, VOCAB_SIZE};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -72,32 +72,32 @@ struct Args {
 
 const BATCH: usize = 32;
 
-/// The rule for the symbol at each place of the output.
+/// The rule for the token at each position of the output.
 #[derive(Clone, Copy)]
 enum Task {
     /// The sequence in reverse order.
     Reverse,
-    /// The sequence, rotated by three places.
+    /// The sequence, rotated by three positions.
     Rotate,
 }
 
 impl Task {
     /// Sequences and their targets: `[BATCH, LENGTH]` each.
     fn batch<B: Backend>(self, rng: &mut StdRng) -> [Tensor<B, 2, Int>; 2] {
-        let source = |place: usize| match self {
-            Self::Reverse => LENGTH - 1 - place,
-            Self::Rotate => (place + 3) % LENGTH,
+        let source = |position: usize| match self {
+            Self::Reverse => LENGTH - 1 - position,
+            Self::Rotate => (position + 3) % LENGTH,
         };
-        let symbols: Vec<i32> =
-            (0..BATCH * LENGTH).map(|_| rng.random_range(0..SYMBOLS as i32)).collect();
-        let rows = symbols.chunks(LENGTH);
-        let targets = rows.flat_map(|row| (0..LENGTH).map(move |place| row[source(place)]));
+        let tokens: Vec<i32> =
+            (0..BATCH * LENGTH).map(|_| rng.random_range(0..VOCAB_SIZE as i32)).collect();
+        let rows = tokens.chunks(LENGTH);
+        let targets = rows.flat_map(|row| (0..LENGTH).map(move |position| row[source(position)]));
         let targets = targets.collect::<Vec<i32>>();
         let tensor = |values| {
             let data = TensorData::new(values, [BATCH, LENGTH]);
             Tensor::from_data(data, &Default::default())
         };
-        [symbols, targets].map(tensor)
+        [tokens, targets].map(tensor)
     }
 }
 
@@ -143,7 +143,7 @@ fn main() -> ExitCode {
 
 fn run(args: Args) -> Result<()> {
     fs::create_dir_all(&args.out).context(args.out.display())?;
-    println!("Sequences of {LENGTH} symbols, with the {} backend\n", backend::NAME);
+    println!("Sequences of {LENGTH} tokens, with the {} backend\n", backend::NAME);
     Plain::seed(&Default::default(), args.seed);
 
     let config =
@@ -160,7 +160,9 @@ fn run(args: Args) -> Result<()> {
     let plain = base.valid();
     let right = |model: &Stock<Plain>, task| accuracy(|x| model.forward(x), task);
     let (old, new) = (right(&plain, Task::Reverse), right(&plain, Task::Rotate));
-    println!("\nIt is right in {old:.1} % of the places, and in {new:.1} % if it should rotate.\n");
+    println!(
+        "\nIt is right in {old:.1} % of the positions, and in {new:.1} % if it should rotate.\n"
+    );
 
     // 2. Adapt the same weights to rotate sequences: through the overlay, and in layers that have
     // adapters. Both sets of adapters start with the same numbers.
@@ -274,7 +276,7 @@ where
     (model, Outcome { name, trainable, loss: last, accuracy, step_milliseconds })
 }
 
-/// The percentage of places with the right symbol.
+/// The percentage of positions with the right token.
 fn accuracy(forward: impl Fn(Tensor<Plain, 2, Int>) -> Tensor<Plain, 3>, task: Task) -> f64 {
     const BATCHES: usize = 10;
     let mut rng = StdRng::seed_from_u64(7);

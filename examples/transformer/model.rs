@@ -13,8 +13,8 @@ use burn::{
 };
 use burn_lora::nn::{LoraMhaInput, LoraMultiHeadAttention};
 
-/// The number of different symbols, and the length of a sequence.
-pub const SYMBOLS: usize = 12;
+/// The size of the vocabulary, and the length of a sequence.
+pub const VOCAB_SIZE: usize = 12;
 pub const LENGTH: usize = 16;
 
 const D_MODEL: usize = 128;
@@ -22,7 +22,7 @@ const D_MODEL: usize = 128;
 /// The model with Burn's own layers only.
 #[derive(Module, Debug)]
 pub struct Stock<B: Backend> {
-    symbols: Embedding<B>,
+    tokens: Embedding<B>,
     positions: Embedding<B>,
     encoder: TransformerEncoder<B>,
     head: Linear<B>,
@@ -32,16 +32,16 @@ impl<B: Backend> Stock<B> {
     pub fn new(device: &B::Device) -> Self {
         let encoder = TransformerEncoderConfig::new(D_MODEL, 2 * D_MODEL, 4, 2).with_dropout(0.0);
         Self {
-            symbols: EmbeddingConfig::new(SYMBOLS, D_MODEL).init(device),
+            tokens: EmbeddingConfig::new(VOCAB_SIZE, D_MODEL).init(device),
             positions: EmbeddingConfig::new(LENGTH, D_MODEL).init(device),
             encoder: encoder.init(device),
-            head: LinearConfig::new(D_MODEL, SYMBOLS).init(device),
+            head: LinearConfig::new(D_MODEL, VOCAB_SIZE).init(device),
         }
     }
 
-    /// Sequences `[batch, LENGTH]` to logits `[batch, LENGTH, SYMBOLS]`.
+    /// Sequences `[batch, LENGTH]` to logits `[batch, LENGTH, VOCAB_SIZE]`.
     pub fn forward(&self, sequences: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        let x = embed(&self.symbols, &self.positions, sequences);
+        let x = embed(&self.tokens, &self.positions, sequences);
         self.head.forward(self.encoder.forward(TransformerEncoderInput::new(x)))
     }
 }
@@ -50,7 +50,7 @@ impl<B: Backend> Stock<B> {
 /// have the same paths in both models.
 #[derive(Module, Debug)]
 pub struct Layered<B: Backend> {
-    symbols: Embedding<B>,
+    tokens: Embedding<B>,
     positions: Embedding<B>,
     encoder: Encoder<B>,
     head: Linear<B>,
@@ -78,7 +78,7 @@ impl<B: Backend> From<Stock<B>> for Layered<B> {
             norm_2: layer.norm_2,
         };
         Self {
-            symbols: stock.symbols,
+            tokens: stock.tokens,
             positions: stock.positions,
             encoder: Encoder { layers: stock.encoder.layers.into_iter().map(layer).collect() },
             head: stock.head,
@@ -87,9 +87,9 @@ impl<B: Backend> From<Stock<B>> for Layered<B> {
 }
 
 impl<B: Backend> Layered<B> {
-    /// Sequences `[batch, LENGTH]` to logits `[batch, LENGTH, SYMBOLS]`.
+    /// Sequences `[batch, LENGTH]` to logits `[batch, LENGTH, VOCAB_SIZE]`.
     pub fn forward(&self, sequences: Tensor<B, 2, Int>) -> Tensor<B, 3> {
-        let x = embed(&self.symbols, &self.positions, sequences);
+        let x = embed(&self.tokens, &self.positions, sequences);
         let x = self.encoder.layers.iter().fold(x, |x, layer| {
             let attended = layer.mha.forward(LoraMhaInput::self_attn(x.clone())).context;
             let x = layer.norm_1.forward(x + attended);
@@ -100,10 +100,10 @@ impl<B: Backend> Layered<B> {
 }
 
 fn embed<B: Backend>(
-    symbols: &Embedding<B>,
+    tokens: &Embedding<B>,
     positions: &Embedding<B>,
     sequences: Tensor<B, 2, Int>,
 ) -> Tensor<B, 3> {
     let indices = Tensor::arange(0..LENGTH as i64, &sequences.device()).unsqueeze();
-    symbols.forward(sequences) + positions.forward(indices)
+    tokens.forward(sequences) + positions.forward(indices)
 }

@@ -215,7 +215,7 @@ fn begin<M: Learns>(
     });
     let adapters = LoraAdapters::new(adapters);
     let model = lab.task.base.clone().switch(&adapters).context("putting adapters on the base")?;
-    model.train_only(lab.task.in_full).context("training next to the adapters")
+    model.train_only(lab.task.modules_to_save).context("training next to the adapters")
 }
 
 /// The mean loss over the samples.

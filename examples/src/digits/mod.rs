@@ -9,7 +9,10 @@ use burn::tensor::{Tensor, backend::Backend};
 
 use burn_lora_llm::{Result, cli::live::during};
 
-use super::classifier::{Sample, stack_images};
+use super::{
+    classifier::{Sample, stack_images},
+    experiment::Samples,
+};
 
 /// The side of an image, in pixels.
 pub const SIDE: usize = 28;
@@ -17,7 +20,7 @@ pub const SIDE: usize = 28;
 /// The number of pixels.
 pub const PIXELS: usize = SIDE * SIDE;
 
-/// A grey image, row by row, and the digit it shows.
+/// A gray image, row by row, and the digit it shows.
 #[derive(Clone, Debug)]
 pub struct Digit {
     pub pixels: [u8; PIXELS],
@@ -75,6 +78,10 @@ impl Digits {
 
     pub fn drawn(seed: u64) -> Self {
         during("drawing digits", || generated::digits(seed))
+    }
+
+    pub fn samples(&self) -> Samples<'_, Digit> {
+        Samples::new(&self.train, &self.test)
     }
 
     /// The same digits, with `change` applied to each image.
