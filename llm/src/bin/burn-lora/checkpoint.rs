@@ -70,11 +70,7 @@ pub fn save<O: Optimizer<Model, Train>>(
 ///
 /// # Errors
 ///
-/// If it cannot be read.
-///
-/// # Panics
-///
-/// If it is one of a model with other adapters.
+/// If it cannot be read, or is one of a model with other adapters.
 pub fn load<O: Optimizer<Model, Train>>(
     dir: &Path,
     model: Model,
@@ -87,7 +83,8 @@ pub fn load<O: Optimizer<Model, Train>>(
     let recorder = MessagePack::default();
     let read = |name: &str| last.join(name);
     let record = Recorder::<Train>::load(&recorder, read("model"), &device);
-    let model = model.load_record(record.context(last.display())?);
+    let record = record.context(last.display())?;
+    let model = model.try_load_record(record).context(last.display())?;
     let record = Recorder::<Train>::load(&recorder, read("optimizer"), &device);
     let optimizer = optimizer.load_record(record.context(last.display())?);
     let history = fs::read(read("history.json")).context(last.display())?;
