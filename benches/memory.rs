@@ -41,7 +41,7 @@ fn main() -> ExitCode {
     held();
     peak();
     text();
-    language_model();
+    decoder();
     resident();
     other_layers();
     ExitCode::SUCCESS
@@ -141,7 +141,7 @@ fn text() {
 }
 
 /// What a step of a language model takes beyond what is there before it.
-fn language_model() {
+fn decoder() {
     let base = smollm2::base::<Train>(&Default::default());
     let config = LoraConfig::peft(8, 16.0).with_targets(smollm2::LAYERS);
     let model = base.attach(&config).expect("it has these layers");

@@ -1,4 +1,4 @@
-"""Writes tiny decoders with random weights, one of each architecture that the language_model example
+"""Writes tiny decoders with random weights, one of each architecture that this package
 reads, and what Hugging Face's `transformers` and PEFT compute with them.
 
     python -m venv venv
@@ -219,7 +219,7 @@ def smollm2(directory):
         texts.append({
             "text": text, "ids": ids[0].tolist(), "largest": logits[-1].abs().max().item(),
             "scores": [round(it, 6) for it in logits[-1, some].tolist()],
-            "surprise": -next_ones.sum().item(),
+            "cross_entropy": -next_ones.sum().item(),
         })
     content = {"some": some.tolist(), "texts": texts}
     (FIXTURES / "smollm2.json").write_text(json.dumps(content, indent=0, ensure_ascii=False) + "\n")
