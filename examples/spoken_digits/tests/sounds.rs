@@ -43,7 +43,7 @@ fn filters_overlap_to_one() {
 #[test]
 fn a_tone_is_loudest_in_its_band() {
     let centers = centers(BANDS, f64::from(RATE) / 2.0);
-    let log_mel = LogMel::new();
+    let log_mel = LogMel::default();
     for band in 2..BANDS {
         let powers = &log_mel.powers(&tone(centers[band + 1], WINDOW))[0];
         let loudest = (0..BANDS).max_by(|a, b| powers[*a].total_cmp(&powers[*b]));
@@ -60,7 +60,7 @@ fn powers_are_those_of_a_plain_fourier_transform() {
     })
     .take(WINDOW + HOP)
     .collect();
-    let found = LogMel::new().powers(&noise);
+    let found = LogMel::default().powers(&noise);
     assert_eq!(found.len(), 2);
     let bins = WINDOW / 2 + 1;
     let filters = filters(BANDS, bins, f64::from(RATE) / 2.0);
@@ -87,7 +87,7 @@ fn powers_are_those_of_a_plain_fourier_transform() {
 
 #[test]
 fn spectrograms_are_centered_and_from_0_to_1() {
-    let log_mel = LogMel::new();
+    let log_mel = LogMel::default();
     let at = |spectrogram: &[f32], frame: usize| {
         (0..BANDS).map(|band| spectrogram[band * FRAMES + frame]).fold(0.0, f32::max)
     };

@@ -25,7 +25,7 @@ const FORMAT: WavSpec = WavSpec {
 pub fn read(dir: &Path) -> Result<Recordings> {
     let inside = dir.join("recordings");
     let dir = if inside.is_dir() { &inside } else { dir };
-    let log_mel = LogMel::new();
+    let log_mel = LogMel::default();
     let mut all = Vec::new();
     for entry in fs::read_dir(dir).context(dir.display())? {
         let path = entry.context(dir.display())?.path();

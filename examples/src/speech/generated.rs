@@ -54,7 +54,7 @@ const VOICES: [Voice; 6] = [
 /// `count` recordings of each digit by each voice. The same seed gives the same recordings.
 pub fn recordings(count: u32, seed: u64) -> Recordings {
     let mut rng = StdRng::seed_from_u64(seed);
-    let log_mel = LogMel::new();
+    let log_mel = LogMel::default();
     let mut all = Vec::new();
     for voice in &VOICES {
         for (digit, sounds) in (0..).zip(&DIGITS) {

@@ -36,8 +36,8 @@ pub struct LogMel {
     filters: Vec<Vec<f32>>,
 }
 
-impl LogMel {
-    pub fn new() -> Self {
+impl Default for LogMel {
+    fn default() -> Self {
         let fft = RealFftPlanner::new().plan_fft_forward(WINDOW);
         let hann = |index| 0.5 - 0.5 * (TAU * index as f32 / WINDOW as f32).cos();
         Self {
@@ -46,7 +46,9 @@ impl LogMel {
             fft,
         }
     }
+}
 
+impl LogMel {
     /// The spectrogram of a recording, whose middle is in the middle: `[BANDS, FRAMES]`, row by row. The
     /// loudest value is 1, and silence is 0.
     pub fn spectrogram(&self, samples: &[f32]) -> Arc<[f32]> {

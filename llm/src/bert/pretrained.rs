@@ -25,7 +25,7 @@ const UNUSED: [&str; 3] = ["embeddings.position_ids", "pooler.dense.weight", "po
 /// # Errors
 ///
 /// If a file cannot be read or is not of a BERT; if a tensor is missing or has another shape or type; or
-/// if a tensor is unknown and not in [`UNUSED`]. The error lists all problems.
+/// if a tensor is unknown. The position ids and the pooling layer are not used. The error lists all problems.
 pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Bert<B>, BertConfig), String> {
     let config = read_config(&dir.join("config.json"))?;
     let path = dir.join("model.safetensors");

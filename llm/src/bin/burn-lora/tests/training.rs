@@ -179,7 +179,7 @@ fn replicas_with_other_recipes_are_refused() {
     let rate = |index| if index == 1 { 0.02 } else { 0.01 };
     let all = together(2, dir.path(), |it| Recipe { learning_rate: rate(it), ..recipe() }, false);
     for replica in all {
-        let error = replica.err().expect("it is refused");
+        let error = replica.expect_err("it is refused");
         assert_eq!(
             error,
             "the replicas differ: replica 1 has `learning_rate: 0.02,` where replica 0 has \
@@ -236,7 +236,7 @@ fn the_gradient_is_clipped_as_a_whole() {
 #[test]
 fn a_loss_that_is_no_number_stops_the_training() {
     let wild = Recipe { iters: 50, learning_rate: 1e30, warmup: 0, ..recipe() };
-    let error = trained(&wild).err().expect("it stops");
+    let error = trained(&wild).expect_err("it stops");
     assert!(error.contains("in step ") && error.contains("--learning-rate"), "{error}");
 }
 
