@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
-pages = [root / "README.md", root / "CONTRIBUTING.md", *root.glob("docs/**/*.md"), *root.glob("benches/*.md")]
+pages = [root / "README.md", root / "CONTRIBUTING.md", root / "llm/README.md", *root.glob("docs/**/*.md"), *root.glob("benches/*.md")]
 examples = {path.stem for path in root.glob("examples/*.rs")}
 examples |= {path.parent.name for path in root.glob("examples/*/main.rs")}
 library = (root / "src/lib.rs").read_text()

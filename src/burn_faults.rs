@@ -5,7 +5,7 @@
 //!
 //! - **Memory that another thread is about to read is changed in place**, as that of a checkpoint, which burn-train
 //!   reads while the training goes on. On GPUs. Way around it: [`unshared`], [`unshared_record`]. It can go when a
-//!   training that is resumed on a GPU comes to the same bits without it (`tests/suite/resuming.rs`).
+//!   training that is resumed on a GPU comes to the same bits without it (`examples/tests/suite/resuming.rs`).
 //! - **The gradient of `repeat_dim` is in the wrong order.** With autodiff. Way around it: [`repeated`]. It can go
 //!   when `the_gradient_of_repeat_dim_is_still_wrong` fails.
 //! - **The `lazy_shape` of a weight in the column layout is the transpose**, until the weight is initialized. On all

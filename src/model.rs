@@ -192,7 +192,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
         config: &LoraConfig,
         iterations: usize,
     ) -> Result<Lora<B, Self>, LoraError> {
-        loftq::attach(&Lora::of(self), &to.into(), config, iterations)
+        loftq::attach(&Lora::new(drawn(self)), &to.into(), config, iterations)
     }
 
     /// Puts fresh adapters on the model that start with what its linear layers see (EVA,

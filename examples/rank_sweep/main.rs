@@ -100,6 +100,7 @@ enum Sweep {
     Scaling,
     Layers,
     Alpha,
+    #[value(alias = "initialisation")]
     Initialization,
     SingularValues,
 }

@@ -201,6 +201,10 @@ fn loftq_starts_nearer_to_the_base() {
         assert!(error(&once) < 0.9 * error(&rounded), "{} {}", error(&once), error(&rounded));
         assert!(error(&often) < error(&once), "{} {}", error(&often), error(&once));
         assert_eq!(often.adapter().unwrap().scale(), scale);
+        // Nothing of the base trains, or is taken for something that was trained.
+        let adapter = often.adapter().unwrap().num_trainable();
+        assert_eq!(often.parameters().trainable, adapter);
+        assert_eq!(often.adapters().num_params(), adapter);
 
         // The update is the best approximation of what is missing: its residual has no larger part along it.
         let adapter = once.adapter().unwrap();
