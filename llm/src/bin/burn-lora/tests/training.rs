@@ -217,6 +217,20 @@ fn a_training_that_is_stopped_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn a_checkpoint_of_another_rank_is_an_error_that_names_it() {
+    let dir = tempfile::tempdir().unwrap();
+    trained_in(dir.path(), &recipe(), false).unwrap();
+    let config = LoraConfig::new(3, 5.0);
+    let model = tiny::<Train>("llama3").attach(&config).unwrap();
+    let (texts, _) = texts_of("llama3");
+    let (stop, replicas) = (AtomicBool::new(false), Counted::new(&Alone));
+    let result = train(model, &texts, &texts, &recipe(), Some(dir.path()), &stop, &replicas);
+    let Err(error) = result else { panic!("it is refused") };
+    assert!(error.contains("checkpoints/6: "), "{error}");
+    assert!(error.contains("rank 3") && error.contains("rank 2"), "{error}");
+}
+
+#[test]
 fn the_gradient_is_clipped_as_a_whole() {
     let model = tiny::<Train>("llama3").attach(&LoraConfig::new(2, 5.0).with_seed(3)).unwrap();
     let (texts, _) = texts_of("llama3");
