@@ -21,8 +21,8 @@
 //! - **A transposed vector is reshaped wrongly later.** On wgpu. Way around it: vectors are reshaped and not
 //!   transposed. It can go when the suite passes on wgpu with transposes.
 //! - **Clones share the running statistics of a batch norm**, which move in passes of frozen models, too. With
-//!   autodiff. Way around it: `traverse::statistics`, and errors where statistics would be put on a model. It can go
-//!   when the statistics of a clone stay while those of the original move.
+//!   autodiff. Way around it: `nn::BatchNorm`, `Lora::with_own_statistics`, and an error without either. It can go
+//!   when `clones_still_share_running_statistics` fails.
 
 use burn::{
     module::Param,
@@ -58,7 +58,8 @@ pub(crate) fn repeated<B: Backend, const D: usize>(
 mod tests {
     use burn::{
         backend::{Autodiff, Flex},
-        nn::{LinearConfig, LinearLayout},
+        module::Module,
+        nn::{BatchNormConfig, LinearConfig, LinearLayout},
         tensor::Device,
     };
 
@@ -85,6 +86,16 @@ mod tests {
         let weight = config.init::<Flex>(&Default::default()).weight;
         assert_eq!(weight.lazy_shape().to_vec(), [3, 2]);
         assert_eq!(weight.shape().to_vec(), [2, 3]);
+    }
+
+    #[test]
+    fn clones_still_share_running_statistics() {
+        let device: Device<Train> = Default::default();
+        let norm = BatchNormConfig::new(1).init::<Train>(&device);
+        let clone = norm.clone().no_grad();
+        let _ = clone.forward(Tensor::<Train, 2>::from_data([[1.0], [2.0]], &device));
+        let _ = clone.running_mean.value_sync();
+        assert!(norm.running_mean.value().into_scalar() > 0.1);
     }
 
     #[test]

@@ -106,6 +106,19 @@ pub enum LoraError {
         paths: Vec<String>,
     },
 
+    /// The model has batch norms of Burn's, whose running statistics all clones of a model share. On a backend with
+    /// autodiff each pass moves them, and putting on those of a set would move them, too: the base would change.
+    #[error(
+        "Burn's batch norms share their running statistics with all clones of a model, so that the base would \
+         change: {}; have the model hold `burn_lora::nn::BatchNorm`, which is frozen with its model, or call \
+         `with_own_statistics` on the model with autodiff first, and the statistics move in the adapted one alone",
+        quoted(.paths)
+    )]
+    SharedStatistics {
+        /// The norms' paths.
+        paths: Vec<String>,
+    },
+
     /// Adapters do not fit a model, or a file's tensors do not fit its configuration. Everything
     /// that is wrong is listed.
     #[error("{what} does not fit{}", .mismatch)]
@@ -217,11 +230,6 @@ impl Mismatch {
     }
 }
 
-/// Why running statistics do not train and are not put on, and what to do.
-pub(crate) const SHARED_STATISTICS: &str = "Burn shares the running statistics of a \
-     batch norm between clones; name the parameters of the norm (`gamma` and `beta`; in PyTorch `weight` and \
-     `bias`) instead of the norm";
-
 impl LoraError {
     /// The variant's name.
     fn variant(&self) -> &'static str {
@@ -236,6 +244,7 @@ impl LoraError {
             Self::NotMixable { .. } => "NotMixable",
             Self::UnknownAdapters { .. } => "UnknownAdapters",
             Self::AlreadyAttached { .. } => "AlreadyAttached",
+            Self::SharedStatistics { .. } => "SharedStatistics",
             Self::Mismatch { .. } => "Mismatch",
             Self::Io { .. } => "Io",
             Self::InvalidFile { .. } => "InvalidFile",
@@ -244,16 +253,6 @@ impl LoraError {
             Self::Incompatible { .. } => "Incompatible",
             Self::ReplicasDiffer { .. } => "ReplicasDiffer",
             Self::NotFinite { .. } => "NotFinite",
-        }
-    }
-
-    /// Burn keeps running statistics in a cell that all clones share: to put them on one model would
-    /// change all others.
-    pub(crate) fn running_statistic(file: &str, name: &str) -> Self {
-        Self::Unsupported {
-            file: file.to_owned(),
-            field: name.to_owned(),
-            reason: Some(SHARED_STATISTICS.to_owned()),
         }
     }
 
@@ -283,12 +282,6 @@ impl fmt::Display for Mismatch {
             None => Ok(()),
         }
     }
-}
-
-/// Whether PyTorch gives this name to one of the running statistics of a norm.
-pub(crate) fn shares_statistics(name: &str) -> bool {
-    let name = name.rsplit_once('.').map_or(name, |(_, name)| name);
-    ["running_mean", "running_var", "num_batches_tracked"].contains(&name)
 }
 
 /// What a message calls the layer at `path`. A layer that is no part of a model has no path.

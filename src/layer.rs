@@ -8,7 +8,9 @@ mod gelu;
 mod heads;
 mod linear;
 mod module;
+mod norm;
 pub(crate) mod quantized;
+mod statistic;
 
 use burn::{
     module::{Param, ParamId},
@@ -33,6 +35,8 @@ pub use embedding::{LoraEmbedding, LoraEmbeddingRecord};
 pub use gelu::gelu;
 pub use heads::swap_heads;
 pub use linear::{LoraLinear, LoraLinearRecord};
+pub use norm::{BatchNorm, BatchNormRecord};
+pub(crate) use statistic::Statistic;
 
 /// What a layer can take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -126,8 +126,8 @@ pub mod nn {
     #[doc(no_inline)]
     pub use crate::LoraLinear;
     pub use crate::layer::{
-        Adaptable, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding, LoraMhaCache,
-        LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
+        Adaptable, BatchNorm, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding,
+        LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
     };
 }
 
@@ -159,8 +159,8 @@ pub mod report {
 pub mod record {
     pub use crate::adapter::LoraAdapterRecord;
     pub use crate::layer::{
-        LoraConv1dRecord, LoraConv2dRecord, LoraConvTranspose2dRecord, LoraEmbeddingRecord,
-        LoraLinearRecord, LoraMultiHeadAttentionRecord,
+        BatchNormRecord, LoraConv1dRecord, LoraConv2dRecord, LoraConvTranspose2dRecord,
+        LoraEmbeddingRecord, LoraLinearRecord, LoraMultiHeadAttentionRecord,
     };
     pub use crate::model::{LoraRecord, ParameterRecord, PlacedAdapterRecord};
 }

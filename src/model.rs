@@ -9,6 +9,7 @@ mod loftq;
 mod lora;
 mod mix;
 mod module;
+mod norms;
 mod plain;
 mod quantize;
 mod record;
@@ -16,7 +17,10 @@ mod report;
 
 use std::collections::BTreeMap;
 
-use burn::{module::Module, tensor::backend::Backend};
+use burn::{
+    module::{AutodiffModule, Module},
+    tensor::backend::{AutodiffBackend, Backend},
+};
 
 use crate::{
     adapters::{Approximation, LoraAdapters},
@@ -70,9 +74,9 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// If `config` is [invalid](LoraConfig::validate), if one of its patterns matches nothing, if a
     /// chosen layer has an adapter already or cannot take a bias or a dropout that `config` asks for, or
-    /// if `config.modules_to_save` names a parameter of a chosen layer, which is frozen, or running
-    /// statistics of a batch norm, which Burn shares between a model and its clones. Stock layers are
-    /// adapted by [`Lora::overlay`] alone.
+    /// if `config.modules_to_save` names a parameter of a chosen layer, which is frozen. On a backend with
+    /// autodiff, [`LoraError::SharedStatistics`] if the model has batch norms of Burn's, whose passes would change
+    /// the base: see [`nn::BatchNorm`](crate::nn::BatchNorm). Stock layers are adapted by [`Lora::overlay`] alone.
     fn attach(&self, config: &LoraConfig) -> Result<Lora<B, Self>, LoraError> {
         Lora::of(self).attach(config)
     }
@@ -88,8 +92,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// [`LoraError::Mismatch`], listing every adapter and parameter that the model has no place for,
     /// or one of another shape, and every layer that the adapters' configuration means and that they
-    /// leave out. [`LoraError::Unsupported`] if there are running statistics of a batch norm among
-    /// them.
+    /// leave out. [`LoraError::SharedStatistics`] as for [`attach`](Self::attach), and also without autodiff if
+    /// there are running statistics of such norms among them, which all clones of the model would get.
     fn switch(&self, adapters: &LoraAdapters<B>) -> Result<Lora<B, Self>, LoraError> {
         Lora::of(self).switch(adapters)
     }
@@ -103,7 +107,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     ///
     /// # Errors
     ///
-    /// If a pattern is invalid or matches nothing.
+    /// If a pattern is invalid or matches nothing, and [`LoraError::SharedStatistics`] as for
+    /// [`attach`](Self::attach).
     fn train_only(&self, patterns: &[&str]) -> Result<Lora<B, Self>, LoraError> {
         Lora::of(self).train_only(patterns)
     }
@@ -122,6 +127,15 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// If the two models' layers differ.
     fn extract(&self, tuned: &Self, config: &LoraConfig) -> Result<Approximation<B>, LoraError> {
         extract::extract(&drawn(self), &drawn(tuned), config)
+    }
+
+    /// The model with running statistics of its own, which may move: see [`Lora::with_own_statistics`].
+    fn with_own_statistics(&self) -> Lora<B, Self>
+    where
+        B: AutodiffBackend,
+        Self: AutodiffModule<B>,
+    {
+        Lora::of(self).with_own_statistics()
     }
 
     /// The model with the weights of its layers in 4 or 8 bits (QLoRA,

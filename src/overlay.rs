@@ -3,7 +3,7 @@
 mod module;
 mod slot;
 
-use std::{collections::BTreeSet, sync::OnceLock};
+use std::sync::OnceLock;
 
 use burn::{module::Module, tensor::backend::Backend};
 
@@ -65,8 +65,6 @@ pub struct Overlay<B: Backend, M> {
     model: Box<M>,
     /// Where the model can carry adapters.
     slots: Vec<Slot<B>>,
-    /// The paths of running statistics.
-    statistics: BTreeSet<String>,
     /// The model with the adapters in its weights, once it was asked for without autodiff.
     composed: OnceLock<Box<M>>,
 }
@@ -75,31 +73,26 @@ impl<B: Backend, M: Module<B>> Overlay<B, M> {
     /// The model with places for adapters. Nothing is copied or frozen. Parameters that were never used draw
     /// their values.
     pub fn new(model: M) -> Self {
-        let statistics = traverse::draw(&model);
-        if !statistics.is_empty() {
-            statistics::sync(&model);
-        }
+        traverse::draw(&model);
         let slots = slot::find(&model);
-        Self { model: Box::new(model), slots, statistics, composed: OnceLock::new() }
+        Self { model: Box::new(model), slots, composed: OnceLock::new() }
     }
 
     /// Runs `pass` on the model with the adapters in effect, and returns its result.
     ///
     /// The model that `pass` gets is good for one backward pass: a result that is kept for later must come
-    /// from a call of its own. Running statistics are those from before when it returns.
+    /// from a call of its own. It holds for batch norms what [`Lora`] says of them.
     pub fn with_adapters<R>(&self, pass: impl FnOnce(&M) -> R) -> R {
         let mut devices =
             self.slots.iter().filter_map(|slot| Some(slot.adapter.as_ref()?.a.device()));
-        let Some(device) = devices.next() else {
-            return statistics::unmoved::<B, M, R>(&self.model, &self.statistics, || {
-                pass(&self.model)
-            });
-        };
+        let Some(device) = devices.next() else { return pass(&self.model) };
         if !B::ad_enabled(&device) {
             return pass(self.composed.get_or_init(|| Box::new(self.compose())));
         }
         let composed = self.compose();
-        statistics::unmoved::<B, M, R>(&self.model, &self.statistics, || pass(&composed))
+        let result = pass(&composed);
+        statistics::follow::<B, M>(&self.model, &[&composed]);
+        result
     }
 
     fn compose(&self) -> M {

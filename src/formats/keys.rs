@@ -8,7 +8,7 @@ use super::config::PeftConfig;
 use crate::{
     adapter::WeightLayout,
     adapters::peft_targets::Targets,
-    error::{LoraError, Mismatch, shares_statistics},
+    error::{LoraError, Mismatch},
 };
 
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -29,6 +29,9 @@ const UNSUPPORTED: [(&str, &str); 3] = [
     (".token_adapter.", "trainable tokens cannot be read"),
     (".lora_ga_", "LoRA-GA cannot be read"),
 ];
+
+/// A batch norm's count of batches, which PyTorch needs for a momentum that Burn's norms do not have.
+const BATCHES: &str = ".num_batches_tracked";
 
 /// The most whole tables that PEFT saves unasked: those of the embeddings and of the head.
 const MOST_TABLES: usize = 2;
@@ -80,6 +83,8 @@ pub(super) enum Role<'a> {
     Extra(String),
     /// A parameter that the file holds once more, or as it was before training.
     Unused,
+    /// A whole number, which no model here has.
+    Count,
 }
 
 /// What all tensors of a file hold.
@@ -112,9 +117,6 @@ impl<'a> Keys<'a> {
         for key in names {
             if let Some((_, reason)) = UNSUPPORTED.iter().find(|(part, _)| key.contains(part)) {
                 return Err(unsupported(key, reason));
-            }
-            if shares_statistics(key) {
-                return Err(LoraError::running_statistic(file, key));
             }
             let info = header.info(key).expect("the header has its keys");
             match key.strip_prefix(PREFIX) {
@@ -151,6 +153,9 @@ impl<'a> Keys<'a> {
     }
 
     fn role(&mut self, name: &'a str, info: &'a TensorInfo) -> Role<'a> {
+        if name.ends_with(BATCHES) {
+            return Role::Count;
+        }
         let of = |suffix| name.strip_suffix(suffix);
         let ends = [A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE];
         let Some((end, path)) = ends.iter().find_map(|end| Some((*end, of(end)?))) else {

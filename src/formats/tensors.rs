@@ -59,6 +59,12 @@ pub(super) fn read<Bk: Backend>(
     let (mut biases, mut magnitudes) = (BTreeMap::new(), BTreeMap::new());
     let mut extras = BTreeMap::new();
     for (key, info, role) in &keys.roles {
+        if let Role::Count = role {
+            let (start, end) = info.data_offsets;
+            let mut count = vec![0; end - start];
+            source.read_exact(&mut count).map_err(|error| invalid(error.to_string()))?;
+            continue;
+        }
         let values = read_values(&mut source, info);
         let values = values.map_err(|problem| invalid(format!("`{key}` {problem}")))?;
         let flat = |values: Vec<f32>| {
@@ -80,7 +86,7 @@ pub(super) fn read<Bk: Backend>(
                 let shape = info.shape.clone();
                 extras.insert(name.clone(), Extra { values: flat(values), shape, may_be_conv1d });
             }
-            Role::Unused => {}
+            Role::Unused | Role::Count => {}
         }
     }
     let mut adapters = BTreeMap::new();

@@ -12,12 +12,12 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{Lora, fully_trained, quantize, record};
+use super::{Lora, fully_trained, norms, quantize, record};
 use crate::{
     adapter::{Tie, WeightLayout},
     adapters::LoraAdapters,
     config::{LoraConfig, Plan},
-    error::{LoraError, Mismatch, SHARED_STATISTICS, named},
+    error::{LoraError, Mismatch, named},
     layer::{Capabilities, LoraLayer, fresh as fresh_adapter, is_quantized},
     pattern::{Pattern, require_matches},
     traverse::{self, Place, Visit, stock_weights},
@@ -90,16 +90,12 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
 ) -> Result<Lora<B, M>, LoraError> {
     let layers = layers::<B, _>(lora);
     let plan = resolve(lora, config, &layers)?;
+    norms::require_frozen(lora)?;
     let saved = plan.modules_to_save();
     // A walk is most of the time that attaching takes.
     let params = if saved.is_empty() { vec![] } else { traverse::params(lora) };
     let is_saved = |path: &str| saved.iter().any(|module| module.covers(path));
     for param in params.iter().filter(|it| !it.in_adapter && is_saved(&it.path)) {
-        if param.is_statistic {
-            let problem =
-                format!("names `{}`, which cannot train: {SHARED_STATISTICS}", param.path);
-            return Err(LoraError::InvalidConfig { field: MODULES_TO_SAVE, problem });
-        }
         if param.is_base_of(|path| plan.contains(path)) {
             let field = MODULES_TO_SAVE;
             let problem = format!("names `{}` of an adapted layer, which is frozen", param.path);
@@ -135,7 +131,7 @@ pub(super) fn fresh<B: Backend, M: Module<B>>(
         require_finite(lora, plan.clone())?;
     }
     let configs = plan.clone();
-    let lora = lora.clone().change_layers(move |path, layer| {
+    let lora = lora.clone().unshared().change_layers(move |path, layer| {
         if let Some(config) = configs.get(path) {
             layer.set_adapter(Some(fresh_adapter(config, layer)));
         }
@@ -217,9 +213,14 @@ pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     // The base under an adapter is a constant, whatever its flags say.
     let covered = params.iter().filter_map(|param| {
         let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
-        (!param.is_statistic && !param.is_base_of(is_adapted)).then_some((param, module))
+        // Statistics that are shared are remembered where they move at all.
+        (!param.is_shared && !param.is_base_of(is_adapted)).then_some((param, module))
     });
-    let covered: Vec<_> = covered.collect();
+    let mut covered: Vec<_> = covered.collect();
+    let is_covered = |path: &str| covered.iter().any(|(param, _)| param.path == path);
+    let mut moving = norms::moving(&params, is_covered);
+    moving.retain(|param| !is_covered(&param.path));
+    covered.extend(moving.into_iter().map(|param| (param, param.path.as_str())));
     if let Some((param, _)) = covered.iter().find(|(param, _)| param.is_quantized) {
         return Err(cannot_train(&param.path));
     }
@@ -274,8 +275,8 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             }
             continue;
         };
-        if param.is_statistic {
-            return Err(LoraError::running_statistic("the set of adapters", name));
+        if param.is_shared && bare.own.is_none() {
+            return Err(LoraError::SharedStatistics { paths: vec![param.module.clone()] });
         }
         let mut shape = extra.shape.clone();
         if extra.may_be_conv1d && param.transposed {
@@ -323,17 +324,18 @@ pub(super) fn set<B: Backend, M: Module<B>>(
         }
     }
     require_usable(&*bare.model, |path| set.get(path).is_some())?;
+    norms::require_frozen(bare)?;
     let paths: Vec<_> = layers.into_iter().map(|it| it.path).collect();
     mismatch.unmatched_targets = set.unmatched_targets(&paths);
     mismatch.into_result("the set of adapters")?;
 
     let mut adapters = set.adapters.clone();
-    let mut lora = bare.clone().change_layers(move |path, layer| {
+    let mut lora = bare.clone().unshared().change_layers(move |path, layer| {
         if let Some(adapter) = adapters.remove(path) {
             layer.set_adapter(Some(adapter.fork(&layer.device())));
         }
     });
-    lora.originals = traverse::values(&*lora.model, &brought);
+    lora.originals.extend(traverse::values(&*lora.model, &brought));
     let mut extras = set.extras.clone();
     for name in &conv1d {
         extras.entry(name.clone()).and_modify(|extra| *extra = extra.transposed());
@@ -341,6 +343,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     lora.model = Box::new(fully_trained::write(*lora.model, &extras));
     lora.conv1d = conv1d;
     lora.modules = set.modules_to_save.clone();
+    lora = norms::remembered(lora);
     lora.described = set.config.clone();
     Ok(lora.training(&trains))
 }

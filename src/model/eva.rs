@@ -33,7 +33,7 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
     let lora = base.attach(config)?;
     let observers: Rc<RefCell<BTreeMap<String, Observer<B>>>> = Rc::default();
     let noted = observers.clone();
-    let observed = lora.clone().change_layers(move |path, layer| {
+    let observed = lora.clone().unshared().change_layers(move |path, layer| {
         let Some(adapter) = layer.adapter() else { return };
         let is_new = !before.contains(path);
         if is_new && layer.weight_layout() == WeightLayout::Matrix && layer.capabilities().dropout {

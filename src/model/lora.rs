@@ -5,10 +5,13 @@ use std::{
     ops::Deref,
 };
 
-use burn::{module::Module, tensor::backend::Backend};
+use burn::{
+    module::{AutodiffModule, Module},
+    tensor::backend::{AutodiffBackend, Backend},
+};
 
 use super::{
-    ParameterReport, attach, eva, freeze, fully_trained, loftq,
+    ParameterReport, attach, eva, freeze, fully_trained, loftq, norms,
     plain::IntoPlain,
     quantize::{self, QuantizationReport, QuantizeConfig},
     record, report,
@@ -81,13 +84,17 @@ use crate::{
 /// - **The base.** The values that modules trained in full had before are kept, to be given back by
 ///   [`detach`](Self::detach). Weights under adapters never change.
 ///
-/// Running statistics of batch norms move in passes on an autodiff backend, whether frozen or not, and
-/// the base shares them; in passes through [`with_fixed_statistics`](Self::with_fixed_statistics) they do
-/// not.
+/// # Batch norms
+///
+/// [`nn::BatchNorm`](crate::nn::BatchNorm) is frozen with its model. Burn's is not: its running statistics
+/// move in each pass on an autodiff backend, and all clones of a model share them, so that adapters on such a model
+/// would change the base. `attach` and its kin refuse it there. With
+/// [`with_own_statistics`](Self::with_own_statistics) the statistics move in the adapted model alone, and are part
+/// of its set of adapters.
 ///
 /// # Records
 ///
-/// The record holds the adapters, what trains in full, and running statistics, and nothing of what is
+/// The record holds the adapters, what trains in full, and running statistics that move, and nothing of what is
 /// frozen: so do burn-train's checkpoints. It is loaded into a model that was adapted in the same way,
 /// or into any base of the same shape in a [`Lora::new`], which it brings everything to: adapters,
 /// values, and what trains. The ids by which an optimizer finds its state come along.
@@ -110,8 +117,10 @@ pub struct Lora<B: Backend, M> {
     /// Weights that the file of the adapters held as those of Hugging Face's `Conv1D`, by their names in
     /// it.
     pub(super) conv1d: BTreeSet<String>,
-    /// The paths of running statistics.
+    /// The paths of running statistics that clones share.
     pub(super) statistics: BTreeSet<String>,
+    /// A copy of the model whose statistics are its own, if it may have them.
+    pub(super) own: Option<fn(&M) -> M>,
 }
 
 impl<B: Backend, M: Module<B>> Lora<B, M> {
@@ -140,6 +149,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             described: Default::default(),
             conv1d: BTreeSet::new(),
             statistics,
+            own: None,
         }
     }
 
@@ -150,14 +160,16 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         Self { trains, ..lora }
     }
 
-    /// Has the adapters train, and `in_full` next to them, whose values it remembers.
+    /// Has the adapters train, and `in_full` next to them, whose values it remembers. Running statistics among them
+    /// are remembered alone.
     pub(super) fn training(mut self, in_full: &BTreeSet<String>) -> Self {
         let unknown = in_full.iter().filter(|path| !self.originals.contains_key(*path)).cloned();
         let values = traverse::values(&*self.model, &unknown.collect());
         self.originals.extend(values);
         let mut marked = BTreeSet::new();
         let lora = self.map_model(&mut freeze::marker(|place| {
-            let trains = place.adapted_layer().is_some() || in_full.contains(place.path());
+            let in_full = in_full.contains(place.path()) && !place.is_statistic();
+            let trains = place.adapted_layer().is_some() || in_full;
             if trains {
                 marked.insert(place.path().to_owned());
             }
@@ -174,17 +186,61 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         self.map_model(&mut traverse::changer(change))
     }
 
-    /// Runs `pass` on the model, and returns its result. Running statistics of batch norms are those from
-    /// before when it returns, also if it panics.
-    pub fn with_fixed_statistics<R>(&self, pass: impl FnOnce(&M) -> R) -> R {
-        statistics::unmoved::<B, M, R>(&self.model, &self.statistics, || pass(&self.model))
+    /// The model with running statistics of its own, which move in passes on this backend: for models with
+    /// Burn's [`BatchNorm`](burn::nn::BatchNorm), which this backend has no way to freeze.
+    ///
+    /// ```
+    /// use burn::{backend::{Autodiff, Flex}, module::Module, nn, tensor::backend::Backend};
+    /// use burn_lora::{LoraConfig, LoraError, LoraLinear, LoraModule};
+    ///
+    /// #[derive(Module, Debug)]
+    /// struct Net<B: Backend> {
+    ///     fc: LoraLinear<B>,
+    ///     norm: nn::BatchNorm<B>,
+    /// }
+    ///
+    /// # fn main() -> Result<(), LoraError> {
+    /// let device = Default::default();
+    /// let base = Net::<Autodiff<Flex>> {
+    ///     fc: nn::LinearConfig::new(8, 16).init(&device).into(),
+    ///     norm: nn::BatchNormConfig::new(16).init(&device),
+    /// };
+    /// let config = LoraConfig::peft(4, 8.0);
+    /// assert!(matches!(base.attach(&config), Err(LoraError::SharedStatistics { .. })));
+    /// let model = base.with_own_statistics().attach(&config)?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// The norms are part of the set of adapters then, with their statistics: so the files, a record and the merged
+    /// model give the outputs that the model gives. As PEFT does with norms in `modules_to_save`. On a model that
+    /// comes from this one, [`switch`](Self::switch) puts them back.
+    ///
+    /// While it trains, the model computes with the statistics of the batch, and when it is evaluated with the
+    /// moved ones: that asks for batches like those to come. [`nn::BatchNorm`](crate::nn::BatchNorm) computes the
+    /// same in both.
+    pub fn with_own_statistics(&self) -> Self
+    where
+        B: AutodiffBackend,
+        M: AutodiffModule<B>,
+    {
+        norms::remembered(Self { own: Some(norms::own::<B, M>), ..self.clone() }.unshared())
+    }
+
+    /// The same with running statistics that no other model shares, where there is a way to that.
+    pub(super) fn unshared(self) -> Self {
+        match self.own {
+            Some(own) if !self.statistics.is_empty() => {
+                Self { model: Box::new(own(&self.model)), ..self }.refrozen()
+            }
+            _ => self,
+        }
     }
 
     /// The model without its adapters: the base as it was, to the bit, and frozen. What was trained in
     /// full is as it was before, too.
     ///
-    /// Running statistics are as the last pass left them. Of an [`Overlay`](crate::overlay::Overlay), the
-    /// base is the stock module.
+    /// Of an [`Overlay`](crate::overlay::Overlay), the base is the stock module.
     pub fn detach<P>(&self) -> P
     where
         M: IntoPlain<P>,
@@ -196,13 +252,14 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     pub(super) fn bare(&self) -> Self {
         if self.trains.is_empty() && self.originals.is_empty() && record::adapters(self).is_empty()
         {
-            return self.clone();
+            return self.clone().unshared();
         }
-        let lora = self.clone().change_layers(|_, layer| layer.set_adapter(None));
+        let lora = self.clone().unshared().change_layers(|_, layer| layer.set_adapter(None));
         let model = Box::new(traverse::restore(*lora.model, &self.originals));
         let (trains, originals, modules) = Default::default();
         let (described, conv1d) = Default::default();
-        Self { model, trains, originals, modules, described, conv1d, ..lora }.refrozen()
+        let bare = Self { model, trains, originals, modules, described, conv1d, ..lora };
+        norms::remembered(bare.refrozen())
     }
 
     /// The model with further adapters; see [`LoraModule::attach`](crate::LoraModule::attach).
@@ -270,7 +327,9 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// As there.
     pub fn train_only<S: AsRef<str>>(&self, patterns: &[S]) -> Result<Self, LoraError> {
-        attach::train_in_full(self.clone(), &Pattern::all(patterns)?, "train_only")
+        norms::require_frozen(self)?;
+        let lora = self.clone().unshared();
+        attach::train_in_full(lora, &Pattern::all(patterns)?, "train_only")
     }
 
     /// The adapted model on a base in 4 or 8 bits, as [`LoraModule::quantize`](crate::LoraModule::quantize)
@@ -283,7 +342,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         &self,
         config: impl Into<QuantizeConfig>,
     ) -> Result<(Self, QuantizationReport), LoraError> {
-        quantize::quantize(self.clone(), &config.into(), |layer| {
+        quantize::quantize(self.clone().unshared(), &config.into(), |layer| {
             self.originals.contains_key(&quantize::weight_path(layer))
         })
     }
@@ -291,6 +350,9 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// Everything that was trained, as a value: the adapters, and the modules that trained in full.
     /// Tensors are shared, not copied.
     pub fn adapters(&self) -> LoraAdapters<B> {
+        if !self.statistics.is_empty() {
+            statistics::sync::<B, M>(&self.model);
+        }
         let mut set = LoraAdapters::new(record::adapters(self));
         set.extras = fully_trained::read(&*self.model, &self.originals.keys().cloned().collect());
         for name in &self.conv1d {
@@ -317,7 +379,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     where
         M: IntoPlain<P>,
     {
-        attach::merged(self.clone()).map(IntoPlain::into_plain)
+        attach::merged(self.clone().unshared()).map(IntoPlain::into_plain)
     }
 
     /// The model itself, with its LoRA layers and the adapters in these.

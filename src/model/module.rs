@@ -20,7 +20,7 @@ use burn::{
 };
 
 use super::{
-    Lora,
+    Lora, norms,
     record::{self, LoraRecord, PlacedAdapterRecord},
 };
 use crate::{
@@ -50,17 +50,21 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         if traverse::marks_are(&self, &self.trains) {
             return self;
         }
-        let marked = traverse::params(&self).into_iter().filter(|param| param.requires_grad);
-        let marked: Vec<_> = marked.collect();
-        let is_new = |path: &String| !self.originals.contains_key(path);
-        let new = marked.iter().filter(|param| !param.in_adapter && is_new(&param.path));
+        let params = traverse::params(&self);
+        let marked: Vec<_> = params.iter().filter(|param| param.requires_grad).collect();
+        let is_new = |path: &str| !self.originals.contains_key(path);
+        let new = marked.iter().copied().filter(|param| !param.in_adapter && is_new(&param.path));
         let new: Vec<_> = new.collect();
         if !new.is_empty() {
+            let is_marked = |path: &str| marked.iter().any(|it| it.path == path);
+            let mut moving = norms::moving(&params, is_marked);
+            moving.retain(|it| is_new(&it.path));
+            let new: Vec<_> = new.into_iter().chain(moving).collect();
             let paths = new.iter().map(|param| param.path.clone()).collect();
             self.originals.extend(traverse::values(&*self.model, &paths));
             self.modules.extend(new.iter().map(|param| param.torch_name.clone()));
         }
-        self.trains = marked.into_iter().map(|param| param.path).collect();
+        self.trains = marked.iter().map(|param| param.path.clone()).collect();
         self
     }
 
@@ -70,9 +74,15 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// [`LoraError::InvalidRecord`] if the record is one of another model. If this model has adapters, or
     /// something that trains in full: unless the record has the same, of the same ranks and scales.
+    /// [`LoraError::SharedStatistics`] as for [`attach`](crate::LoraModule::attach).
+    ///
+    /// Running statistics in the record go into the cells of the model, as in Burn's own
+    /// [`load_record`](Module::load_record): clones of it share them, unless it has its
+    /// [own](Self::with_own_statistics).
     pub fn try_load_record(self, record: LoraRecord<B>) -> Result<Self, LoraError> {
+        norms::require_frozen(&self)?;
         let adapters = record::adapters(&self);
-        let is_blank = adapters.is_empty() && self.originals.is_empty() && self.trains.is_empty();
+        let is_blank = adapters.is_empty() && self.trains.is_empty();
         if !is_blank {
             record.check(&adapters, &self.trains)?;
         }
@@ -99,7 +109,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             adapters.map(|it| (it.path, LoraAdapter::from_record(it.adapter, &device))).collect();
         let misfits = Rc::new(RefCell::new(Vec::new()));
         let found = misfits.clone();
-        let lora = self.change_layers(move |path, layer| {
+        let lora = self.unshared().change_layers(move |path, layer| {
             let Some(adapter) = adapters.remove(path) else { return };
             match misfit(layer, &adapter) {
                 None => layer.set_adapter(Some(adapter)),
@@ -203,6 +213,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
             described: self.described.clone(),
             conv1d: self.conv1d.clone(),
             statistics: self.statistics.clone(),
+            own: self.own.map(|_| norms::own_inner::<B, M> as fn(&M::InnerModule) -> _),
         }
     }
 
@@ -223,6 +234,7 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
             described: module.described,
             conv1d: module.conv1d,
             statistics: module.statistics,
+            own: module.own.map(|_| norms::own::<B, M> as fn(&M) -> _),
         };
         lora.refrozen()
     }

@@ -138,7 +138,6 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Overlay<B, 
         Overlay {
             model: Box::new(self.model.valid()),
             slots: slots.collect(),
-            statistics: self.statistics.clone(),
             composed: OnceLock::new(),
         }
     }
@@ -151,7 +150,6 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Overlay<B, 
         Self {
             model: Box::new(M::from_inner(*module.model)),
             slots: slots.collect(),
-            statistics: module.statistics,
             composed: OnceLock::new(),
         }
     }

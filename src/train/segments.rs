@@ -65,11 +65,11 @@ where
     }
 
     fn begin(&self, context: &Self::Context) -> Tensor<B, D> {
-        self.with_fixed_statistics(|model| model.begin(context))
+        (**self).begin(context)
     }
 
     fn block(&self, index: usize, x: Tensor<B, D>, context: &Self::Context) -> Tensor<B, D> {
-        self.with_fixed_statistics(|model| model.block(index, x, context))
+        (**self).block(index, x, context)
     }
 
     fn parts(&self, context: &Self::Context) -> usize {
@@ -77,7 +77,7 @@ where
     }
 
     fn loss(&self, part: usize, x: Tensor<B, D>, context: &Self::Context) -> Tensor<B, 1> {
-        self.with_fixed_statistics(|model| model.loss(part, x, context))
+        (**self).loss(part, x, context)
     }
 }
 
@@ -123,7 +123,7 @@ where
 /// # Panics
 ///
 /// If a block gives another output the second time, which would make the gradients wrong: it has dropout, or
-/// batch norms, which compute differently in training. Or if the model has no parameters.
+/// batch norms that train. A frozen [`nn::BatchNorm`](crate::nn::BatchNorm) computes the same twice. Or if the model has no parameters.
 pub fn segments<B, M, I, const D: usize>(model: &M, input: &I) -> Backward
 where
     B: AutodiffBackend,
@@ -226,6 +226,6 @@ fn check_same<B: Backend, const D: usize>(
     assert!(
         !changed,
         "a block that computes the same twice expected, but block {block} gave another output the second \
-         time: segments allow neither dropout nor batch norms",
+         time: segments allow neither dropout nor batch norms that train",
     );
 }

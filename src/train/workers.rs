@@ -5,6 +5,7 @@ use std::{num::NonZero, panic::resume_unwind, thread};
 use burn::{module::AutodiffModule, tensor::backend::AutodiffBackend};
 
 use super::Backward;
+use crate::traverse::statistics;
 
 /// Threads that share the forward and the backward pass of a training step. For CPU backends.
 ///
@@ -84,6 +85,9 @@ impl Workers {
     /// the same size keep all workers busy. If there are more parts than workers, worker `i` of `n` computes
     /// the parts `i`, `i + n` and so on. A single part is computed by the calling thread, with all cores.
     ///
+    /// Running statistics of [`nn::BatchNorm`](crate::nn::BatchNorm)s that train move to the mean of where the
+    /// workers moved them.
+    ///
     /// # Panics
     ///
     /// If `pass` panics, or the model has no parameters.
@@ -116,14 +120,19 @@ impl Workers {
                 .zip(shares)
                 .map(|(pool, parts)| {
                     let fork = model.clone().fork(&device);
-                    let work = move || parts.into_iter().map(|part| pass(&fork, part)).collect();
+                    let work = move || {
+                        let done = parts.into_iter().map(|part| pass(&fork, part)).collect();
+                        (done, fork)
+                    };
                     scope.spawn(|| pool.run(work))
                 })
                 .collect();
-            threads
+            let (results, forks): (_, Vec<M>) = threads
                 .into_iter()
                 .map(|it| it.join().unwrap_or_else(|panic| resume_unwind(panic)))
-                .collect()
+                .unzip();
+            statistics::follow::<B, M>(model, &forks.iter().collect::<Vec<_>>());
+            results
         });
         let mut results: Vec<_> = results.into_iter().map(Vec::into_iter).collect();
         let workers = results.len();

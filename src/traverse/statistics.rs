@@ -1,36 +1,61 @@
 //! Running statistics of batch norms. Burn keeps them in cells that all clones of a model share, and
-//! every forward pass on an autodiff backend moves them, whether the model is frozen or not.
+//! every forward pass on an autodiff backend moves them, whether the model is frozen or not. Those of this crate's
+//! norm are each model's own.
 
-use std::{
-    collections::BTreeSet,
-    panic::{self, AssertUnwindSafe},
+use std::{cell::RefCell, collections::BTreeMap, rc::Rc};
+
+use burn::{
+    module::{Module, Param},
+    tensor::{Tensor, backend::Backend},
 };
 
-use burn::{module::Module, tensor::backend::Backend};
+use super::walk::{self, Place, Visit};
+use crate::layer::{Statistic, access::Reach};
 
-use super::{Values, restore, values};
-
-/// Has the running statistics take in what the last passes left for them.
+/// Has the shared statistics take in what the last passes left for them.
 pub(crate) fn sync<B: Backend, M: Module<B>>(model: &M) {
     // Burn does so, for all clones at once, when it makes a record.
     drop(model.clone().into_record());
 }
 
-/// The result of `pass`, after which the running statistics at `paths` of `model` and all of its
-/// clones are what they were before, also if it panics.
-pub(crate) fn unmoved<B: Backend, M: Module<B>, R>(
-    model: &M,
-    paths: &BTreeSet<String>,
-    pass: impl FnOnce() -> R,
-) -> R {
-    // Without autodiff they do not move.
-    let autodiff = || model.devices().first().is_some_and(|device| B::ad_enabled(device));
-    if paths.is_empty() || !autodiff() {
-        return pass();
+/// Calls `reach` for each statistic that no other model shares, with its path.
+fn each<B: Backend, M: Module<B>>(model: &M, reach: impl Fn(&str, &Statistic<B>) + 'static) {
+    struct Each<F>(Rc<F>);
+    impl<B: Backend, F: Fn(&str, &Statistic<B>) + 'static> Visit<B> for Each<F> {
+        fn param<const D: usize>(&mut self, _place: &Place, _param: &Param<Tensor<B, D>>) {}
+
+        fn reach(&mut self, path: &str) -> Option<Reach<B>> {
+            let (reach, path) = (self.0.clone(), path.to_owned());
+            Some(Box::new(move |statistic| reach(&path, statistic)))
+        }
     }
-    let before: Values<B> = values(model, paths);
-    let result = panic::catch_unwind(AssertUnwindSafe(pass));
-    sync::<B, M>(model);
-    drop(restore(model.clone(), &before));
-    result.unwrap_or_else(|panic| panic::resume_unwind(panic))
+    walk::visit(model, &mut Each(Rc::new(reach)));
+}
+
+/// Moves the statistics of `model` to where passes moved those of its copies: to the mean, where there are several.
+/// Burn does so with statistics that the copies share.
+pub(crate) fn follow<B: Backend, M: Module<B>>(model: &M, copies: &[&M]) {
+    let moved: Rc<RefCell<BTreeMap<String, Vec<Tensor<B, 1>>>>> = Rc::default();
+    for copy in copies {
+        let moved = moved.clone();
+        each(*copy, move |path, statistic| {
+            if let Some(value) = statistic.moved() {
+                moved.borrow_mut().entry(path.to_owned()).or_default().push(value);
+            }
+        });
+    }
+    let moved = moved.take();
+    if moved.is_empty() {
+        return;
+    }
+    each(model, move |path, statistic: &Statistic<B>| {
+        let Some(values) = moved.get(path) else { return };
+        let device = statistic.value().device();
+        let values = values.iter().map(|value| value.clone().to_device(&device));
+        let sum = values.reduce(|sum, value| sum + value).expect("one at least");
+        statistic.move_to(match moved[path].len() {
+            1 => sum,
+            count => sum / count as f64,
+        });
+    });
 }

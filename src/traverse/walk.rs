@@ -11,7 +11,7 @@ use crate::{
     adapter::FROZEN,
     layer::{
         LoraLayer, LoraLayerMut,
-        access::{self, ADAPTER, Change, Read, TAG},
+        access::{self, ADAPTER, Change, OWN, Reach, Read, TAG},
         is_quantized,
     },
 };
@@ -29,12 +29,17 @@ pub(crate) struct Place {
     starts: Vec<usize>,
     /// How many names there are before that of the adapter which the walk is in.
     adapter: Option<usize>,
+    /// How many names there are up to that of the statistic which the walk is in, if no other model shares it.
+    own: Option<usize>,
 }
 
 impl Place {
     fn enter(&mut self, name: &str, container: &str) {
         if self.adapter.is_none() && name == ADAPTER && container == TAG {
             self.adapter = Some(self.lengths.len());
+        }
+        if container == OWN {
+            self.own = Some(self.lengths.len());
         }
         self.lengths.push(self.path.len());
         if !self.path.is_empty() {
@@ -50,6 +55,9 @@ impl Place {
         self.containers.truncate(self.starts.pop().unwrap_or_default());
         if self.adapter == Some(self.lengths.len()) {
             self.adapter = None;
+        }
+        if self.own.is_some_and(|names| names > self.lengths.len()) {
+            self.own = None;
         }
     }
 
@@ -82,6 +90,11 @@ impl Place {
     /// walk, and no gradient may ever reach them.
     pub fn is_statistic(&self) -> bool {
         self.container() == "Struct:BatchNorm" && self.name().starts_with("running_")
+    }
+
+    /// Whether these are in a cell that all clones of the model share, as Burn's are.
+    pub fn is_shared_statistic(&self) -> bool {
+        self.is_statistic() && self.own.is_none()
     }
 
     /// Whether the walk is at a factor that stays as it was drawn.
@@ -119,6 +132,11 @@ pub(crate) trait Visit<B: Backend> {
     fn read(&mut self, _path: String) -> Option<Read<B>> {
         None
     }
+
+    /// The request to reach the running statistic at `path`, if no other model shares it.
+    fn reach(&mut self, _path: &str) -> Option<Reach<B>> {
+        None
+    }
 }
 
 /// What a walk that changes a model does at each float parameter.
@@ -154,6 +172,9 @@ impl<B: Backend, W: Visit<B>> ModuleVisitor<B> for Walk<&mut W> {
         self.place.enter(name, container);
         if name == ADAPTER && container == TAG {
             self.walker.read(self.place.module().to_owned()).into_iter().for_each(access::request);
+        }
+        if container == OWN {
+            self.walker.reach(self.place.module()).into_iter().for_each(access::request);
         }
     }
 
@@ -220,6 +241,8 @@ pub(crate) struct Seen {
     pub requires_grad: bool,
     pub in_adapter: bool,
     pub is_statistic: bool,
+    /// Whether it is a running statistic that all clones of the model share.
+    pub is_shared: bool,
 }
 
 impl Seen {
@@ -250,6 +273,7 @@ impl<B: Backend> Visit<B> for Vec<Seen> {
             requires_grad: param.is_require_grad(),
             in_adapter: place.adapted_layer().is_some(),
             is_statistic: place.is_statistic(),
+            is_shared: place.is_shared_statistic(),
         });
     }
 }
@@ -262,13 +286,13 @@ pub(crate) fn params<B: Backend, M: Module<B>>(model: &M) -> Vec<Seen> {
 }
 
 /// Draws the values of the parameters that were never used, so that clones of the model agree from
-/// here on. Returns the paths of running statistics.
+/// here on. Returns the paths of running statistics that clones share.
 pub(crate) fn draw<B: Backend, M: Module<B>>(model: &M) -> BTreeSet<String> {
     struct Drawer(BTreeSet<String>);
     impl<B: Backend> Visit<B> for Drawer {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
             param.val();
-            if place.is_statistic() {
+            if place.is_shared_statistic() {
                 self.0.insert(place.path().to_owned());
             }
         }

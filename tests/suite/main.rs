@@ -25,6 +25,7 @@ mod loading;
 mod lora_plus;
 mod merging;
 mod mixed;
+mod norms;
 mod overlay;
 mod peft;
 mod portable;

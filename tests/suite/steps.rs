@@ -344,7 +344,7 @@ fn segments_see_the_adapters_of_the_overlay() {
 
 #[test]
 fn segments_refuse_batch_norms() {
-    let model = Lora::overlay(stock(true)).attach(&config()).unwrap();
+    let model = Lora::overlay(stock(true)).with_own_statistics().attach(&config()).unwrap();
     let message = panic_of(|| drop(segments::<Train, _, Texts, 2>(&model, &TEXTS)));
     assert!(message.contains("neither dropout nor batch norms"), "{message}");
 }

@@ -95,7 +95,7 @@ fn a_module_of_ones_own_with_running_statistics() {
     }
     let before = statistics(&own);
     let evaluated = own.valid().forward(ids());
-    let model = Lora::overlay(own.clone()).attach(&config()).unwrap();
+    let model = Lora::overlay(own.clone()).with_own_statistics().attach(&config()).unwrap();
     let set = model.adapters();
     let paths: Vec<_> = set.iter().map(|(path, it)| (path, it.shape())).collect();
     assert_eq!(paths, [("head", [6, 3]), ("mixer", [4, 6]), ("table", [5, 4])]);
@@ -112,7 +112,7 @@ fn a_module_of_ones_own_with_running_statistics() {
 fn running_statistics_stay_when_a_pass_panics() {
     let own = Own::<Train>::new();
     let config = config().with_targets(["mixer"]);
-    let model = Lora::overlay(own.clone()).attach(&config).unwrap();
+    let model = Lora::overlay(own.clone()).with_own_statistics().attach(&config).unwrap();
     let before = statistics(&own);
     let pass = AssertUnwindSafe(|| {
         model.with_adapters(|own| {
@@ -125,24 +125,10 @@ fn running_statistics_stay_when_a_pass_panics() {
 }
 
 #[test]
-fn running_statistics_stay_without_dense_adapters_too() {
-    let own = Own::<Train>::new();
-    let before = statistics(&own);
-    let model = Lora::new(own.clone());
-    let _ = model.with_fixed_statistics(|own| own.forward(ids()));
-    assert_eq!(statistics(&own), before);
-    // A forward pass of the model itself changes them, as in Burn.
-    for _ in 0..2 {
-        let _ = model.forward(ids());
-    }
-    assert_ne!(statistics(&own), before);
-}
-
-#[test]
 fn records_hold_what_trains_and_nothing_else() {
     let own = Own::<Train>::new();
     let config = config().with_targets(["table", "mixer"]).with_modules_to_save(["head"]);
-    let model = Lora::overlay(own.clone()).attach(&config).unwrap();
+    let model = Lora::overlay(own.clone()).with_own_statistics().attach(&config).unwrap();
     let model = train(model, |own| own.forward(ids()));
     assert_ne!(bits(model.model().head.weight.val()), bits(own.head.weight.val()));
     let base: Own<Train> = model.detach();
@@ -152,12 +138,12 @@ fn records_hold_what_trains_and_nothing_else() {
     let recorder = NamedMpkBytesRecorder::<FullPrecisionSettings>::new();
     let record = model.clone().into_record();
     let trained: Vec<_> = record.parameters.iter().map(|it| it.path.clone()).collect();
-    let statistics = ["norm.running_mean", "norm.running_var"];
+    let norm = ["norm.gamma", "norm.beta", "norm.running_mean", "norm.running_var"];
     assert_eq!(record.adapters.len(), 2);
-    assert_eq!(trained, [statistics[0], statistics[1], "head.weight", "head.bias"]);
+    assert_eq!(trained, [&norm[..], &["head.weight", "head.bias"]].concat());
     let bytes = recorder.record(record, ()).unwrap();
     let load = || recorder.load(bytes.clone(), &device::<Train>()).unwrap();
-    let restored = Lora::overlay(own.clone()).load_record(load());
+    let restored = Lora::overlay(own.clone()).with_own_statistics().load_record(load());
     let y = |model: &Lora<Train, Overlay<Train, Own<Train>>>| {
         model.valid().with_adapters(|own| own.forward(ids()))
     };
@@ -166,7 +152,7 @@ fn records_hold_what_trains_and_nothing_else() {
     assert_eq!(restored.parameters().trainable, model.parameters().trainable);
     let ids_of = |model: &Lora<Train, Overlay<Train, Own<Train>>>| {
         let record = model.clone().into_record();
-        (record.parameters[2].values.id, record.adapters[0].adapter.a.id)
+        (record.parameters[4].values.id, record.adapters[0].adapter.a.id)
     };
     assert_eq!(ids_of(&restored), ids_of(&model));
 }
@@ -175,7 +161,7 @@ fn records_hold_what_trains_and_nothing_else() {
 #[should_panic = "`mixer` has rank 1 and scale 1, and rank 2 and scale 0.7 in the record"]
 fn a_record_of_other_adapters_is_refused_by_layer() {
     let own = Own::<Train>::new();
-    let model = |config| Lora::overlay(own.clone()).attach(&config).unwrap();
+    let model = |config| Lora::overlay(own.clone()).with_own_statistics().attach(&config).unwrap();
     let record = model(config().with_targets(["table", "mixer"])).into_record();
     model(LoraConfig::new(1, 1.0).with_targets(["mixer"])).load_record(record);
 }
@@ -185,9 +171,9 @@ fn a_record_that_does_not_fit_is_an_error_when_it_is_tried() {
     let own = Own::<Train>::new();
     let record = || {
         let config = config().with_modules_to_save(["head"]).with_targets(["mixer"]);
-        Lora::overlay(own.clone()).attach(&config).unwrap().into_record()
+        Lora::overlay(own.clone()).with_own_statistics().attach(&config).unwrap().into_record()
     };
-    let blank = || Lora::overlay(own.clone());
+    let blank = || Lora::overlay(own.clone()).with_own_statistics();
     assert_eq!(blank().try_load_record(record()).unwrap().adapters().len(), 1);
     let refused = |model: Lora<Train, Overlay<Train, Own<Train>>>, record, message: &str| {
         let error = model.try_load_record(record).unwrap_err();
@@ -197,7 +183,7 @@ fn a_record_that_does_not_fit_is_an_error_when_it_is_tried() {
         );
     };
     let other = LoraConfig::new(1, 1.0).with_targets(["mixer"]);
-    let other = Lora::overlay(own.clone()).attach(&other).unwrap();
+    let other = Lora::overlay(own.clone()).with_own_statistics().attach(&other).unwrap();
     refused(
         other,
         record(),
@@ -211,10 +197,10 @@ fn a_record_that_does_not_fit_is_an_error_when_it_is_tried() {
     broken.adapters[0].adapter.a = Param::from_tensor(Tensor::zeros([4, 3], &device::<Train>()));
     refused(blank(), broken, "`mixer`: the factors must have one rank");
     let mut broken = record();
-    broken.parameters[2].values = Param::from_tensor(Tensor::zeros([4], &device::<Train>()));
+    broken.parameters[4].values = Param::from_tensor(Tensor::zeros([4], &device::<Train>()));
     refused(blank(), broken, "the record has 4 elements for `head.weight`, and the model 18");
     let mut broken = record();
-    broken.parameters[2].path = "tail.weight".to_owned();
+    broken.parameters[4].path = "tail.weight".to_owned();
     refused(blank(), broken, "parameters that the model does not have: [\"tail.weight\"]");
     let mut broken = record();
     broken.described = "{".to_owned();
@@ -224,7 +210,7 @@ fn a_record_that_does_not_fit_is_an_error_when_it_is_tried() {
 #[test]
 #[should_panic = "the record has an adapter of `mixer`, and the model no such layer"]
 fn a_record_of_another_module_is_refused() {
-    let model = Lora::overlay(Own::<Train>::new()).attach(&config()).unwrap();
+    let model = Lora::overlay(Own::<Train>::new()).with_own_statistics().attach(&config()).unwrap();
     let other = Lora::new(LinearConfig::new(6, 3).init::<Train>(&device::<Train>()));
     other.load_record(model.into_record());
 }

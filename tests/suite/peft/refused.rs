@@ -451,10 +451,6 @@ fn other_formats_are_named() {
     ] {
         assert_refused(config, &weights(&[(key, Dtype::F32, &[4, 2, 1])]), message);
     }
-    for key in ["fc.running_mean", "fc.running_var", "fc.num_batches_tracked"] {
-        let key = format!("base_model.model.{key}");
-        assert_refused(config, &weights(&[(&key, Dtype::F32, &[4])]), "running statistics");
-    }
 }
 
 #[test]
