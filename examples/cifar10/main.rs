@@ -22,7 +22,7 @@ use mimalloc::MiMalloc;
 use serde_json::json;
 
 use data::{Photos, negative};
-use model::Cnn;
+use model::{Cnn, Norms};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -61,6 +61,9 @@ struct Args {
     /// Layers that get adapters, with commas between them: convs.0 to convs.3 or head; all by default
     #[arg(long, value_name = "LAYERS", value_delimiter = ',')]
     targets: Vec<String>,
+    /// What normalizes the channels
+    #[arg(long, value_enum, default_value_t = Norms::Group)]
+    norms: Norms,
     #[command(flatten)]
     options: Options,
 }
@@ -90,7 +93,7 @@ fn run(args: Args) -> Result<()> {
 
     // 1. Train a base on photographs. It never sees a negative.
     let recipe = options.recipe("base: photographs", options.learning_rate);
-    let base = experiment.train_base(&recipe, Cnn::new)?;
+    let base = experiment.train_base(&recipe, |device| Cnn::new(args.norms, device))?;
     println!(
         "\nThe base recognizes {:.2} % of photographs, and {:.2} % of negatives.\n",
         base.accuracy_old, base.accuracy_new,
@@ -105,6 +108,7 @@ fn run(args: Args) -> Result<()> {
         &json!({
             "dataset": photos.name,
             "targets": args.targets,
+            "norms": args.norms,
             "train_size": photos.train.len(),
             "new_size": negatives.train.len(),
         }),

@@ -3,25 +3,65 @@
 use burn::{
     module::Module,
     nn::{
-        GroupNorm, GroupNormConfig, LinearConfig, PaddingConfig2d,
+        self, BatchNormConfig, GroupNorm, GroupNormConfig, LinearConfig, PaddingConfig2d,
         conv::Conv2dConfig,
         pool::{AdaptiveAvgPool2d, AdaptiveAvgPool2dConfig},
     },
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraLinear, nn::LoraConv2d};
+use burn_lora::{
+    LoraLinear,
+    nn::{BatchNorm, LoraConv2d},
+};
+use clap::ValueEnum;
 use common::classifier::Classifier;
+use serde::Serialize;
 
 use crate::data::{CHANNELS, Photo, SIDE};
 
+/// What normalizes the channels.
+#[derive(ValueEnum, Clone, Copy, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Norms {
+    /// Group norms, which normalize each image by itself
+    Group,
+    /// Batch norms that are frozen with the base: those of this crate
+    Batch,
+    /// Batch norms whose running statistics move whatever is frozen: those of Burn
+    Moving,
+}
+
+#[derive(Module, Debug)]
+enum Norm<B: Backend> {
+    Group(GroupNorm<B>),
+    Batch(BatchNorm<B>),
+    Moving(nn::BatchNorm<B>),
+}
+
+impl<B: Backend> Norm<B> {
+    fn new(norms: Norms, channels: usize, device: &B::Device) -> Self {
+        let batch = BatchNormConfig::new(channels);
+        match norms {
+            Norms::Group => Self::Group(GroupNormConfig::new(8, channels).init(device)),
+            Norms::Batch => Self::Batch(batch.init(device).into()),
+            Norms::Moving => Self::Moving(batch.init(device)),
+        }
+    }
+
+    fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
+        match self {
+            Self::Group(norm) => norm.forward(x),
+            Self::Batch(norm) => norm.forward(x),
+            Self::Moving(norm) => norm.forward(x),
+        }
+    }
+}
+
 /// A convolutional network for images of 32×32 pixels.
-///
-/// The norms are group norms, which normalize each image by itself. Batch norms would update their
-/// running statistics although the base is frozen, and so change the outputs on the old task.
 #[derive(Module, Debug)]
 pub struct Cnn<B: Backend> {
     convs: Vec<LoraConv2d<B>>,
-    norms: Vec<GroupNorm<B>>,
+    norms: Vec<Norm<B>>,
     pool: AdaptiveAvgPool2d,
     head: LoraLinear<B>,
 }
@@ -31,13 +71,13 @@ const CONVS: [(usize, usize, usize); 4] =
     [(CHANNELS, 32, 2), (32, 64, 2), (64, 96, 2), (96, 96, 1)];
 
 impl<B: Backend> Cnn<B> {
-    pub fn new(device: &B::Device) -> Self {
+    pub fn new(norms: Norms, device: &B::Device) -> Self {
         let conv = |(channels_in, channels_out, stride)| {
             let config = Conv2dConfig::new([channels_in, channels_out], [3, 3]);
             let config = config.with_stride([stride; 2]);
             config.with_padding(PaddingConfig2d::Explicit(1, 1, 1, 1)).init(device).into()
         };
-        let norm = |(_, channels, _)| GroupNormConfig::new(8, channels).init(device);
+        let norm = |(_, channels, _)| Norm::new(norms, channels, device);
         Self {
             convs: CONVS.map(conv).into(),
             norms: CONVS.map(norm).into(),

@@ -123,7 +123,8 @@ impl<'a, S: Sample> Experiment<'a, S> {
         let model = init(&device);
         // Reports wrong targets before the training. The clone draws the initial values, in the order of the
         // model's fields.
-        model.clone().attach(&self.config).context("attaching adapters")?;
+        model.clone().with_own_statistics().attach(&self.config).context("attaching adapters")?;
+        let model = model.with_own_statistics();
         let model = model.train_only(&[".*"]).context("training the base")?;
         let (model, _) = fit(recipe, model, self.old.train, self.old.test)?;
         Ok(self.evaluate(model))
@@ -146,9 +147,11 @@ impl<'a, S: Sample> Experiment<'a, S> {
         base: Base<M>,
         part: &Part,
     ) -> Result<Comparison<M>> {
-        let full = base.to_train().train_only(&[".*"]).context("full fine-tuning")?;
-        let lora = base.to_train().attach(&self.config).context("attaching adapters")?;
-        let frozen = base.to_train().train_only(part.layers).context("freezing")?;
+        // Only norms of Burn's need this.
+        let start = base.to_train().with_own_statistics();
+        let full = start.train_only(&[".*"]).context("full fine-tuning")?;
+        let lora = start.attach(&self.config).context("attaching adapters")?;
+        let frozen = start.train_only(part.layers).context("freezing")?;
         println!("{}\n", lora.parameters());
         let adapt = |name, model, learning_rate| {
             self.adapt(&self.options.recipe(name, learning_rate), model, &self.new)

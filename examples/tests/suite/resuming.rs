@@ -68,7 +68,7 @@ fn assert_identical<B: Backend, O: Backend, const D: usize>(
 struct Net<B: Backend> {
     fc: LoraLinear<B>,
     frozen: Linear<B>,
-    /// Its running statistics change although it is frozen.
+    /// Its running statistics move although it is frozen.
     norm: BatchNorm<B>,
     head: Linear<B>,
 }
@@ -101,7 +101,7 @@ struct Task<B: Backend> {
 
 impl Task<Train> {
     fn new(config: &LoraConfig) -> Self {
-        Self { net: base::<Train>().attach(config).unwrap() }
+        Self { net: base::<Train>().with_own_statistics().attach(config).unwrap() }
     }
 }
 
@@ -285,8 +285,8 @@ fn is_killed_while_it_writes() {
 fn a_record_holds_what_trains_and_nothing_else() {
     let record = Task::new(&config()).net.into_record();
     let paths: Vec<_> = record.parameters.iter().map(|it| it.path.as_str()).collect();
-    let statistics = ["norm.running_mean", "norm.running_var"];
-    assert_eq!(paths, [statistics[0], statistics[1], "head.weight"]);
+    let norm = ["norm.gamma", "norm.beta", "norm.running_mean", "norm.running_var"];
+    assert_eq!(paths, [&norm[..], &["head.weight"]].concat());
     let adapters = record.adapters.iter();
     let adapters: Vec<_> =
         adapters.map(|it| (it.path.as_str(), it.adapter.a.dims(), it.adapter.alpha)).collect();
@@ -296,11 +296,11 @@ fn a_record_holds_what_trains_and_nothing_else() {
     // The same for the model for inference, and as a file.
     let task = Task::new(&config());
     let of = |net: Lora<Plain, Net<Plain>>| net.into_record().parameters.len();
-    assert_eq!(of(task.net.valid()), 3);
+    assert_eq!(of(task.net.valid()), 5);
     let dir = TempDir::new().unwrap();
     task.save_file(dir.path().join("task"), &AtomicRecorder::<MessagePack>::default()).unwrap();
     let size = fs::metadata(dir.path().join("task.mpk")).unwrap().len() as usize;
-    let values = 4 * (2 * (6 + 40) + 2 * 30 + 30 * 3);
+    let values = 4 * (2 * (6 + 40) + 4 * 30 + 30 * 3);
     assert!((values..values + 2000).contains(&size), "{size} bytes for {values} of values");
 }
 
@@ -340,7 +340,8 @@ fn a_factor_that_was_frozen_stays_frozen() {
             if self.0 { param.no_grad() } else { param }
         }
     }
-    let net = base::<Train>().attach(&config()).unwrap().map(&mut Freeze(false));
+    let net =
+        base::<Train>().with_own_statistics().attach(&config()).unwrap().map(&mut Freeze(false));
     let device = device::<Train>();
     for trip in [
         net.clone().fork(&device),
