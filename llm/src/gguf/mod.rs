@@ -2,6 +2,7 @@
 //! describe a model, and tensors whose values may be packed.
 
 pub mod model;
+mod rope;
 pub mod tokens;
 
 use std::{
@@ -13,6 +14,8 @@ use std::{
 
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
+
+use crate::files::{is_gguf_start, start_of};
 
 /// A file of which the header was read.
 #[derive(Clone, Debug)]
@@ -178,6 +181,39 @@ impl Gguf {
     }
 }
 
+/// Whether the path is that of a GGUF file, by its name or its first bytes.
+pub fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf"))
+        || start_of(path).is_ok_and(|start| is_gguf_start(&start))
+}
+
+/// Fails if the file holds a part of a model.
+fn check_is_whole(path: &Path, fields: &Map<String, Value>) -> Result<(), String> {
+    let number = |name: &str| fields.get(name).and_then(Value::as_u64);
+    let count = number("split.count").unwrap_or(1);
+    if count <= 1 {
+        return Ok(());
+    }
+    let number = number("split.no").unwrap_or(0) + 1;
+    // llama.cpp names the parts so.
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let parts = match stem.strip_suffix(&format!("-{number:05}-of-{count:05}")) {
+        Some(name) => {
+            let part = |number: u64| format!("`{name}-{number:05}-of-{count:05}.gguf`");
+            let parts: Vec<_> = match count {
+                ..=9 => (1..=count).map(part).collect(),
+                _ => vec![part(1), part(2), "...".to_owned(), part(count)],
+            };
+            format!(" ({})", parts.join(", "))
+        }
+        None => String::new(),
+    };
+    Err(format!(
+        "it is part {number} of a model in {count} files{parts}; put them together with `llama-gguf-split --merge \
+         FIRST-PART WHOLE.gguf`"
+    ))
+}
+
 /// A header that is being read.
 struct Header<R> {
     source: R,
@@ -192,6 +228,13 @@ impl<R: Read> Header<R> {
             return Err("it is not a GGUF file".to_owned());
         }
         let version = self.u32()?;
+        if (1..=3).contains(&version.swap_bytes()) {
+            return Err(
+                "its numbers are big-endian, which is not supported; convert it again, without \
+                 `--bigendian`"
+                    .to_owned(),
+            );
+        }
         if !(2..=3).contains(&version) {
             return Err(format!("version {version} of GGUF is not supported"));
         }
@@ -230,6 +273,7 @@ impl<R: Read> Header<R> {
                 return Err(format!("it ends before the values of `{name}` do"));
             }
         }
+        check_is_whole(path, &known)?;
         Ok(Gguf { path: path.to_owned(), fields: known, tensors: found, start })
     }
 
