@@ -11,7 +11,7 @@ use tokenizers::Tokenizer;
 
 use crate::{
     error::{Context, Result},
-    files::{check_exists, is_there, read_json_if_exists, read_text, write_atomically},
+    files::{check_model, is_there, read_json_if_exists, read_text, write_atomically},
     gguf::{Gguf, is_gguf, tokens},
     tokenizer,
 };
@@ -79,7 +79,7 @@ impl Chat {
     ///
     /// If a file cannot be read, or is malformed.
     pub fn read(path: &Path) -> Result<Self> {
-        check_exists(path)?;
+        check_model(path)?;
         if is_gguf(path) { Self::read_gguf(path) } else { Self::read_directory(path) }
     }
 

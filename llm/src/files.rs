@@ -105,17 +105,30 @@ pub(crate) fn start_of(path: &Path) -> io::Result<Vec<u8>> {
     Ok(start)
 }
 
-/// Fails if nothing is at the path of a model. Such a path may be meant as the name of one on the hub.
-pub(crate) fn check_exists(model: &Path) -> Result<()> {
-    match fs::metadata(model) {
-        Err(error) if error.kind() == ErrorKind::NotFound && is_hub_name(model) => Err(format!(
+/// Fails if there is no model at the path. Such a path may be meant as the name of one on the hub.
+pub(crate) fn check_model(path: &Path) -> Result<()> {
+    match fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound && is_hub_name(path) => Err(format!(
             "{0}: there is no such directory or file; if it is a model of huggingface.co, get it with `hf download \
              {0} --local-dir DIR`, and give DIR",
-            model.display(),
+            path.display(),
         )),
-        Err(error) => Err(format!("{}: {error}", model.display())),
+        Err(error) => Err(format!("{}: {error}", path.display())),
+        Ok(found) if found.is_dir() && !is_there(&path.join("config.json")) => check_other(path),
         Ok(_) => Ok(()),
     }
+}
+
+/// Fails if the directory holds a model in one file, or adapters.
+pub(crate) fn check_other(dir: &Path) -> Result<()> {
+    let problem = match &names_ending(dir, &[".gguf"])[..] {
+        [first, ..] => format!("give the path of {first}, which is there"),
+        [] if is_there(&dir.join("adapter_config.json")) => {
+            "these are adapters; give the directory of their base".to_owned()
+        }
+        [] => return Ok(()),
+    };
+    Err(format!("{}: {problem}", dir.display()))
 }
 
 /// Whether the path has two parts, as owner and name have on the hub, and not the ending of a file.

@@ -21,7 +21,7 @@ use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, Ten
 use super::{config::LlamaConfig, llama::Llama};
 use crate::{
     error::{Context, Result},
-    files::check_exists,
+    files::check_model,
     gguf::{
         Packing, is_gguf,
         model::{self, Matrix, Model},
@@ -60,7 +60,7 @@ struct Files {
 
 impl Files {
     fn open(path: &Path) -> Result<Self> {
-        check_exists(path)?;
+        check_model(path)?;
         if is_gguf(path) {
             let Model { config, tensors, matrices, packings } = model::read(path)?;
             return Ok(Self { config, tensors, matrices, packings });

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{Bert, BertConfig, names};
 use crate::{
-    files::{check_exists, read_json},
+    files::{check_model, read_json},
     pretrained::{Problems, WEIGHTS, placed, read_file},
 };
 
@@ -27,7 +27,7 @@ const UNUSED: [&str; 3] = ["embeddings.position_ids", "pooler.dense.weight", "po
 /// If a file cannot be read or is not of a BERT; if a tensor is missing or has another shape or type; or
 /// if a tensor is unknown. The position ids and the pooling layer are not used. The error lists all problems.
 pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Bert<B>, BertConfig), String> {
-    check_exists(dir)?;
+    check_model(dir)?;
     let config = read_config(&dir.join("config.json"))?;
     let path = dir.join(WEIGHTS);
     let told = |error: &dyn Display| format!("{}: {error}", path.display());

@@ -82,7 +82,8 @@ fn without_generation(source: &str) -> String {
         let end = (past(close) + close.len()).min(rest.len());
         let (before, tag) = (&rest[..at], &rest[at..end]);
         let name = tag[2..].trim_start_matches(['-', '+']).trim_start();
-        let name = name.split(|it: char| !it.is_alphanumeric()).next().unwrap_or_default();
+        let name =
+            name.split(|it: char| !it.is_alphanumeric() && it != '_').next().unwrap_or_default();
         written.push_str(before);
         let end = match (close, name) {
             ("%}", "raw") => past("endraw"),

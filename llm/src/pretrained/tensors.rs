@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use crate::{
     error::{Context, Result},
-    files::{check_start, is_there, names_ending, read_json, start_of},
+    files::{check_other, check_start, is_there, names_ending, read_json, start_of},
 };
 
 /// The file of the weights, and the list of several files.
@@ -57,10 +57,8 @@ pub(super) fn read_tensors(dir: &Path) -> Result<Tensors> {
 
 /// The tensors of a safetensors file.
 pub(crate) fn read_file(path: &Path) -> Result<Tensors> {
-    if !is_there(path)
-        && let Some(problem) = instead(path.parent().unwrap_or(Path::new(".")))
-    {
-        return Err(format!("{}: {problem}", path.display()));
+    if !is_there(path) {
+        check_instead(path)?;
     }
     // burn-store would not name the file.
     check_start(path, &start_of(path).context(path.display())?)?;
@@ -68,21 +66,20 @@ pub(crate) fn read_file(path: &Path) -> Result<Tensors> {
     Ok(file.get_all_snapshots().context(path.display())?.clone())
 }
 
-/// What the directory holds in place of weights, and what to do.
-fn instead(dir: &Path) -> Option<String> {
-    if let [first, ..] = &names_ending(dir, &[".gguf"])[..] {
-        return Some(format!("it is missing; give the path of {first}, which is there"));
-    }
-    if dir.join("adapter_config.json").exists() {
-        return Some("it is missing; the directory holds adapters, and no model".to_owned());
-    }
-    let names = names_ending(dir, &[".bin", ".pth", ".pt"]);
+/// Fails if other files are there than the one of the weights, and says what to do.
+fn check_instead(path: &Path) -> Result<()> {
+    let dir = path.parent().unwrap_or(Path::new("."));
+    check_other(dir)?;
     // Trainings leave other files of PyTorch.
-    let name = names.iter().find(|it| it.contains("model") || it.starts_with("consolidated"))?;
-    Some(format!(
-        "only {name} is there, which is not read; load it with `transformers` in Python, and save it with \
-         `save_pretrained`, as safetensors"
-    ))
+    let is_model = |name: &&String| name.contains("model") || name.starts_with("consolidated");
+    match names_ending(dir, &[".bin", ".pth", ".pt"]).iter().find(is_model) {
+        None => Ok(()),
+        Some(name) => Err(format!(
+            "{}: only {name} is there, which is not read; load it with `transformers` in Python, and save it with \
+             `save_pretrained`, as safetensors",
+            path.display(),
+        )),
+    }
 }
 
 /// The values of `tensor` in the place of `wanted`. They are converted when they are read, and must be finite.

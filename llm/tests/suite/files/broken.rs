@@ -37,9 +37,22 @@ fn u3_what_is_there_instead_of_weights_is_named() {
         fs::remove_file(at(name)).unwrap();
     }
     fs::write(at("adapter_config.json"), "{}").unwrap();
-    assert_holds(&refusal(dir.path()), "the directory holds adapters, and no model");
+    assert_holds(&refusal(dir.path()), "these are adapters; give the directory of their base");
     fs::write(at("q4.gguf"), "").unwrap();
     assert_holds(&refusal(dir.path()), "give the path of q4.gguf, which is there");
+
+    // The same where nothing else is.
+    let lone = tempfile::tempdir().unwrap();
+    for (name, problem) in
+        [("adapter_config.json", "these are adapters"), ("q4.gguf", "give the path of q4.gguf")]
+    {
+        fs::write(lone.path().join(name), "{}").unwrap();
+        let expected = format!("{}: {problem}", lone.path().display());
+        assert_holds(&refusal(lone.path()), &expected);
+        assert_holds(&Chat::read(lone.path()).err().unwrap(), &expected);
+    }
+    fs::remove_file(at("q4.gguf")).unwrap();
+    fs::remove_file(at("adapter_config.json")).unwrap();
 
     let problem = "this is a git-lfs pointer";
     fs::write(at("config.json"), POINTER).unwrap();
