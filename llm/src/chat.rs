@@ -11,8 +11,8 @@ use tokenizers::Tokenizer;
 
 use crate::{
     error::{Context, Result},
-    files::{check_model, is_there, read_json_if_exists, read_text, write_atomically},
-    gguf::{Gguf, is_gguf, tokens},
+    files::{check_model, is_gguf, is_there, read_json_if_exists, read_text, write_atomically},
+    gguf::{Gguf, tokens},
     tokenizer,
 };
 use template::Template;

@@ -93,6 +93,12 @@ fn check_is_fetched(path: &Path, start: &[u8]) -> Result<()> {
     Err(format!("{}: {problem}", path.display()))
 }
 
+/// Whether the path is that of a GGUF file, by its name or its first bytes.
+pub fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf"))
+        || start_of(path).is_ok_and(|start| is_gguf_start(&start))
+}
+
 /// Whether a file starts as GGUF files do.
 pub(crate) fn is_gguf_start(start: &[u8]) -> bool {
     start.starts_with(b"GGUF")
@@ -115,6 +121,13 @@ pub(crate) fn check_model(path: &Path) -> Result<()> {
         )),
         Err(error) => Err(format!("{}: {error}", path.display())),
         Ok(found) if found.is_dir() && !is_there(&path.join("config.json")) => check_other(path),
+        Ok(found) if found.is_file() && !is_gguf(path) => {
+            check_start(path, &start_of(path).context(path.display())?)?;
+            Err(format!(
+                "{}: a directory or a GGUF file is needed, and this is another file",
+                path.display()
+            ))
+        }
         Ok(_) => Ok(()),
     }
 }

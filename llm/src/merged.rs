@@ -15,8 +15,8 @@ use serde_json::Value;
 use crate::{
     chat::Chat,
     error::{Context, Result},
-    files::{is_there, read_json, write_atomically},
-    gguf::{is_gguf, model::hugging_face_config},
+    files::{is_gguf, is_there, read_json, write_atomically},
+    gguf::model::hugging_face_config,
     llama::Llama,
     pretrained::{INDEX, WEIGHTS, check_finite, dtypes, python_name},
 };

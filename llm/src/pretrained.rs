@@ -21,9 +21,9 @@ use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, Ten
 use super::{config::LlamaConfig, llama::Llama};
 use crate::{
     error::{Context, Result},
-    files::check_model,
+    files::{check_model, is_gguf},
     gguf::{
-        Packing, is_gguf,
+        Packing,
         model::{self, Matrix, Model},
     },
 };

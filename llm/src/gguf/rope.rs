@@ -18,14 +18,16 @@ pub(super) fn rule(frequencies: &[f64], divisors: &[f64]) -> Option<Value> {
     if divisors.iter().all(|it| is_near(*it, 1.0)) {
         return Some(Value::Null);
     }
-    if divisors.iter().all(|it| is_near(*it, factor)) {
-        return Some(json!({"rope_type": "linear", "factor": factor}));
+    let first = *divisors.first()?;
+    if divisors.iter().all(|it| is_near(*it, first)) {
+        return Some(json!({"rope_type": "linear", "factor": first}));
     }
     // The share of each frequency that stays, from 0 where it is divided by the whole factor to 1.
     let kept = divisors.iter().map(|it| (1.0 / it - 1.0 / factor) / (1.0 - 1.0 / factor));
     let points: Vec<_> = frequencies.iter().copied().zip(kept).collect();
     // Any length will do, if the turns go with it.
-    let [low, high] = [TURNS, fitted(&points)?].into_iter().find(|turns| fit(&points, *turns))?;
+    let [low, high] =
+        [Some(TURNS), fitted(&points)].into_iter().flatten().find(|it| fit(&points, *it))?;
     Some(json!({
         "rope_type": "llama3",
         "factor": factor,

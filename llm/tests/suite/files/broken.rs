@@ -11,7 +11,9 @@ use burn_lora_llm::{bert, chat::Chat, pretrained};
 use super::{Made, assert_holds, gguf, refusal};
 use crate::{backend::Plain, oracle::device};
 
-const POINTER: &str = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n";
+/// What git-lfs leaves in place of a large file.
+pub(super) const POINTER: &str =
+    "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n";
 
 #[test]
 fn u3_what_is_there_instead_of_weights_is_named() {

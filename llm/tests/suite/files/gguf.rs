@@ -13,7 +13,7 @@ use burn_lora_llm::{
     gguf::{model, tokens},
 };
 
-use super::{Made, WORDS, assert_holds, refusal, scores};
+use super::{Made, WORDS, assert_holds, broken::POINTER, refusal, scores};
 
 /// The names in GGUF files. `*` is the number of a layer.
 const NAMES: [(&str, &str); 12] = [
@@ -222,8 +222,21 @@ fn u2_unusual_gguf_files_are_read_or_named() {
     fs::copy(&path, &unnamed).unwrap();
     assert_eq!(scores(&unnamed), expected);
     assert_eq!(Chat::read(&unnamed).unwrap().encode("<|im_end|>", false).unwrap(), [2]);
-    fs::write(&unnamed, "GGML").unwrap();
-    assert!(refusal(&unnamed).contains("sha256-00"));
+    for (start, problem) in [
+        ("GGML", "a directory or a GGUF file is needed, and this is another file"),
+        (POINTER, "this is a git-lfs pointer"),
+        ("", "a directory or a GGUF file is needed"),
+    ] {
+        fs::write(&unnamed, start).unwrap();
+        assert_holds(&refusal(&unnamed), &format!("sha256-00: {problem}"));
+        assert_eq!(Chat::read(&unnamed).err(), Some(refusal(&unnamed)));
+    }
+    for (start, problem) in
+        [("GGML", "it is not a GGUF file"), (POINTER, "this is a git-lfs pointer")]
+    {
+        fs::write(&path, start).unwrap();
+        assert_holds(&refusal(&path), &format!("model.gguf: {problem}"));
+    }
 
     for key in ["attention.head_count", "attention.head_count_kv", "feed_forward_length"] {
         let key = format!("llama.{key}");

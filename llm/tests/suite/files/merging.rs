@@ -149,12 +149,17 @@ impl Half {
     fn round(self, number: f32) -> u16 {
         let size = f64::from(number.abs());
         let largest = (((1_u16 << self.exponent) - 1) << self.mantissa) - 1;
-        let above = (0..=largest)
-            .collect::<Vec<_>>()
-            .partition_point(|&bits| self.value(bits) < size) as u16;
-        let candidates = [above.saturating_sub(1), above.min(largest)];
+        // The first that is not below, and the one before it.
+        let (mut above, mut end) = (0, largest);
+        while above < end {
+            let middle = above + (end - above) / 2;
+            match self.value(middle) < size {
+                true => above = middle + 1,
+                false => end = middle,
+            }
+        }
+        let [low, high] = [above.saturating_sub(1), above];
         let distance = |bits: u16| (self.value(bits) - size).abs();
-        let [low, high] = candidates;
         let bits = match distance(low).total_cmp(&distance(high)) {
             std::cmp::Ordering::Less => low,
             std::cmp::Ordering::Greater => high,

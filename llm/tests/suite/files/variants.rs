@@ -5,7 +5,7 @@ use std::fs;
 use serde_json::{Value, json};
 use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
 
-use burn_lora_llm::{chat::Chat, config::LlamaConfig};
+use burn_lora_llm::{chat::Chat, config::LlamaConfig, sst2};
 
 use super::{CHATML, Made, assert_holds, read, refusal, scores, user};
 
@@ -262,6 +262,11 @@ fn u1_byte_order_marks_are_skipped() {
     let index = format!("\u{feff}{}", json!({"weight_map": map}));
     fs::write(marked.path().join("model.safetensors.index.json"), index).unwrap();
     assert_eq!(scores(marked.path()), scores(plain.path()));
+
+    // Reviews.
+    let reviews = plain.path().join("dev.tsv");
+    fs::write(&reviews, "\u{feff}sentence\tlabel\na dog\t1\n").unwrap();
+    assert_eq!(sst2::read(&reviews).unwrap(), [("a dog".to_owned(), 1)]);
 
     // What other editors write is not UTF-8.
     let config = fs::read_to_string(plain.path().join("config.json")).unwrap();
