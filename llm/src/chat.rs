@@ -1,18 +1,21 @@
 //! Texts as tokens, and conversations as texts, as the files of a model say.
 
-use std::{collections::BTreeSet, fs, path::Path};
+mod template;
 
-use minijinja::{Environment, context};
+use std::{collections::BTreeSet, path::Path};
+
+use minijinja::context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
 
 use crate::{
     error::{Context, Result},
-    files::write_atomically,
+    files::{check_model, is_gguf, is_there, read_json_if_exists, read_text, write_atomically},
     gguf::{Gguf, tokens},
-    pretrained::is_gguf,
+    tokenizer,
 };
+use template::Template;
 
 /// What somebody said in a conversation.
 #[derive(Clone, Debug, Deserialize, Serialize)]
@@ -26,96 +29,135 @@ pub struct Message {
 /// The tokens and the chat template of a model.
 pub struct Chat {
     tokenizer: Tokenizer,
-    /// Writes a conversation as the model learned to read it, and its source. Base models have none.
-    template: Option<(Environment<'static>, String)>,
+    /// Writes a conversation as the model learned to read it. Base models have none. What is wrong with it matters
+    /// only where it is needed.
+    template: Option<Result<Template>>,
+    /// The template as it was given.
+    source: Option<String>,
     begin: String,
     end: String,
     /// The tokens after which an answer ends.
     stops: BTreeSet<u32>,
+    /// The number of tokens that the model knows, if its files say.
+    known: Option<usize>,
 }
 
 const TEMPLATE: &str = "chat_template";
 
 impl Chat {
-    /// Tokens and a template of one's own. Answers and texts end with `end`.
+    /// Tokens and a template of one's own. Answers and texts end with `end`. If the tokenizer truncates or pads
+    /// texts, it does so no longer.
     ///
     /// # Errors
     ///
     /// If the template is malformed.
     pub fn new(tokenizer: Tokenizer, source: &str, end: &str) -> Result<Self> {
-        let template = template(Some(source.to_owned())).context("the chat template")?;
-        let stops = tokenizer.token_to_id(end).into_iter().collect();
-        Ok(Self { tokenizer, template, begin: String::new(), end: end.to_owned(), stops })
+        let (tokenizer, begin) = (tokenizer::whole(tokenizer)?, String::new());
+        let chat = Self::of(tokenizer, Some(Ok(source.to_owned())), begin, end.to_owned());
+        match chat.template {
+            Some(Err(problem)) => Err(problem),
+            _ => Ok(chat),
+        }
     }
 
-    /// Reads the tokens of the model at `path`, a directory or a GGUF file.
+    fn of(
+        tokenizer: Tokenizer,
+        source: Option<Result<String>>,
+        begin: String,
+        end: String,
+    ) -> Self {
+        let template = source.clone().map(|it| Template::new(&it?, template::local));
+        let source = source.and_then(Result::ok);
+        let stops = tokenizer.token_to_id(&end).into_iter().collect();
+        Self { tokenizer, template, source, begin, end, stops, known: None }
+    }
+
+    /// Reads the tokens of the model at `path`, a directory or a GGUF file. A template that cannot be read is an
+    /// error of [`render`](Self::render) alone.
     ///
     /// # Errors
     ///
     /// If a file cannot be read, or is malformed.
     pub fn read(path: &Path) -> Result<Self> {
+        check_model(path)?;
         if is_gguf(path) { Self::read_gguf(path) } else { Self::read_directory(path) }
     }
 
     fn read_gguf(path: &Path) -> Result<Self> {
-        let fields = Gguf::open(path)?.fields;
+        let Gguf { fields, tensors, .. } = Gguf::open(path)?;
         let tokenizer = tokens::tokenizer(&fields, path)?;
         let [begin, end] = ["bos", "eos"].map(|it| tokens::special(&fields, it));
         let [begin, end] = [begin, end].map(Option::unwrap_or_default);
-        // Some models end an answer in another way than a text.
-        let stops = ["eos", "eot"].iter().filter_map(|it| tokens::special(&fields, it));
-        let stops = stops.filter_map(|token| tokenizer.token_to_id(&token)).collect();
         let source = fields.get("tokenizer.chat_template").and_then(Value::as_str);
-        let template = template(source.map(str::to_owned)).context(path.display())?;
-        Ok(Self { tokenizer, template, begin, end, stops })
+        let mut chat = Self::of(tokenizer, source.map(|it| Ok(it.to_owned())), begin, end);
+        // Some models end an answer in another way than a text.
+        let stop = tokens::special(&fields, "eot").and_then(|it| chat.tokenizer.token_to_id(&it));
+        chat.stops.extend(stop);
+        chat.known = tensors.get("token_embd.weight").and_then(|it| it.shape.first().copied());
+        Ok(chat)
     }
 
-    /// Reads `tokenizer.json`, and if they exist `tokenizer_config.json`, `generation_config.json`,
-    /// `config.json` and `chat_template.jinja`.
+    /// Reads `tokenizer.json`, and if they exist `tokenizer_config.json`, `special_tokens_map.json`, `config.json`,
+    /// `generation_config.json` and `chat_template.jinja`.
     fn read_directory(dir: &Path) -> Result<Self> {
-        let path = dir.join("tokenizer.json");
-        let tokenizer = Tokenizer::from_file(&path).context(path.display())?;
-        let settings = read_json(&dir.join("tokenizer_config.json"))?;
-        let special = |name: &str| {
-            // Some files have a string here, others an object that describes the token.
-            let token = &settings[name];
-            let token = token.as_str().or_else(|| token["content"].as_str());
-            token.unwrap_or_default().to_owned()
+        let tokenizer = tokenizer::read(&dir.join("tokenizer.json"))?;
+        let json = |file: &str| read_json_if_exists(&dir.join(file));
+        let settings = [json("tokenizer_config.json")?, json("special_tokens_map.json")?];
+        let configs = [json("config.json")?, json("generation_config.json")?];
+        let named = |name: &str| {
+            settings.iter().find_map(|settings| {
+                // Some files have a string here, others an object that describes the token.
+                let token = &settings[name];
+                Some(token.as_str().or_else(|| token["content"].as_str())?.to_owned())
+            })
         };
-        let (begin, end) = (special("bos_token"), special("eos_token"));
-
-        let mut stops: BTreeSet<u32> = tokenizer.token_to_id(&end).into_iter().collect();
-        for file in ["config.json", "generation_config.json"] {
-            let stop = read_json(&dir.join(file))?["eos_token_id"].take();
-            let several = stop.as_array().cloned().unwrap_or_else(|| vec![stop]);
-            stops.extend(several.iter().filter_map(|id| u32::try_from(id.as_u64()?).ok()));
-        }
+        let ids = |name: &str| {
+            let ids = configs.iter().flat_map(|config| match &config[name] {
+                Value::Array(several) => several.clone(),
+                one => vec![one.clone()],
+            });
+            ids.filter_map(|id| u32::try_from(id.as_u64()?).ok()).collect::<Vec<_>>()
+        };
+        let numbered =
+            |name: &str| ids(name).first().and_then(|&first| tokenizer.id_to_token(first));
+        let begin = named("bos_token").or_else(|| numbered("bos_token_id"));
+        let end = named("eos_token").filter(|it| tokenizer.token_to_id(it).is_some());
+        let end = end.or_else(|| numbered("eos_token_id"));
+        let [begin, end] = [begin, end].map(Option::unwrap_or_default);
+        let stops = ids("eos_token_id");
 
         let path = dir.join("chat_template.jinja");
-        let source = match fs::read_to_string(&path) {
-            Ok(source) => Some(source),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                settings[TEMPLATE].as_str().map(str::to_owned)
-            }
-            Err(error) => return Err(format!("{}: {error}", path.display())),
+        let source = match is_there(&path) {
+            true => Some(read_text(&path)),
+            false => default_template(&settings[0][TEMPLATE])
+                .map(|it| it.context(dir.join("tokenizer_config.json").display())),
         };
-        let template = template(source).context(dir.display())?;
-        Ok(Self { tokenizer, template, begin, end, stops })
+        let mut chat = Self::of(tokenizer, source, begin, end);
+        chat.stops.extend(stops);
+        chat.known = configs[0]["vocab_size"].as_u64().and_then(|it| it.try_into().ok());
+        Ok(chat)
     }
 
     /// Writes `tokenizer.json` and `tokenizer_config.json`.
     pub fn save(&self, dir: &Path) -> Result<()> {
-        let path = dir.join("tokenizer.json");
-        self.tokenizer.save(&path, false).context(path.display())?;
+        for (name, bytes) in self.files()? {
+            let path = dir.join(name);
+            write_atomically(&path, &bytes).context(path.display())?;
+        }
+        Ok(())
+    }
+
+    /// The names and the contents of these files.
+    pub(crate) fn files(&self) -> Result<[(&'static str, Vec<u8>); 2]> {
         let settings = json!({
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": self.begin,
             "eos_token": self.end,
-            TEMPLATE: self.template.as_ref().map(|(_, source)| source),
+            TEMPLATE: self.source,
         });
-        let path = dir.join("tokenizer_config.json");
-        let settings = serde_json::to_vec_pretty(&settings).context(path.display())?;
-        write_atomically(&path, &settings).context(path.display())
+        let tokenizer = self.tokenizer.to_string(false).context("the tokenizer")?;
+        let settings = serde_json::to_vec_pretty(&settings).context("the tokenizer's settings")?;
+        Ok([("tokenizer.json", tokenizer.into_bytes()), ("tokenizer_config.json", settings)])
     }
 
     /// Whether an answer ends with the token.
@@ -127,17 +169,15 @@ impl Chat {
     ///
     /// # Errors
     ///
-    /// If the model has no chat template, or its template refuses the conversation.
+    /// If the model has no chat template, or one that cannot be read or refuses the conversation.
     pub fn render(&self, messages: &[Message], answer: bool) -> Result<String> {
-        let (template, _) = self.template.as_ref().ok_or("the model has no chat template")?;
-        let context = context! {
+        let template = self.template.as_ref().ok_or("the model has no chat template")?;
+        template.as_ref().map_err(Clone::clone)?.render(context! {
             messages => messages,
             add_generation_prompt => answer,
             bos_token => self.begin,
             eos_token => self.end,
-        };
-        let rendered = template.get_template(TEMPLATE).and_then(|it| it.render(context));
-        rendered.context("the chat template")
+        })
     }
 
     /// The tokens from which the model answers `prompt`, as a chat if it has a template for it.
@@ -151,12 +191,16 @@ impl Chat {
 
     /// The tokens of a text. With `special`, those that begin and end texts are added, as the tokenizer
     /// does it; a chat template has already written them.
+    ///
+    /// # Errors
+    ///
+    /// If a token is beyond those that the model knows.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>> {
         let encoding = self.tokenizer.encode(text, special).context("the tokenizer")?;
-        Ok(encoding.get_ids().to_vec())
+        self.known(encoding.get_ids().to_vec())
     }
 
-    /// The tokens of a text, and the one that ends texts.
+    /// The tokens of a text, and the one that ends texts. Errors are those of [`encode`](Self::encode).
     pub fn encode_to_end(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text, true)?;
         if let Some(end) = self.tokenizer.token_to_id(&self.end)
@@ -164,7 +208,20 @@ impl Chat {
         {
             ids.push(end);
         }
-        Ok(ids)
+        self.known(ids)
+    }
+
+    /// The tokens, if the model knows them.
+    fn known(&self, ids: Vec<u32>) -> Result<Vec<u32>> {
+        let known = self.known.unwrap_or(usize::MAX);
+        match ids.iter().find(|&&id| id as usize >= known) {
+            None => Ok(ids),
+            Some(&id) => Err(format!(
+                "the token `{}` has number {id}, and the model knows those below {known}: its tokenizer is of \
+                 another model, or has tokens that were added without training",
+                self.tokenizer.id_to_token(id).unwrap_or_default(),
+            )),
+        }
     }
 
     /// The text of the tokens.
@@ -173,30 +230,23 @@ impl Chat {
     }
 }
 
-/// The file as JSON, or `null` if it does not exist.
-fn read_json(path: &Path) -> Result<Value> {
-    match fs::read(path) {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        bytes => serde_json::from_slice(&bytes.context(path.display())?).context(path.display()),
-    }
-}
-
-/// Templates are written for Python's Jinja: they call Python's methods, and refuse conversations with
-/// `raise_exception`.
-fn template(
-    source: Option<String>,
-) -> std::result::Result<Option<(Environment<'static>, String)>, minijinja::Error> {
-    let Some(source) = source else { return Ok(None) };
-    let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-    environment.add_function(
-        "raise_exception",
-        |message: String| -> std::result::Result<String, _> {
-            Err(minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, message))
-        },
-    );
-    environment.add_template_owned(TEMPLATE, source.clone())?;
-    Ok(Some((environment, source)))
+/// The template in `tokenizer_config.json`: the only one, or of several that have names the one named `default`.
+fn default_template(setting: &Value) -> Option<Result<String>> {
+    let named: Vec<_> = match setting {
+        Value::Null => return None,
+        Value::String(source) => return Some(Ok(source.clone())),
+        Value::Array(list) => list.iter().map(|it| (&it["name"], &it["template"])).collect(),
+        _ => return Some(Err(format!("`{TEMPLATE}` must be a template, or a list of them"))),
+    };
+    let default = named.iter().find(|(name, _)| *name == "default");
+    Some(match default.and_then(|(_, template)| template.as_str()) {
+        Some(source) => Ok(source.to_owned()),
+        None => {
+            let names = named.iter().filter_map(|(name, _)| name.as_str());
+            let names = names.collect::<Vec<_>>().join("`, `");
+            Err(format!(
+                "`{TEMPLATE}` has the templates `{names}`, and none that is named `default`"
+            ))
+        }
+    })
 }

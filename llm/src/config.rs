@@ -1,9 +1,11 @@
 //! The sizes and variants of a decoder, from Hugging Face's `config.json`.
 
-use std::{f64::consts::TAU, fs, iter::repeat, path::Path};
+use std::{f64::consts::TAU, iter::repeat, path::Path};
 
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
+
+use crate::{error::Context, files::read_json};
 
 /// The fields of `config.json` that a decoder is built from, with Hugging Face's defaults.
 #[derive(Clone, Debug, Deserialize)]
@@ -55,13 +57,18 @@ enum ModelType {
 
 #[derive(Clone, Debug, Deserialize)]
 struct RopeParameters {
-    #[serde(alias = "type")]
-    rope_type: String,
+    rope_type: Option<String>,
+    /// The older name of the same. Files may have both.
+    #[serde(rename = "type")]
+    old_type: Option<String>,
     rope_theta: Option<f64>,
     factor: Option<f64>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
+    partial_rotary_factor: Option<f64>,
+    #[serde(flatten)]
+    others: Map<String, Value>,
 }
 
 /// How fast the pairs of elements of a head turn, in radians per token.
@@ -88,15 +95,7 @@ impl LlamaConfig {
     ///
     /// If the file cannot be read, or describes a model that this decoder is not.
     pub fn read(path: &Path) -> Result<Self, String> {
-        let parse = || {
-            let text = fs::read_to_string(path).map_err(|error| error.to_string())?;
-            Self::parse(&text)
-        };
-        parse().map_err(|problem: String| format!("{}: {problem}", path.display()))
-    }
-
-    fn parse(text: &str) -> Result<Self, String> {
-        Self::from_json(serde_json::from_str(text).map_err(|error| error.to_string())?)
+        Self::from_json(read_json(path)?).context(path.display())
     }
 
     /// The configuration with the fields of `config.json`.
@@ -213,22 +212,31 @@ impl LlamaConfig {
         Rope { frequencies: self.frequencies().expect("they were checked") }
     }
 
-    /// Pair i of n turns by `theta^(-i / n)` per token.
+    /// Pair i of n turns by `theta^(-i / n)` per token, divided by what a rule and the file say.
     fn frequencies(&self) -> Result<Vec<f64>, String> {
-        let parameters = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
+        let [new, old] = [&self.rope_parameters, &self.rope_scaling].map(|it| {
+            it.as_ref().map(|parameters| self.frequencies_by(Some(parameters))).transpose()
+        });
+        match (new?, old?) {
+            (Some(new), Some(old)) if new != old => Err(
+                "`rope_parameters` and `rope_scaling` contradict each other; remove one of them"
+                    .to_owned(),
+            ),
+            (Some(found), _) | (None, Some(found)) => Ok(found),
+            (None, None) => self.frequencies_by(None),
+        }
+    }
+
+    fn frequencies_by(&self, parameters: Option<&RopeParameters>) -> Result<Vec<f64>, String> {
         let theta = parameters.and_then(|it| it.rope_theta).or(self.rope_theta).unwrap_or(10_000.0);
         if !(theta.is_finite() && theta > 0.0) {
             return Err(format!("`rope_theta` must be above 0, and is {theta}"));
         }
         let pairs = self.head_dim() / 2;
         let plain = (0..pairs).map(|i| theta.powf(-(i as f64) / pairs as f64));
-        match parameters {
-            None => {
-                let divisors = self.divisors.iter().flatten().copied().chain(repeat(1.0));
-                Ok(plain.zip(divisors).map(|(frequency, divisor)| frequency / divisor).collect())
-            }
-            Some(parameters) => plain.map(|frequency| parameters.scale(frequency)).collect(),
-        }
+        let divisors = self.divisors.iter().flatten().copied().chain(repeat(1.0));
+        let scaled = |frequency| parameters.map_or(Ok(frequency), |it| it.scale(frequency));
+        plain.zip(divisors).map(|(frequency, divisor)| Ok(scaled(frequency)? / divisor)).collect()
     }
 }
 
@@ -240,10 +248,20 @@ impl RopeParameters {
             Some(value) => Err(format!("RoPE's `{name}` must be above 0, and is {value}")),
             None => Err(format!("RoPE's `{name}` is missing")),
         };
-        match self.rope_type.as_str() {
-            "default" => Ok(frequency),
-            "linear" => Ok(frequency / need("factor", self.factor)?),
-            "llama3" => {
+        if let Some((name, _)) = self.others.iter().find(|(_, value)| value.is_object()) {
+            return Err(format!("RoPE's parameters of `{name}` layers alone are not supported"));
+        }
+        if let Some(share) = self.partial_rotary_factor.filter(|it| *it != 1.0) {
+            return Err(format!("RoPE's `partial_rotary_factor` {share} is not supported"));
+        }
+        match self.rope_type.as_deref().or(self.old_type.as_deref()) {
+            None if self.factor.is_some() => {
+                Err("RoPE has a `factor`, but no `rope_type` says what it does".to_owned())
+            }
+            None => Ok(frequency),
+            Some("default") => Ok(frequency),
+            Some("linear") => Ok(frequency / need("factor", self.factor)?),
+            Some("llama3") => {
                 let factor = need("factor", self.factor)?;
                 let low = need("low_freq_factor", self.low_freq_factor)?;
                 let high = need("high_freq_factor", self.high_freq_factor)?;
@@ -260,7 +278,7 @@ impl RopeParameters {
                 let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
                 Ok(frequency * (kept + (1.0 - kept) / factor))
             }
-            other => Err(format!("`rope_type` \"{other}\" is not supported")),
+            Some(other) => Err(format!("`rope_type` \"{other}\" is not supported")),
         }
     }
 }

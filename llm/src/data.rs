@@ -1,6 +1,6 @@
 //! Texts to learn from: `train.jsonl`, `valid.jsonl` and `test.jsonl`, as mlx-lm reads them.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 use serde_json::Value;
@@ -8,6 +8,7 @@ use serde_json::Value;
 use crate::{
     chat::{Chat, Message},
     error::{Context, Result},
+    files::read_text,
     llama::{Llama, Positions},
 };
 
@@ -47,7 +48,19 @@ pub struct Batch<B: Backend> {
 /// If the file cannot be read or holds no text, or a line is none of the three forms. The error names the
 /// line.
 pub fn read(path: &Path, chat: &Chat, reading: &Reading) -> Result<Vec<Text>> {
-    let content = fs::read_to_string(path).context(path.display())?;
+    let content = read_text(path)?;
+    let first = content.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
+    let instead = match first {
+        "{" => Some(("its texts are spread over several lines", ".")),
+        _ if first.starts_with('[') => Some(("it is a list in JSON", ".[]")),
+        _ => None,
+    };
+    if let Some((found, filter)) = instead {
+        let path = path.display();
+        return Err(format!(
+            "{path}: {found}, and each text is needed on a line of its own, as `jq -c '{filter}' {path}` writes them"
+        ));
+    }
     let lines = content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let texts = lines.map(|(number, line)| {
         text(line, chat, reading).context(format!("{}, line {}", path.display(), number + 1))
@@ -56,26 +69,84 @@ pub fn read(path: &Path, chat: &Chat, reading: &Reading) -> Result<Vec<Text>> {
     if texts.is_empty() { Err(format!("{}: it holds no text", path.display())) } else { Ok(texts) }
 }
 
+/// Keys of a line and of a message that say what the model reads or learns, and are not supported.
+const UNSUPPORTED: [&str; 5] =
+    ["documents", "functions", "reasoning_content", "tool_calls", "tools"];
+const UNSUPPORTED_IN_MESSAGES: [&str; 12] = [
+    "audio",
+    "function_call",
+    "name",
+    "reasoning",
+    "reasoning_content",
+    "refusal",
+    "thinking",
+    "tool_call_id",
+    "tool_calls",
+    "tools",
+    "train",
+    "weight",
+];
+
+/// The keys of the three forms of lines.
+const KEYS: [&str; 4] = ["messages", "prompt", "completion", "text"];
+
 /// The form is told by the keys: `messages`, `prompt` and `completion`, or `text`.
 fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
     let mut json: Value = serde_json::from_str(line).map_err(|error| error.to_string())?;
-    let string = |key: &str| json[key].as_str().map(str::to_owned);
-    let messages = match (string("prompt"), string("completion"), string("text")) {
-        (Some(prompt), Some(completion), None) => {
-            let message = |role: &str, content| Message { role: role.to_owned(), content };
-            vec![message("user", prompt), message("assistant", completion)]
+    check_keys(&json, &UNSUPPORTED)?;
+    // Some programs write `null` for what a line has not.
+    let keys: Vec<_> = KEYS.into_iter().filter(|key| !json[key].is_null()).collect();
+    let string = |key: &str| {
+        let text = json[key].as_str().ok_or_else(|| format!("`{key}` must be a text"))?;
+        Ok::<_, String>(text.to_owned())
+    };
+    let messages = match keys[..] {
+        ["messages"] => {
+            let messages = json["messages"].take();
+            for message in messages.as_array().into_iter().flatten() {
+                check_keys(message, &UNSUPPORTED_IN_MESSAGES).context("`messages`")?;
+            }
+            serde_json::from_value(messages).context("`messages`")?
         }
-        (None, None, Some(text)) => {
-            let mut ids = chat.encode_to_end(&text)?;
+        ["prompt", "completion"] => {
+            let message = |role: &str, content| Message { role: role.to_owned(), content };
+            vec![message("user", string("prompt")?), message("assistant", string("completion")?)]
+        }
+        ["text"] => {
+            let mut ids = chat.encode_to_end(&string("text")?)?;
             ids.truncate(reading.max_length);
             return long_enough(Text { ids, given: 0 });
         }
-        _ if json["messages"].is_array() => {
-            serde_json::from_value(json["messages"].take()).context("`messages`")?
+        _ => {
+            let found = match keys[..] {
+                [] => "none of them is there".to_owned(),
+                _ => format!("there is `{}`", keys.join("`, `")),
+            };
+            return Err(format!(
+                "`messages`, or `prompt` and `completion`, or `text` is needed, and {found}"
+            ));
         }
-        _ => return Err("`messages`, or `prompt` and `completion`, or `text` is needed".to_owned()),
     };
     conversation(&messages, chat, reading)
+}
+
+/// Fails if one of the keys says something, which would be left out.
+fn check_keys(json: &Value, unsupported: &[&str]) -> Result<()> {
+    let says_nothing = |key: &str| match json.get(key) {
+        None | Some(Value::Null) => true,
+        Some(Value::Array(list)) => list.is_empty(),
+        Some(Value::Object(fields)) => fields.is_empty(),
+        Some(Value::String(text)) => text.is_empty(),
+        // All messages are learned, with the weight 1.
+        Some(Value::Bool(value)) => key == "train" && *value,
+        Some(Value::Number(number)) => key == "weight" && number.as_f64() == Some(1.0),
+    };
+    match unsupported.iter().find(|key| !says_nothing(key)) {
+        None => Ok(()),
+        Some(key) => Err(format!(
+            "`{key}` is not supported; write what it says into a message's `content`, or remove it"
+        )),
+    }
 }
 
 /// A conversation as a text.

@@ -16,6 +16,10 @@ pub struct Sampling {
 
 /// Continues `prompt` by at most `limit` tokens, and shows each piece of text as soon as it is whole.
 /// The result holds the new tokens.
+///
+/// # Errors
+///
+/// If the prompt has no token to go on from.
 pub fn generate<B: Backend>(
     llama: &Llama<B>,
     chat: &Chat,
@@ -25,6 +29,9 @@ pub fn generate<B: Backend>(
     rng: &mut StdRng,
     mut show: impl FnMut(&str),
 ) -> Result<Vec<u32>> {
+    if prompt.is_empty() {
+        return Err("the prompt is empty, and there is no token to go on from".to_owned());
+    }
     let device = Default::default();
     let mut cache = llama.cache();
     let (mut next, mut new, mut shown) = (prompt.to_vec(), Vec::new(), 0);

@@ -33,5 +33,6 @@ pub mod merged;
 pub mod pretrained;
 pub mod sizes;
 pub mod sst2;
+mod tokenizer;
 
 pub use error::{Context, Result};

@@ -211,6 +211,11 @@ impl<B: Backend> Llama<B> {
         self.model.embed_tokens.weight_shape()[0]
     }
 
+    /// Whether the table of embeddings is also the head.
+    pub fn is_tied(&self) -> bool {
+        self.lm_head.is_none()
+    }
+
     /// The number of layers.
     pub fn depth(&self) -> usize {
         self.model.layers.len()

@@ -1,19 +1,24 @@
 //! Writes a decoder as a directory that Hugging Face's `transformers` loads.
 
-use std::{fs, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt, fs,
+    path::Path,
+};
 
-use burn::tensor::backend::Backend;
+use burn::tensor::{DType, backend::Backend};
 use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot};
+use half::{bf16, f16};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::Value;
 
 use crate::{
     chat::Chat,
     error::{Context, Result},
-    files::write_atomically,
+    files::{is_gguf, is_there, read_json, write_atomically},
     gguf::model::hugging_face_config,
     llama::Llama,
-    pretrained::{is_gguf, python_name},
+    pretrained::{INDEX, WEIGHTS, check_finite, dtypes, python_name},
 };
 
 /// Files of the base that describe the model and its tokens.
@@ -28,69 +33,213 @@ const COPIED: [&str; 8] = [
     "chat_template.jinja",
 ];
 
+/// The type in which weights are written. Numbers are rounded to the nearest, and between two to the even one.
+#[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
+pub enum Precision {
+    /// Single precision.
+    F32,
+    /// Half precision: 11 bits, up to 65504.
+    F16,
+    /// The upper half of single precision: 8 bits.
+    BF16,
+}
+
+/// What was written.
+#[derive(Debug)]
+pub struct Saved {
+    /// The size of the weights.
+    pub bytes: usize,
+    /// The types of the weights.
+    pub precisions: BTreeSet<Precision>,
+}
+
+/// A tensor as it is written.
+struct Rounded {
+    name: String,
+    shape: Vec<usize>,
+    precision: Precision,
+    bytes: Vec<u8>,
+}
+
 /// Writes the model to `out`, with the configuration and the tokens of `base`, a Hugging Face directory or
-/// a GGUF file.
+/// a GGUF file. Files of another model in `out` that would be read with it are removed.
+///
+/// The weights have the given type, or each that of the base. What has 4 or 8 bits there becomes [`Precision::F16`],
+/// the type of its scales.
 ///
 /// # Errors
 ///
-/// If `out` is the directory of the base, or a file cannot be read or written.
-pub fn save<B: Backend>(llama: &Llama<B>, chat: &Chat, base: &Path, out: &Path) -> Result<()> {
-    let same =
-        out.canonicalize().is_ok_and(|out| base.canonicalize().is_ok_and(|base| base == out));
+/// If `out` is the directory of the base, a file of the base cannot be read or expressed as a Hugging Face directory,
+/// or a weight is not finite or too large for its type. Then nothing is written. If a file cannot be written.
+pub fn save<B: Backend>(
+    llama: &Llama<B>,
+    chat: &Chat,
+    base: &Path,
+    out: &Path,
+    precision: Option<Precision>,
+) -> Result<Saved> {
+    let dir = if base.is_dir() { base } else { base.parent().unwrap_or(Path::new("")) };
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    let same = out.canonicalize().is_ok_and(|out| dir.canonicalize().is_ok_and(|dir| dir == out));
     if same {
         return Err(format!("{}: the base is there, which stays as it is", out.display()));
     }
-    save_weights(llama, out)?;
-    let config = if is_gguf(base) { hugging_face_config(base)? } else { copy_config(base)? };
-    let path = out.join("config.json");
-    let config = serde_json::to_vec_pretty(&config).context(path.display())?;
-    write_atomically(&path, &config).context(path.display())?;
-    if is_gguf(base) {
-        return chat.save(out);
+    // Everything that may be refused comes before the first file.
+    let stored = dtypes(base)?;
+    let of_base = |name: &str| match stored.get(name) {
+        Some(DType::F16) => Precision::F16,
+        Some(DType::BF16) => Precision::BF16,
+        _ => Precision::F32,
+    };
+    let tensors = rounded(llama, |name| precision.unwrap_or_else(|| of_base(name)))?;
+    let config = config(base, llama.is_tied(), most(&tensors))?;
+    let config = serde_json::to_vec_pretty(&config).context("config.json")?;
+    let mut files: BTreeMap<&str, Vec<u8>> = match is_gguf(base) {
+        true => chat.files()?.into(),
+        false => {
+            let exist = COPIED.into_iter().filter(|file| is_there(&base.join(file)));
+            let read = |file| {
+                let path = base.join(file);
+                Ok((file, fs::read(&path).context(path.display())?))
+            };
+            exist.map(read).collect::<Result<_>>()?
+        }
+    };
+    files.insert("config.json", config);
+    files.insert(WEIGHTS, serialized(&tensors)?);
+    for (file, bytes) in &files {
+        write(&out.join(file), bytes)?;
     }
-    for file in COPIED {
-        let from = base.join(file);
-        if from.exists() {
-            fs::copy(&from, out.join(file)).context(from.display())?;
+    for file in COPIED.into_iter().chain([INDEX]).filter(|it| !files.contains_key(it)) {
+        let path = out.join(file);
+        if is_there(&path) {
+            fs::remove_file(&path).context(path.display())?;
         }
     }
-    Ok(())
+    let bytes = tensors.iter().map(|it| it.bytes.len()).sum();
+    Ok(Saved { bytes, precisions: tensors.iter().map(|it| it.precision).collect() })
 }
 
-/// Writes `model.safetensors` to `dir`.
+/// Writes `model.safetensors` to `dir`, in single precision.
 ///
 /// # Errors
 ///
-/// If it cannot be written.
+/// If a weight is not finite, or the file cannot be written.
 pub fn save_weights<B: Backend>(llama: &Llama<B>, dir: &Path) -> Result<()> {
-    let mut values = Vec::new();
-    for tensor in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
+    let tensors = rounded(llama, |_| Precision::F32)?;
+    write(&dir.join(WEIGHTS), &serialized(&tensors)?)
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    write_atomically(path, bytes).context(path.display())
+}
+
+/// The weights in these types, by their names.
+fn rounded<B: Backend>(
+    llama: &Llama<B>,
+    precision: impl Fn(&str) -> Precision,
+) -> Result<Vec<Rounded>> {
+    let tensors = llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false).into_iter();
+    let round = tensors.map(|tensor| {
         let name = python_name(&tensor.full_path());
-        let data = tensor.to_data().map_err(|error| format!("{name}: {error}"))?;
-        values.push((name, tensor.shape.to_vec(), data.convert::<f32>()));
+        let data = tensor.to_data().context(format!("`{name}`"))?.convert::<f32>();
+        let numbers = data.as_slice().map_err(|error| format!("`{name}`: {error:?}"))?;
+        check_finite(&name, numbers)?;
+        let precision = precision(&name);
+        let bytes = precision.round(numbers).map_err(|number| {
+            format!("`{name}`: {number} is too large for {precision}; write it in another type")
+        })?;
+        Ok(Rounded { name, shape: tensor.shape.to_vec(), precision, bytes })
+    });
+    round.collect()
+}
+
+impl Precision {
+    /// The bytes of the numbers, or one that would be infinite.
+    fn round(self, numbers: &[f32]) -> std::result::Result<Vec<u8>, f32> {
+        let halves = |round: fn(f32) -> ([u8; 2], bool)| {
+            let mut bytes = Vec::with_capacity(2 * numbers.len());
+            for &number in numbers {
+                let (half, is_finite) = round(number);
+                if !is_finite {
+                    return Err(number);
+                }
+                bytes.extend(half);
+            }
+            Ok(bytes)
+        };
+        match self {
+            Self::F32 => Ok(numbers.iter().flat_map(|it| it.to_le_bytes()).collect()),
+            Self::F16 => halves(|it| {
+                let it = f16::from_f32(it);
+                (it.to_le_bytes(), it.is_finite())
+            }),
+            Self::BF16 => halves(|it| {
+                let it = bf16::from_f32(it);
+                (it.to_le_bytes(), it.is_finite())
+            }),
+        }
     }
-    let views = values.iter().map(|(name, shape, data)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), data.as_bytes());
-        Ok((name.as_str(), view.context(name)?))
+
+    /// The name in `config.json`.
+    fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
+        }
+    }
+}
+
+impl fmt::Display for Precision {
+    fn fmt(&self, out: &mut fmt::Formatter) -> fmt::Result {
+        write!(out, "{self:?}")
+    }
+}
+
+/// The type that takes the most bytes.
+fn most(tensors: &[Rounded]) -> Precision {
+    let mut sizes = BTreeMap::new();
+    for tensor in tensors {
+        *sizes.entry(tensor.precision).or_insert(0) += tensor.bytes.len();
+    }
+    let largest = sizes.into_iter().max_by_key(|(_, size)| *size);
+    largest.map_or(Precision::F32, |(precision, _)| precision)
+}
+
+/// The bytes of `model.safetensors`.
+fn serialized(tensors: &[Rounded]) -> Result<Vec<u8>> {
+    let views = tensors.iter().map(|Rounded { name, shape, precision, bytes }| {
+        let dtype = match precision {
+            Precision::F32 => Dtype::F32,
+            Precision::F16 => Dtype::F16,
+            Precision::BF16 => Dtype::BF16,
+        };
+        Ok((name, TensorView::new(dtype, shape.clone(), bytes).context(name)?))
     });
     let views = views.collect::<Result<Vec<_>>>()?;
     // `transformers` asks for this entry.
     let metadata = [("format".to_owned(), "pt".to_owned())].into();
-    let path = dir.join("model.safetensors");
-    let bytes = safetensors::serialize(views, Some(metadata)).context(path.display())?;
-    write_atomically(&path, &bytes).context(path.display())
+    safetensors::serialize(views, Some(metadata)).context(WEIGHTS)
 }
 
-/// The configuration in the directory, with the type of the weights that are written.
-fn copy_config(base: &Path) -> Result<Value> {
+/// The configuration of the base, with what may be otherwise in the weights that are written.
+fn config(base: &Path, is_tied: bool, precision: Precision) -> Result<Value> {
+    let is_gguf = is_gguf(base);
     let path = base.join("config.json");
-    let config = fs::read(&path).context(path.display())?;
-    let mut config: Value = serde_json::from_slice(&config).context(path.display())?;
+    let mut config = if is_gguf { hugging_face_config(base)? } else { read_json(&path)? };
     let fields = config.as_object_mut().ok_or("config.json is no object")?;
+    if is_gguf {
+        fields.insert("dtype".to_owned(), Value::Null);
+    }
     for key in ["dtype", "torch_dtype"] {
-        if let Some(kind) = fields.get_mut(key) {
-            *kind = "float32".into();
+        if let Some(dtype) = fields.get_mut(key) {
+            *dtype = precision.name().into();
         }
+    }
+    if let Some(tied) = fields.get_mut("tie_word_embeddings") {
+        *tied = is_tied.into();
     }
     Ok(config)
 }

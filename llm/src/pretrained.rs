@@ -1,12 +1,11 @@
 //! Reads a decoder from a directory in Hugging Face's format, with `config.json`, and `model.safetensors` or
 //! several files with `model.safetensors.index.json`; or from a GGUF file.
 
+mod tensors;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::Display,
-    fs,
-    path::{Component, Path},
-    rc::Rc,
+    path::Path,
 };
 
 use burn::{
@@ -17,17 +16,24 @@ use burn_lora::{
     LoraModule,
     quantize::{Quantization, QuantizedWeight},
 };
+use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, TensorSnapshot};
 
 use super::{config::LlamaConfig, llama::Llama};
-use crate::gguf::model::{self, Matrix, Model};
-use burn_store::{
-    BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
-    TensorSnapshot,
+use crate::{
+    error::{Context, Result},
+    files::{check_model, is_gguf},
+    gguf::{
+        Packing,
+        model::{self, Matrix, Model},
+    },
 };
-use serde::Deserialize;
+use tensors::{Tensors, read_tensors};
 
-const WEIGHTS: &str = "model.safetensors";
-const INDEX: &str = "model.safetensors.index.json";
+pub(crate) use tensors::{INDEX, Problems, WEIGHTS, check_finite, placed, read_file};
+
+/// The table of embeddings, and the head.
+const TABLE: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
 
 /// The linear layers of a block, by the ends of their names. These are quantized: the table of embeddings, the
 /// head and the norms stay.
@@ -42,50 +48,118 @@ pub struct Pretrained<B: Backend> {
     pub stored: Option<String>,
 }
 
-type Tensors = BTreeMap<String, TensorSnapshot>;
+/// What the files of a model hold. The values are read when they are needed.
+struct Files {
+    config: LlamaConfig,
+    tensors: Tensors,
+    /// The matrices with 4 or 8 bits. They are among the tensors, too.
+    matrices: BTreeMap<String, Matrix>,
+    /// How the tensors are packed, if they are in a GGUF file.
+    packings: BTreeMap<String, Packing>,
+}
+
+impl Files {
+    fn open(path: &Path) -> Result<Self> {
+        check_model(path)?;
+        if is_gguf(path) {
+            let Model { config, tensors, matrices, packings } = model::read(path)?;
+            return Ok(Self { config, tensors, matrices, packings });
+        }
+        let config = LlamaConfig::read(&path.join("config.json"))?;
+        let mut tensors = read_tensors(path)?;
+        if config.tie_word_embeddings
+            && !tensors.contains_key(TABLE)
+            && let Some(table) = tensors.remove(HEAD)
+        {
+            // Both are the same, and may have either name.
+            tensors.insert(TABLE.to_owned(), table);
+        }
+        Ok(Self { config, tensors, matrices: BTreeMap::new(), packings: BTreeMap::new() })
+    }
+
+    /// A head beside the table counts, whatever the configuration says, unless it is the table again.
+    fn settle_head(&mut self) -> Result<()> {
+        if self.config.tie_word_embeddings
+            && let (Some(table), Some(head)) = (self.tensors.get(TABLE), self.tensors.get(HEAD))
+        {
+            let [table, head] =
+                [table, head].map(|it| it.to_data().map(|data| data.convert_dtype(DType::F32)));
+            if table.context(TABLE)? == head.context(HEAD)? {
+                self.tensors.remove(HEAD);
+            } else {
+                self.config.tie_word_embeddings = false;
+            }
+        }
+        Ok(())
+    }
+
+    /// The types of the weights, if they are not all `f32`.
+    fn stored(&self) -> Option<String> {
+        let types: Vec<_> = match self.packings.is_empty() {
+            true => {
+                let types = self.tensors.values().map(|it| format!("{:?}", it.dtype));
+                types.collect::<BTreeSet<_>>().into_iter().collect()
+            }
+            false => {
+                let packings: BTreeSet<_> = self.packings.values().collect();
+                packings.into_iter().map(|it| format!("{it:?}")).collect()
+            }
+        };
+        let types: Vec<_> = types.into_iter().filter(|it| it != "F32").collect();
+        (!types.is_empty()).then(|| types.join(", "))
+    }
+}
+
+/// The type of each weight in the files, by its name at Hugging Face. Weights with 4 or 8 bits count as the halves
+/// that their scales are.
+pub(crate) fn dtypes(path: &Path) -> Result<BTreeMap<String, DType>> {
+    let Files { tensors, packings, .. } = Files::open(path)?;
+    let dtypes = tensors.into_iter().map(|(name, tensor)| {
+        let dtype = match packings.get(&name) {
+            Some(Packing::F32) => DType::F32,
+            Some(Packing::BF16) => DType::BF16,
+            Some(Packing::F16 | Packing::Q8_0 | Packing::Q4_0 | Packing::Q4_1) => DType::F16,
+            None => tensor.dtype,
+        };
+        (name, dtype)
+    });
+    Ok(dtypes.collect())
+}
 
 /// The decoder in `path`, a directory or a GGUF file. Its linear layers are quantized as they are read, if
 /// `quantize` says to what. What has 4 or 8 bits in a GGUF file stays as it is. So there is never a model in
 /// full if it is not wanted.
 ///
+/// A head in the files is used also if the configuration says that the table of embeddings is the head.
+///
 /// # Errors
 ///
 /// If a file cannot be read or is not of a decoder that [`Llama`] is; if a tensor is missing, unexpected,
-/// or has another shape. The error lists all of them.
+/// has another shape, or a number that is not finite. The error lists all of them.
 pub fn load<B: Backend>(
     path: &Path,
     quantize: Option<Quantization>,
     device: &B::Device,
-) -> Result<Pretrained<B>, String> {
-    let (config, mut tensors, matrices, types) = match is_gguf(path) {
-        true => {
-            let Model { config, tensors, matrices, packings } = model::read(path)?;
-            let types = packings.iter().map(|it| format!("{it:?}")).collect();
-            (config, tensors, matrices, types)
-        }
-        false => {
-            let config = LlamaConfig::read(&path.join("config.json"))?;
-            let tensors = read_tensors(path)?;
-            let types = tensors.values().map(|it| format!("{:?}", it.dtype));
-            let types: BTreeSet<_> = types.collect();
-            (config, tensors, BTreeMap::new(), Vec::from_iter(types))
-        }
-    };
-    let told = |problem: &dyn Display| format!("{}: {problem}", path.display());
-    check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
+) -> Result<Pretrained<B>> {
+    let mut files = Files::open(path)?;
+    let stored = files.stored();
+    check_sizes(&files.config, &files.tensors).context(path.display())?;
+    files.settle_head().context(path.display())?;
+    let Files { config, mut tensors, matrices, .. } = files;
     let llama = config.init(&Initializer::Zeros, device);
-    let weights = quantized(&mut tensors, &matrices, quantize, device);
-    let llama = llama.with_quantized(weights.map_err(|problem| told(&problem))?);
-    let mut llama = llama.map_err(|error| told(&error))?;
-    let found = match_up(&llama, &config, &mut tensors);
-    let found = found.map_err(|problems| told(&problems.join("; ")))?;
+    let weights = quantized(&mut tensors, &matrices, quantize, device).context(path.display())?;
+    let mut llama = llama.with_quantized(weights).context(path.display())?;
+    let problems = Problems::default();
+    let found = match_up(&llama, tensors, &problems).context(path.display())?;
     let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
-    let types: Vec<_> = types.into_iter().filter(|it| it != "F32").collect();
-    let stored = (!types.is_empty()).then(|| types.join(", "));
-    match result.errors.is_empty() && result.missing.is_empty() {
-        true => Ok(Pretrained { llama, stored }),
-        false => Err(told(&format!("{:?}, {:?}", result.errors, result.missing))),
-    }
+    let problems = match &problems.borrow()[..] {
+        [] if result.errors.is_empty() && result.missing.is_empty() => {
+            return Ok(Pretrained { llama, stored });
+        }
+        [] => format!("{:?}, {:?}", result.errors, result.missing),
+        problems => problems.join("; "),
+    };
+    Err(problems).context(path.display())
 }
 
 /// Takes the weights that are quantized out of the tensors, by the paths of their layers.
@@ -94,7 +168,7 @@ fn quantized<B: Backend>(
     matrices: &BTreeMap<String, Matrix>,
     to: Option<Quantization>,
     device: &B::Device,
-) -> Result<BTreeMap<String, QuantizedWeight<B>>, String> {
+) -> Result<BTreeMap<String, QuantizedWeight<B>>> {
     let mut weights = BTreeMap::new();
     let names: Vec<_> = tensors.keys().cloned().collect();
     for name in names {
@@ -102,8 +176,7 @@ fn quantized<B: Backend>(
         let is_linear = path.rsplit('.').next().is_some_and(|it| QUANTIZED.contains(&it));
         let weight = match (matrices.get(&name), to.filter(|_| is_linear)) {
             (Some(matrix), _) => matrix.read(device)?,
-            (None, Some(to)) => rounded(&tensors[&name], to, device)
-                .map_err(|problem| format!("`{name}`: {problem}"))?,
+            (None, Some(to)) => rounded(&name, &tensors[&name], to, device)?,
             (None, None) => continue,
         };
         weights.insert(path.to_owned(), weight);
@@ -114,70 +187,27 @@ fn quantized<B: Backend>(
 
 /// A matrix of the file, rounded.
 fn rounded<B: Backend>(
+    name: &str,
     tensor: &TensorSnapshot,
     to: Quantization,
     device: &B::Device,
-) -> Result<QuantizedWeight<B>, String> {
-    let &[rows, columns] = &tensor.shape.to_vec()[..] else {
-        return Err(format!("{:?} is not the shape of a matrix", tensor.shape.to_vec()));
-    };
-    let data = tensor.to_data().map_err(|error| error.to_string())?.convert::<f32>();
-    let numbers = data.as_slice::<f32>().map_err(|error| format!("{error:?}"))?;
-    if rows * columns == 0 || !numbers.iter().all(|it| it.is_finite()) {
-        return Err("a number is not finite, or there is none".to_owned());
+) -> Result<QuantizedWeight<B>> {
+    let shape = tensor.shape.to_vec();
+    if shape.len() != 2 || shape.contains(&0) {
+        return Err(format!("`{name}`: {shape:?} is not the shape of a matrix"));
     }
+    let data = tensor.to_data().context(format!("`{name}`"))?.convert::<f32>();
+    let numbers = data.as_slice::<f32>().map_err(|error| format!("`{name}`: {error:?}"))?;
+    check_finite(name, numbers)?;
     Ok(QuantizedWeight::new(Tensor::from_data(data, device), to))
 }
 
-/// Whether the path is that of a GGUF file.
-pub fn is_gguf(path: &Path) -> bool {
-    path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf"))
-}
-
-/// All tensors of the directory, by name. Their values are read when they are needed.
-fn read_tensors(dir: &Path) -> Result<Tensors, String> {
-    let index = dir.join(INDEX);
-    if !index.exists() {
-        return read_file(&dir.join(WEIGHTS));
-    }
-    let told = |error: &dyn Display| format!("{}: {error}", index.display());
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: BTreeMap<String, String>,
-    }
-    let text = fs::read_to_string(&index).map_err(|error| told(&error))?;
-    let index: Index = serde_json::from_str(&text).map_err(|error| told(&error))?;
-    let files: BTreeSet<_> = index.weight_map.values().collect();
-    let mut tensors = Tensors::new();
-    for file in files {
-        let mut parts = Path::new(file).components();
-        if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-            return Err(told(&format!("`{file}` is not the name of a file in the directory")));
-        }
-        tensors.extend(read_file(&dir.join(file))?);
-    }
-    let listed = index.weight_map.into_keys().collect::<BTreeSet<_>>();
-    let found = tensors.keys().cloned().collect();
-    match listed.symmetric_difference(&found).next() {
-        Some(name) => Err(told(&format!("`{name}` is only in the index, or only in the files"))),
-        None => Ok(tensors),
-    }
-}
-
-fn read_file(path: &Path) -> Result<Tensors, String> {
-    let told = |error: &dyn Display| format!("{}: {error}", path.display());
-    // burn-store would not name the file.
-    fs::File::open(path).map_err(|error| told(&error))?;
-    let mut file = SafetensorsStore::from_file(path);
-    Ok(file.get_all_snapshots().map_err(|error| told(&error))?.clone())
-}
-
 /// Checks that the files have the sizes in the configuration, before memory is allocated for them.
-fn check_sizes(config: &LlamaConfig, tensors: &Tensors) -> Result<(), String> {
+fn check_sizes(config: &LlamaConfig, tensors: &Tensors) -> Result<()> {
     let (width, head) = (config.hidden_size, config.head_dim());
     let rows = |heads: usize| heads.saturating_mul(head);
     for (name, shape) in [
-        ("model.embed_tokens.weight", [config.vocab_size, width]),
+        (TABLE, [config.vocab_size, width]),
         ("model.layers.0.self_attn.q_proj.weight", [rows(config.num_attention_heads), width]),
         ("model.layers.0.self_attn.k_proj.weight", [rows(config.key_value_heads()), width]),
         ("model.layers.0.mlp.gate_proj.weight", [config.intermediate_size, width]),
@@ -196,12 +226,16 @@ fn check_sizes(config: &LlamaConfig, tensors: &Tensors) -> Result<(), String> {
     }
 }
 
-/// The decoder's tensors, or a list of problems.
+/// The decoder's tensors.
+///
+/// # Errors
+///
+/// If some do not fit. The error lists all of them.
 fn match_up<B: Backend>(
     llama: &Llama<B>,
-    config: &LlamaConfig,
-    tensors: &mut Tensors,
-) -> Result<Vec<TensorSnapshot>, Vec<String>> {
+    mut tensors: Tensors,
+    reading: &Problems,
+) -> Result<Vec<TensorSnapshot>> {
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for wanted in llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
         let name = python_name(&wanted.full_path());
@@ -217,30 +251,15 @@ fn match_up<B: Backend>(
             problems
                 .push(format!("`{name}` must be of type {expected}, and is {:?}", tensor.dtype));
         }
-        found.push(in_f32(tensor, wanted));
+        found.push(placed(name, tensor, wanted, reading));
     }
-    tensors.retain(|name, _| {
-        // Written by old versions, and computed here.
-        let computed = name.ends_with(".rotary_emb.inv_freq");
-        // The same table again.
-        let tied = config.tie_word_embeddings && name == "lm_head.weight";
-        !computed && !tied
-    });
+    // Written by old versions, and computed here.
+    tensors.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
     problems.extend(tensors.keys().map(|name| format!("`{name}` belongs to nothing")));
-    if problems.is_empty() { Ok(found) } else { Err(problems) }
+    if problems.is_empty() { Ok(found) } else { Err(problems.join("; ")) }
 }
 
 /// Hugging Face's name of a parameter: what is `gamma` in Burn's norms is `weight` there.
 pub fn python_name(path: &str) -> String {
     path.strip_suffix(".gamma").map_or(path.to_owned(), |norm| format!("{norm}.weight"))
-}
-
-/// The values of `tensor` in the place of `wanted`, converted when they are read.
-fn in_f32(tensor: TensorSnapshot, wanted: TensorSnapshot) -> TensorSnapshot {
-    let shape = tensor.shape.clone();
-    let values = Rc::new(move || Ok(tensor.to_data()?.convert_dtype(DType::F32)));
-    let path = wanted.path_stack.unwrap_or_default();
-    let containers = wanted.container_stack.unwrap_or_default();
-    let id = wanted.tensor_id.unwrap_or_default();
-    TensorSnapshot::from_closure(values, DType::F32, shape, path, containers, id)
 }

@@ -1,8 +1,8 @@
 //! The Stanford Sentiment Treebank with two classes: phrases and sentences of film reviews.
 
-use std::{fs, path::Path};
+use std::path::Path;
 
-use super::{Context, Result};
+use super::{Result, files::read_text};
 
 /// The texts of a file and their classes, 1 if the text is positive. The file starts with the line
 /// `sentence`, tab, `label`. Lines of a text, a tab and 0 or 1 follow.
@@ -11,7 +11,7 @@ use super::{Context, Result};
 ///
 /// If the file cannot be read, or has no texts, or other lines. The error names the line.
 pub fn read(path: &Path) -> Result<Vec<(String, u8)>> {
-    let content = fs::read_to_string(path).context(path.display())?;
+    let content = read_text(path)?;
     let mut lines = content.lines().enumerate();
     if lines.next().is_none_or(|(_, header)| header != "sentence\tlabel") {
         return Err(format!(

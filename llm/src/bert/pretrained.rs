@@ -3,18 +3,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Display,
-    fs,
     path::Path,
 };
 
 use burn::tensor::{DType, backend::Backend};
-use burn_store::{
-    BurnToPyTorchAdapter, ModuleSnapshot, ModuleStore, PyTorchToBurnAdapter, SafetensorsStore,
-    TensorSnapshot,
-};
+use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, TensorSnapshot};
 use serde_json::Value;
 
 use super::{Bert, BertConfig, names};
+use crate::{
+    files::{check_model, read_json},
+    pretrained::{Problems, WEIGHTS, placed, read_file},
+};
 
 /// Tensors of the file that this encoder does not use: the position ids, and the pooling layer on the
 /// first token. The mean over all tokens replaces it.
@@ -27,18 +27,23 @@ const UNUSED: [&str; 3] = ["embeddings.position_ids", "pooler.dense.weight", "po
 /// If a file cannot be read or is not of a BERT; if a tensor is missing or has another shape or type; or
 /// if a tensor is unknown. The position ids and the pooling layer are not used. The error lists all problems.
 pub fn load<B: Backend>(dir: &Path, device: &B::Device) -> Result<(Bert<B>, BertConfig), String> {
+    check_model(dir)?;
     let config = read_config(&dir.join("config.json"))?;
-    let path = dir.join("model.safetensors");
+    let path = dir.join(WEIGHTS);
     let told = |error: &dyn Display| format!("{}: {error}", path.display());
-    let mut file = SafetensorsStore::from_file(&path);
-    let mut tensors = file.get_all_snapshots().map_err(|error| told(&error))?.clone();
+    let mut tensors = read_file(&path)?;
     check_sizes(&config, &tensors).map_err(|problem| told(&problem))?;
     let mut bert = config.init(device);
-    let found = match_up(&bert, &mut tensors).map_err(|problems| told(&problems.join("; ")))?;
+    let reading = Problems::default();
+    let found = match_up(&bert, &mut tensors, &reading);
+    let found = found.map_err(|problems| told(&problems.join("; ")))?;
     let result = bert.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
-    let complete = result.errors.is_empty() && result.missing.is_empty();
-    let problem = || format!("{:?}, {:?}", result.errors, result.missing);
-    if complete { Ok((bert, config)) } else { Err(told(&problem())) }
+    let problems = match &reading.borrow()[..] {
+        [] if result.errors.is_empty() && result.missing.is_empty() => return Ok((bert, config)),
+        [] => format!("{:?}, {:?}", result.errors, result.missing),
+        problems => problems.join("; "),
+    };
+    Err(told(&problems))
 }
 
 /// Checks that the file has the sizes in the configuration, before memory is allocated for them.
@@ -70,8 +75,7 @@ fn check_sizes(
 /// Reads the sizes, and checks that this is the kind of BERT that [`Bert`] implements.
 fn read_config(path: &Path) -> Result<BertConfig, String> {
     let told = |error: &dyn Display| format!("{}: {error}", path.display());
-    let text = fs::read_to_string(path).map_err(|error| told(&error))?;
-    let json: Value = serde_json::from_str(&text).map_err(|error| told(&error))?;
+    let json = read_json(path)?;
     for (key, expected) in
         [("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")]
     {
@@ -109,12 +113,13 @@ fn read_config(path: &Path) -> Result<BertConfig, String> {
 fn match_up<B: Backend>(
     bert: &Bert<B>,
     tensors: &mut BTreeMap<String, TensorSnapshot>,
+    reading: &Problems,
 ) -> Result<Vec<TensorSnapshot>, Vec<String>> {
     let names = names("");
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for wanted in bert.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
         let name = names.apply(&wanted.full_path());
-        let Some(mut tensor) = tensors.remove(&name) else {
+        let Some(tensor) = tensors.remove(&name) else {
             problems.push(format!("`{name}` is missing"));
             continue;
         };
@@ -124,8 +129,7 @@ fn match_up<B: Backend>(
         } else if tensor.dtype != DType::F32 {
             problems.push(format!("`{name}` must be of type F32, and is {:?}", tensor.dtype));
         }
-        tensor.path_stack = wanted.path_stack;
-        found.push(tensor);
+        found.push(placed(name, tensor, wanted, reading));
     }
     let unused = BTreeSet::from(UNUSED);
     let left = tensors.keys().filter(|name| !unused.contains(name.as_str()));

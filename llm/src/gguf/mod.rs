@@ -2,6 +2,7 @@
 //! describe a model, and tensors whose values may be packed.
 
 pub mod model;
+mod rope;
 pub mod tokens;
 
 use std::{
@@ -13,6 +14,11 @@ use std::{
 
 use half::{bf16, f16};
 use serde_json::{Map, Value, json};
+
+use crate::{
+    error::{Context, Result},
+    files::{check_start, is_gguf_start, start_of},
+};
 
 /// A file of which the header was read.
 #[derive(Clone, Debug)]
@@ -60,7 +66,7 @@ const BLOCK: usize = 32;
 const DEPTH: usize = 3;
 
 impl Packing {
-    fn new(code: u32) -> Result<Self, String> {
+    fn new(code: u32) -> Result<Self> {
         match code {
             0 => Ok(Self::F32),
             1 => Ok(Self::F16),
@@ -138,16 +144,20 @@ impl Gguf {
     ///
     /// # Errors
     ///
-    /// If the file cannot be read, is malformed or shorter than its header says, or has tensors of other
-    /// types than [`Packing`].
-    pub fn open(path: &Path) -> Result<Self, String> {
+    /// If the file cannot be read, is malformed or shorter than its header says, holds only a part of a model, or has
+    /// tensors of other types than [`Packing`].
+    pub fn open(path: &Path) -> Result<Self> {
+        let start = start_of(path).context(path.display())?;
+        if !is_gguf_start(&start) {
+            check_start(path, &start)?;
+            return Err(format!("{}: it is not a GGUF file", path.display()));
+        }
         let read = || {
             let file = File::open(path).map_err(|error| error.to_string())?;
             let length = file.metadata().map_err(|error| error.to_string())?.len();
-            let header = Header { source: BufReader::new(file), at: 0, length };
-            header.read(path)
+            Header { source: BufReader::new(file), at: 0, length }.read(path)
         };
-        read().map_err(|problem: String| format!("{}: {problem}", path.display()))
+        read().context(path.display())
     }
 
     /// The values of a tensor.
@@ -159,13 +169,13 @@ impl Gguf {
     /// # Panics
     ///
     /// If there is no tensor of this name.
-    pub fn values(&self, name: &str) -> Result<Vec<f32>, String> {
+    pub fn values(&self, name: &str) -> Result<Vec<f32>> {
         Ok(self.tensors[name].packing.unpack(&self.bytes(name)?))
     }
 
     /// The bytes of a tensor's values, as they are packed. Errors and panics are those of
     /// [`values`](Self::values).
-    pub fn bytes(&self, name: &str) -> Result<Vec<u8>, String> {
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
         let tensor = &self.tensors[name];
         let read = || {
             let mut file = File::open(&self.path)?;
@@ -178,6 +188,33 @@ impl Gguf {
     }
 }
 
+/// Fails if the file holds a part of a model.
+fn check_is_whole(path: &Path, fields: &Map<String, Value>) -> Result<()> {
+    let number = |name: &str| fields.get(name).and_then(Value::as_u64);
+    let count = number("split.count").unwrap_or(1);
+    if count <= 1 {
+        return Ok(());
+    }
+    let number = number("split.no").unwrap_or(0) + 1;
+    // llama.cpp names the parts so.
+    let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+    let parts = match stem.strip_suffix(&format!("-{number:05}-of-{count:05}")) {
+        Some(name) => {
+            let part = |number: u64| format!("`{name}-{number:05}-of-{count:05}.gguf`");
+            let parts: Vec<_> = match count {
+                ..=9 => (1..=count).map(part).collect(),
+                _ => vec![part(1), part(2), "...".to_owned(), part(count)],
+            };
+            format!(" ({})", parts.join(", "))
+        }
+        None => String::new(),
+    };
+    Err(format!(
+        "it is part {number} of a model in {count} files{parts}; put them together with `llama-gguf-split --merge \
+         FIRST-PART WHOLE.gguf`"
+    ))
+}
+
 /// A header that is being read.
 struct Header<R> {
     source: R,
@@ -187,11 +224,17 @@ struct Header<R> {
 }
 
 impl<R: Read> Header<R> {
-    fn read(mut self, path: &Path) -> Result<Gguf, String> {
-        if self.bytes(4)? != *b"GGUF" {
-            return Err("it is not a GGUF file".to_owned());
-        }
+    fn read(mut self, path: &Path) -> Result<Gguf> {
+        // The name of the format.
+        self.bytes(4)?;
         let version = self.u32()?;
+        if (1..=3).contains(&version.swap_bytes()) {
+            return Err(
+                "its numbers are big-endian, which is not supported; convert it again, without \
+                 `--bigendian`"
+                    .to_owned(),
+            );
+        }
         if !(2..=3).contains(&version) {
             return Err(format!("version {version} of GGUF is not supported"));
         }
@@ -230,10 +273,11 @@ impl<R: Read> Header<R> {
                 return Err(format!("it ends before the values of `{name}` do"));
             }
         }
+        check_is_whole(path, &known)?;
         Ok(Gguf { path: path.to_owned(), fields: known, tensors: found, start })
     }
 
-    fn tensor(&mut self) -> Result<Packed, String> {
+    fn tensor(&mut self) -> Result<Packed> {
         let dimensions = self.u32()?;
         if dimensions > 4 {
             return Err(format!("it has {dimensions} dimensions"));
@@ -249,7 +293,7 @@ impl<R: Read> Header<R> {
     }
 
     /// A value of the kind with this number in the format's list.
-    fn value(&mut self, kind: u32, depth: usize) -> Result<Value, String> {
+    fn value(&mut self, kind: u32, depth: usize) -> Result<Value> {
         Ok(match kind {
             0 => json!(self.array::<1>()?[0]),
             1 => json!(self.array::<1>()?[0] as i8),
@@ -266,7 +310,7 @@ impl<R: Read> Header<R> {
                 // Each value has a byte at least.
                 self.check(count)?;
                 let values = (0..count).map(|_| self.value(kind, depth - 1));
-                Value::Array(values.collect::<Result<_, _>>()?)
+                Value::Array(values.collect::<Result<_>>()?)
             }
             10 => json!(self.u64()?),
             11 => json!(i64::from_le_bytes(self.array()?)),
@@ -275,25 +319,25 @@ impl<R: Read> Header<R> {
         })
     }
 
-    fn string(&mut self) -> Result<String, String> {
+    fn string(&mut self) -> Result<String> {
         let length = self.u64()?;
         String::from_utf8(self.bytes(length)?).map_err(|_| "a text that is not UTF-8".to_owned())
     }
 
-    fn u32(&mut self) -> Result<u32, String> {
+    fn u32(&mut self) -> Result<u32> {
         Ok(u32::from_le_bytes(self.array()?))
     }
 
-    fn u64(&mut self) -> Result<u64, String> {
+    fn u64(&mut self) -> Result<u64> {
         Ok(u64::from_le_bytes(self.array()?))
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], String> {
+    fn array<const N: usize>(&mut self) -> Result<[u8; N]> {
         let bytes = self.bytes(N as u64)?;
         Ok(bytes.try_into().expect("as many were read"))
     }
 
-    fn bytes(&mut self, count: u64) -> Result<Vec<u8>, String> {
+    fn bytes(&mut self, count: u64) -> Result<Vec<u8>> {
         self.check(count)?;
         let mut bytes = vec![0; count as usize];
         self.source.read_exact(&mut bytes).map_err(|error| error.to_string())?;
@@ -302,7 +346,7 @@ impl<R: Read> Header<R> {
     }
 
     /// Fails if fewer bytes are left, so that no memory is allocated for what is not there.
-    fn check(&self, count: u64) -> Result<(), String> {
+    fn check(&self, count: u64) -> Result<()> {
         match count <= self.length.saturating_sub(self.at) {
             true => Ok(()),
             false => Err("it ends too early".to_owned()),

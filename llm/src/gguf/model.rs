@@ -1,10 +1,6 @@
 //! A decoder in a GGUF file, as Hugging Face would have it: the same names, sizes and order of values.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::Path,
-    rc::Rc,
-};
+use std::{collections::BTreeMap, path::Path, rc::Rc};
 
 use burn::{
     module::ParamId,
@@ -12,8 +8,8 @@ use burn::{
 };
 use burn_lora::quantize::{GgufType, QuantizedWeight};
 
-use super::{Gguf, Packing};
-use crate::config::LlamaConfig;
+use super::{Gguf, Packing, rope};
+use crate::{config::LlamaConfig, error::Context};
 use burn_store::{TensorSnapshot, TensorSnapshotError};
 use serde_json::{Value, json};
 
@@ -46,8 +42,8 @@ pub struct Model {
     pub tensors: BTreeMap<String, TensorSnapshot>,
     /// The matrices whose numbers have 4 or 8 bits. They are among the tensors, too.
     pub matrices: BTreeMap<String, Matrix>,
-    /// How the values are packed.
-    pub packings: BTreeSet<Packing>,
+    /// How the values of each tensor are packed.
+    pub packings: BTreeMap<String, Packing>,
 }
 
 /// A matrix whose numbers have 4 or 8 bits.
@@ -92,10 +88,10 @@ pub fn read(path: &Path) -> Result<Model, String> {
     let config = config.with_divided_frequencies(divisors.as_deref()).map_err(told)?;
     let architecture = file.fields["general.architecture"].as_str().unwrap_or_default();
     let permuted = architecture == "llama";
-    let packings = file.tensors.values().map(|it| it.packing).collect();
     let heads = [config.num_attention_heads, config.key_value_heads()];
     let file = Rc::new(file);
-    let (mut tensors, mut matrices) = (BTreeMap::new(), BTreeMap::new());
+    let (mut tensors, mut matrices, mut packings) =
+        (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, tensor) in &file.tensors {
         if name == ROPE {
             continue;
@@ -107,6 +103,7 @@ pub fn read(path: &Path) -> Result<Model, String> {
             _ if new_name.contains(".k_proj.") => Some(heads[1]),
             _ => None,
         };
+        packings.insert(new_name.clone(), tensor.packing);
         let shape = tensor.shape.clone();
         let kind = match tensor.packing {
             Packing::Q8_0 => Some(GgufType::Q8_0),
@@ -172,24 +169,39 @@ fn in_halves<T: Copy>(values: &[T], heads: usize, rows: usize) -> Vec<T> {
 /// If the file cannot be read, or has frequencies of RoPE that are no rule of `config.json`.
 pub fn hugging_face_config(path: &Path) -> Result<Value, String> {
     let file = Gguf::open(path)?;
-    let told = |problem: &str| format!("{}: {problem}", path.display());
+    let mut json = config(&file).context(path.display())?;
     if file.tensors.contains_key(ROPE) {
-        return Err(told(
-            "its frequencies of RoPE cannot be written as a Hugging Face configuration",
-        ));
+        json["rope_scaling"] = rope_scaling(&json, &file.values(ROPE)?).context(path.display())?;
     }
-    let mut json = config(&file).map_err(|problem| told(&problem))?;
     json["architectures"] = match json["model_type"].as_str() {
         Some("qwen2") => json!(["Qwen2ForCausalLM"]),
         Some("qwen3") => json!(["Qwen3ForCausalLM"]),
         _ => json!(["LlamaForCausalLM"]),
     };
-    json["dtype"] = "float32".into();
     for name in ["bos_token_id", "eos_token_id"] {
         let id = file.fields.get(&format!("tokenizer.ggml.{name}"));
         json[name] = id.cloned().unwrap_or(Value::Null);
     }
     Ok(json)
+}
+
+/// The rule of the configuration, and the divisors of the file, as one rule.
+fn rope_scaling(json: &Value, divisors: &[f32]) -> Result<Value, String> {
+    let frequencies = |json: &Value, divisors| {
+        let config = LlamaConfig::from_json(json.clone())?.with_divided_frequencies(divisors)?;
+        Ok::<_, String>(config.rope().frequencies)
+    };
+    let wanted = frequencies(json, Some(divisors))?;
+    let mut plain = json.clone();
+    plain["rope_scaling"] = Value::Null;
+    let plain = frequencies(&plain, None)?;
+    let divisors: Vec<_> =
+        plain.iter().zip(&wanted).map(|(plain, wanted)| plain / wanted).collect();
+    rope::rule(&plain, &divisors).ok_or_else(|| {
+        "its frequencies of RoPE are no rule that a Hugging Face configuration can have; use the adapters beside \
+         the GGUF file"
+            .to_owned()
+    })
 }
 
 /// The fields of `config.json`.
@@ -200,17 +212,26 @@ fn config(file: &Gguf) -> Result<Value, String> {
     if !["llama", "qwen2", "qwen3"].contains(&kind) {
         return Err(format!("`general.architecture` \"{kind}\" is not supported"));
     }
-    let of = |name: &str| field(&format!("{kind}.{name}"));
-    let need = |name: &str| match of(name) {
+    let of = |name: &str| {
+        same_for_all(field(&format!("{kind}.{name}"))).context(format!("`{kind}.{name}`"))
+    };
+    let need = |name: &str| match of(name)? {
         Value::Null => Err(format!("`{kind}.{name}` is missing")),
         value => Ok(value),
     };
-    let scaling = match of("rope.scaling.type").as_str() {
-        None | Some("none") => Value::Null,
-        Some(other) => json!({"rope_type": other, "factor": of("rope.scaling.factor")}),
+    let factor = match of("rope.scaling.factor")? {
+        // Its older name.
+        Value::Null => of("rope.scale_linear")?,
+        factor => factor,
+    };
+    // llama.cpp scales by the factor also if no type says so, and takes 0 for none.
+    let scaling = match of("rope.scaling.type")?.as_str().unwrap_or("linear") {
+        "none" => Value::Null,
+        "linear" if factor.as_f64().unwrap_or(0.0) == 0.0 => Value::Null,
+        other => json!({"rope_type": other, "factor": factor}),
     };
     let has = |name: &str| file.tensors.contains_key(name);
-    let rows = file.tensors.get("token_embd.weight").map(|it| it.shape[0]);
+    let rows = file.tensors.get("token_embd.weight").and_then(|it| it.shape.first());
     Ok(json!({
         "model_type": kind,
         "vocab_size": rows.ok_or("`token_embd.weight` is missing")?,
@@ -218,15 +239,26 @@ fn config(file: &Gguf) -> Result<Value, String> {
         "intermediate_size": need("feed_forward_length")?,
         "num_hidden_layers": need("block_count")?,
         "num_attention_heads": need("attention.head_count")?,
-        "num_key_value_heads": of("attention.head_count_kv"),
-        "head_dim": of("attention.key_length"),
+        "num_key_value_heads": of("attention.head_count_kv")?,
+        "head_dim": of("attention.key_length")?,
         "rms_norm_eps": need("attention.layer_norm_rms_epsilon")?,
         "tie_word_embeddings": !has("output.weight"),
         "max_position_embeddings": need("context_length")?,
         "attention_bias": kind != "qwen2" && has("blk.0.attn_output.bias"),
         "mlp_bias": has("blk.0.ffn_up.bias"),
         "hidden_act": "silu",
-        "rope_theta": of("rope.freq_base"),
+        "rope_theta": of("rope.freq_base")?,
         "rope_scaling": scaling,
     }))
+}
+
+/// The value, or the one that a list has for each of the layers.
+fn same_for_all(value: Value) -> Result<Value, String> {
+    match value {
+        Value::Array(layers) => match layers.split_first() {
+            Some((first, rest)) if rest.iter().all(|it| it == first) => Ok(first.clone()),
+            _ => Err("layers that differ in it are not supported".to_owned()),
+        },
+        value => Ok(value),
+    }
 }

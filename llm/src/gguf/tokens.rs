@@ -16,7 +16,10 @@ use tokenizers::{
     processors::template::TemplateProcessing,
 };
 
-use crate::error::{Context, Result};
+use crate::{
+    error::{Context, Result},
+    tokenizer,
+};
 
 /// How Llama 3 divides texts before it looks for tokens: words with the character before them, numbers of
 /// up to three digits, punctuation, and white space.
@@ -39,12 +42,11 @@ pub fn tokenizer(fields: &Map<String, Value>, path: &Path) -> Result<Tokenizer> 
     let kind = fields.get("tokenizer.ggml.model").and_then(Value::as_str).unwrap_or("missing");
     if kind != "gpt2" {
         let beside = path.with_file_name("tokenizer.json");
-        return Tokenizer::from_file(&beside).map_err(|error| {
+        return tokenizer::read(&beside).map_err(|problem| {
             format!(
-                "{}: a tokenizer of the kind \"{kind}\" is not supported, and in its place {} cannot be \
-                 read: {error}",
+                "{}: a tokenizer of the kind \"{kind}\" is not supported, and tokenizer.json in its place cannot be \
+                 read: {problem}",
                 path.display(),
-                beside.display(),
             )
         });
     }
@@ -69,7 +71,9 @@ fn byte_pairs(fields: &Map<String, Value>) -> Result<Tokenizer> {
         Ok((merge[..at].to_owned(), merge[at + 1..].to_owned()))
     });
     let merges = merges.collect::<Result<Vec<_>>>()?;
-    let model = BPE::builder().vocab_and_merges(vocabulary, merges).build();
+    let of_llama3 = is_llama3(fields);
+    let model =
+        BPE::builder().vocab_and_merges(vocabulary, merges).ignore_merges(of_llama3).build();
     let mut tokenizer = Tokenizer::new(model.context("the merges")?);
     tokenizer.with_pre_tokenizer(Some(division(fields)?));
     tokenizer.with_decoder(Some(ByteLevelDecoder::default()));
@@ -83,8 +87,11 @@ fn byte_pairs(fields: &Map<String, Value>) -> Result<Tokenizer> {
             tokenizer.add_tokens(&[AddedToken::from(*token, false).normalized(false)]);
         }
     }
-    if fields.get("tokenizer.ggml.add_bos_token") == Some(&Value::Bool(true)) {
-        let begin = special(fields, "bos").ok_or("`tokenizer.ggml.bos_token_id` is missing")?;
+    let begin = special(fields, "bos");
+    let begins = fields.get("tokenizer.ggml.add_bos_token").and_then(Value::as_bool);
+    // llama.cpp does it for Llama 3 if the file does not say.
+    if begins.unwrap_or(of_llama3 && begin.is_some()) {
+        let begin = begin.ok_or("`tokenizer.ggml.bos_token_id` is missing")?;
         let id = tokenizer.token_to_id(&begin).ok_or("the first token is not in the vocabulary")?;
         let template = TemplateProcessing::builder()
             .try_single(format!("{begin} $A"))?
@@ -95,21 +102,30 @@ fn byte_pairs(fields: &Map<String, Value>) -> Result<Tokenizer> {
     Ok(tokenizer)
 }
 
+/// The name of the way in which texts are divided.
+fn pre(fields: &Map<String, Value>) -> &str {
+    fields.get("tokenizer.ggml.pre").and_then(Value::as_str).unwrap_or("default")
+}
+
+/// Whether words that are tokens need no merges, as in Llama 3.
+fn is_llama3(fields: &Map<String, Value>) -> bool {
+    matches!(pre(fields), "llama-bpe" | "llama3" | "llama-v3")
+}
+
 /// How texts are divided before tokens are looked for.
 fn division(fields: &Map<String, Value>) -> Result<PreTokenizerWrapper> {
-    let kind = fields.get("tokenizer.ggml.pre").and_then(Value::as_str).unwrap_or("default");
     let by = |pattern: &str| -> Result<Vec<PreTokenizerWrapper>> {
         let pattern = SplitPattern::Regex(pattern.to_owned());
         let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false);
         let split = split.context("the division of texts")?;
         Ok(vec![split.into(), ByteLevel::new(false, true, false).into()])
     };
-    let steps: Vec<PreTokenizerWrapper> = match kind {
+    let steps: Vec<PreTokenizerWrapper> = match pre(fields) {
+        _ if is_llama3(fields) => by(LLAMA3)?,
         "default" | "gpt-2" => vec![ByteLevel::new(false, true, true).into()],
         "smollm" => vec![Digits::new(true).into(), ByteLevel::new(false, true, true).into()],
-        "llama-bpe" | "llama3" | "llama-v3" => by(LLAMA3)?,
         "qwen2" => by(QWEN2)?,
-        _ => return Err(format!("`tokenizer.ggml.pre` \"{kind}\" is not supported")),
+        kind => return Err(format!("`tokenizer.ggml.pre` \"{kind}\" is not supported")),
     };
     Ok(Sequence::new(steps).into())
 }

@@ -6,4 +6,5 @@ mod backend {
 }
 mod bert;
 mod decoder;
+mod files;
 mod oracle;

@@ -6,6 +6,7 @@ use burn_lora::quantize::Quantization;
 use burn_lora_llm::{
     Result,
     cli::{self, quantize::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg},
+    merged::Precision,
 };
 use clap::{Parser, Subcommand};
 
@@ -190,6 +191,9 @@ pub struct MergeArgs {
     /// Directory for the merged model
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
+    /// Type of the merged weights; otherwise that of the base, and f16 for what has 4 or 8 bits there
+    #[arg(long, value_name = "TYPE")]
+    pub dtype: Option<Precision>,
 }
 
 #[derive(Parser, Debug)]

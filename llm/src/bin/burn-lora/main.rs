@@ -49,7 +49,9 @@ use burn_lora_llm::{
     data::{self, Batch, Reading, Text, pack},
     generate::{Sampling, generate},
     llama::Llama,
-    loss, merged, pretrained,
+    loss,
+    merged::{self, Precision},
+    pretrained,
 };
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
@@ -372,8 +374,14 @@ fn run_merge(args: &MergeArgs) -> Result<()> {
     let (llama, chat) = read::<Plain>(&model, args.base.quantization(), &Default::default())?;
     let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
     let merged = adapted.merge().map_err(|error| error.to_string())?;
-    merged::save(&merged.dequantize(), &chat, &model, &args.out)?;
-    println!("The merged model is in {}.", args.out.display());
+    let saved = merged::save(&merged.dequantize(), &chat, &model, &args.out, args.dtype)?;
+    let types: Vec<_> = saved.precisions.iter().map(Precision::to_string).collect();
+    println!(
+        "The merged model is in {}: {:.1} MB in {}; `--dtype` chooses another type.",
+        args.out.display(),
+        saved.bytes as f64 / 1e6,
+        types.join(" and "),
+    );
     Ok(())
 }
 

@@ -1,6 +1,10 @@
 //! Tests of how texts are continued and judged, and of models that are written.
 
+use burn_lora_llm::merged::Precision;
+use clap::Parser;
+
 use super::*;
+use crate::args::{Args, Command};
 
 #[test]
 fn an_answer_with_the_cache_is_that_without_it() {
@@ -78,7 +82,26 @@ fn answers_are_right_if_their_scores_are_higher() {
 fn a_merged_model_does_not_replace_its_base() {
     let (dir, chat) = chat();
     let llama: Llama<Plain> = tiny("qwen3");
-    let error = merged::save(&llama, &chat, dir.path(), dir.path()).unwrap_err();
+    let error = merged::save(&llama, &chat, dir.path(), dir.path(), None).unwrap_err();
     assert!(error.contains("the base is there"), "{error}");
     assert!(!fs::read(dir.path().join("tokenizer.json")).unwrap().is_empty());
+}
+
+#[test]
+fn d8_the_type_of_a_merged_model_is_an_argument() {
+    let parse = |dtype: &[&str]| {
+        let words = ["burn-lora", "merge", "--adapter", "a", "--out", "b"];
+        let args = Args::try_parse_from(words.iter().chain(dtype));
+        let Command::Merge(merge) = args.map_err(|error| error.to_string())?.command else {
+            panic!("it is another command");
+        };
+        Ok::<_, String>(merge.dtype)
+    };
+    assert_eq!(parse(&[]), Ok(None));
+    for (name, precision) in
+        [("f32", Precision::F32), ("f16", Precision::F16), ("bf16", Precision::BF16)]
+    {
+        assert_eq!(parse(&["--dtype", name]), Ok(Some(precision)));
+    }
+    assert!(parse(&["--dtype", "f8"]).unwrap_err().contains("f32, f16, bf16"));
 }
