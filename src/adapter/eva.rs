@@ -45,17 +45,19 @@ impl<B: Backend> Observer<B> {
     /// Takes note of the inputs `x: [batch, d_input]`.
     pub fn observe(&self, x: &Tensor<B, 2>) {
         let x = at_least_f32(constant(x.clone()));
-        let mut sums = self.0.lock().expect("no observer panics");
-        let sums = sums.get_or_insert_with(|| Sums {
+        let mut kept = self.0.lock().expect("no observer panics");
+        // The sums are moved out, so that a backend adds to them in place.
+        let Sums { center, count, first, second } = kept.take().unwrap_or_else(|| Sums {
             center: x.clone().mean_dim(0),
             count: 0,
             first: x.clone().narrow(0, 0, 1).zeros_like(),
             second: cast(Tensor::zeros([x.dims()[1]; 2], &x.device()), x.dtype()),
         });
-        sums.count += x.dims()[0];
-        let x = x - sums.center.clone();
-        sums.first = sums.first.clone() + x.clone().sum_dim(0);
-        sums.second = sums.second.clone() + x.clone().transpose().matmul(x);
+        let count = count + x.dims()[0];
+        let x = x - center.clone();
+        let first = first + x.clone().sum_dim(0);
+        let second = second + x.clone().transpose().matmul(x);
+        *kept = Some(Sums { center, count, first, second });
     }
 
     /// The `count` directions of the largest variance, and the share that each has in the whole; `None` if

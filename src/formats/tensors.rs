@@ -72,9 +72,12 @@ pub(super) fn read<Bk: Backend>(
             Tensor::<Bk, 1>::from_data(TensorData::new(values, shape), device)
         };
         let factor = |values: Vec<f32>| {
-            let shape = [info.shape[0], values.len() / info.shape[0]];
-            // This transposes a view; no element moves.
-            Some(Tensor::<Bk, 2>::from_data(TensorData::new(values, shape), device).transpose())
+            let [rows, columns] = [info.shape[0], values.len() / info.shape[0]];
+            // The elements themselves move: a product with a transposed view may add in another order than one
+            // with a factor that was trained here, and so differ in the last bit.
+            let values = transposed(&values, rows, columns);
+            let data = TensorData::new(values, [columns, rows]);
+            Some(Tensor::<Bk, 2>::from_data(data, device))
         };
         match role {
             Role::A(path) => factors.entry(path).or_default()[0] = factor(values),
@@ -193,6 +196,15 @@ pub(super) fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<V
     };
     let values = values.map_err(|error| error.to_string())?;
     if all_finite(&values) { Ok(values) } else { Err("holds NaN or infinite values".to_owned()) }
+}
+
+/// The transpose of a matrix of `rows` × `columns`.
+fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    let mut transposed = Vec::with_capacity(values.len());
+    for column in 0..columns {
+        transposed.extend((0..rows).map(|row| values[row * columns + column]));
+    }
+    transposed
 }
 
 /// Whether all values are finite. A branch per element would take as long as reading the values.

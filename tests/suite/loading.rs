@@ -2,19 +2,25 @@
 //! scaling of an adapter.
 
 use burn::{
-    module::Module,
+    module::{AutodiffModule, Module},
+    nn::{EmbeddingConfig, Linear, LinearConfig, conv::Conv1dConfig},
+    optim::{AdamConfig, GradientsParams, Optimizer},
     record::{
         BinBytesRecorder, FullPrecisionSettings, NamedMpkBytesRecorder, NamedMpkFileRecorder,
         PrettyJsonFileRecorder, Recorder,
     },
-    tensor::{Tensor, TensorData, backend::Backend},
+    tensor::{Int, Tensor, TensorData, backend::Backend},
 };
-use burn_lora::{Init, Lora, LoraConfig, LoraLinear, LoraModule, Scaling};
+use burn_lora::{
+    Init, Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule, Scaling,
+    nn::{LoraConv1d, LoraEmbedding},
+};
 use burn_store::{ModuleSnapshot, PyTorchToBurnAdapter, PytorchStore, SafetensorsStore};
 
 use crate::{
     model::{Mlp, Plain, PlainMlp, Train, device},
     oracle::{Matrix, assert_close, assert_identical},
+    peft::TempDir,
 };
 
 fn input<B: Backend>() -> Tensor<B, 2> {
@@ -187,4 +193,63 @@ fn a_saved_adapted_model_is_readable_by_name() {
     let plain = PlainMlp::<Plain>::new(&device).load_file(&path, &recorder, &device);
     std::fs::remove_file(&path).unwrap();
     assert_identical(plain.unwrap().forward(input()), Lora::new(adapted).detach().forward(input()));
+}
+
+/// What trained in memory and what a file gave have their numbers in other places, in which products add them in
+/// another order.
+#[test]
+fn s8_a_trained_set_and_its_file_give_the_same_bits() {
+    let device = device::<Train>();
+    for (d_input, d_output, rank) in [(7, 5, 2), (96, 64, 8), (300, 129, 6), (784, 256, 16)] {
+        let base = Wide::<Train> {
+            linear: LinearConfig::new(d_input, d_output).init(&device).into(),
+            table: EmbeddingConfig::new(50, d_input).init(&device).into(),
+            conv: Conv1dConfig::new(d_output, 24, 3).init(&device).into(),
+            head: LinearConfig::new(24, 70).init(&device),
+        };
+        let ids = |batch: usize| {
+            let ids = Tensor::<Train, 1, Int>::arange(0..7 * batch as i64, &device);
+            ids.reshape([batch, 7])
+        };
+        let config = LoraConfig::new(rank, 1.5 * rank as f64).with_modules_to_save(["head"]);
+        let dora = config.clone().with_dora(true).with_excludes(["table"]);
+        for config in [config, dora] {
+            let mut model = base.attach(&config).unwrap();
+            let mut optimizer = AdamConfig::new().init::<Train, Lora<Train, Wide<Train>>>();
+            for _ in 0..3 {
+                let grads = model.forward(ids(7)).sin().sum().backward();
+                let grads = GradientsParams::from_grads(grads, &model);
+                model = optimizer.step(0.02, model, grads);
+            }
+            let dir = TempDir::new(&format!("same-bits-{d_input}-{}", config.dora));
+            model.adapters().save(dir.0.join("set")).unwrap();
+            let set = LoraAdapters::load(dir.0.join("set"), &device).unwrap();
+            let loaded = base.switch(&set).unwrap();
+            let merged = |model: &Lora<Train, Wide<Train>>| model.merge().unwrap().valid();
+            for batch in [1, 7] {
+                let ids = || ids(batch);
+                let inner = || ids().inner();
+                assert_identical(loaded.forward(ids()), model.forward(ids()));
+                assert_identical(loaded.valid().forward(inner()), model.valid().forward(inner()));
+                assert_identical(merged(&loaded).forward(inner()), merged(&model).forward(inner()));
+            }
+        }
+    }
+}
+
+/// Layers of several kinds.
+#[derive(Module, Debug)]
+struct Wide<B: Backend> {
+    table: LoraEmbedding<B>,
+    linear: LoraLinear<B>,
+    conv: LoraConv1d<B>,
+    /// It trains in full.
+    head: Linear<B>,
+}
+
+impl<B: Backend> Wide<B> {
+    fn forward(&self, ids: Tensor<B, 2, Int>) -> Tensor<B, 3> {
+        let x = self.linear.forward(self.table.forward(ids)).tanh();
+        self.head.forward(self.conv.forward(x.swap_dims(1, 2)).swap_dims(1, 2))
+    }
 }

@@ -5,11 +5,14 @@ use std::{collections::BTreeSet, mem};
 use burn::{
     module::{AutodiffModule, ModuleVisitor, Param, ParamId},
     optim::GradientsParams,
-    tensor::{Tensor, TensorData, backend::AutodiffBackend},
+    tensor::{
+        DType, Tensor, TensorData,
+        backend::{AutodiffBackend, Backend},
+    },
 };
 
 use super::Replicas;
-use crate::train::Backward;
+use crate::{tensors::cast, train::Backward};
 
 impl Backward {
     /// The sum over all replicas of what each has computed, with the same bits for all of them. `model` is the
@@ -36,9 +39,11 @@ impl Backward {
             return self;
         }
         let Self { loss, gradients } = self;
-        let mut writer = Writer { gradients, ..Writer::default() };
+        let mut writer =
+            Writer { gradients, seen: BTreeSet::new(), parts: vec![], present: vec![] };
         model.visit(&mut writer);
-        let Writer { mut numbers, present, .. } = writer;
+        let Writer { parts, present, .. } = writer;
+        let mut numbers = fetched(parts);
         let (length, parameters) = (numbers.len(), present.len());
         numbers.extend(present);
         numbers.push(loss as f32);
@@ -60,28 +65,36 @@ fn is_new<B: AutodiffBackend, const D: usize>(
     param.is_require_grad() && seen.insert(param.id)
 }
 
-#[derive(Default)]
-struct Writer {
+/// The numbers of all tensors, one after the other. A GPU is waited for once, and not for each of them.
+fn fetched<B: Backend>(parts: Vec<Tensor<B, 1>>) -> Vec<f32> {
+    let Some(device) = parts.first().map(Tensor::device) else { return vec![] };
+    let parts = parts.into_iter().map(|part| part.to_device(&device)).collect();
+    Tensor::cat(parts, 0).into_data().into_vec().expect("numbers in f32")
+}
+
+struct Writer<B: Backend> {
     gradients: GradientsParams,
     seen: BTreeSet<ParamId>,
-    numbers: Vec<f32>,
+    /// The gradients in the order of the parameters, with zeros for those that have none.
+    parts: Vec<Tensor<B, 1>>,
     /// A one for each parameter that has a gradient, and a zero for the others.
     present: Vec<f32>,
 }
 
-impl<B: AutodiffBackend> ModuleVisitor<B> for Writer {
+impl<B: AutodiffBackend> ModuleVisitor<B> for Writer<B::InnerBackend> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<B, D>>) {
         if !is_new(&mut self.seen, param) {
             return;
         }
         match self.gradients.remove::<B::InnerBackend, D>(param.id) {
             Some(gradient) => {
-                let data = gradient.into_data().convert::<f32>();
-                self.numbers.extend_from_slice(data.as_slice().expect("numbers in f32"));
+                let size = gradient.shape().num_elements();
+                self.parts.push(cast(gradient.reshape([size]), DType::F32));
                 self.present.push(1.0);
             }
             None => {
-                self.numbers.resize(self.numbers.len() + param.shape().num_elements(), 0.0);
+                let size = [param.shape().num_elements()];
+                self.parts.push(Tensor::zeros(size, (&param.device(), DType::F32)));
                 self.present.push(0.0);
             }
         }
