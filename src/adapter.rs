@@ -32,8 +32,8 @@ use training::Training;
 pub(crate) use eva::{Observer, Principal};
 pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
-pub(crate) use module::FROZEN;
 pub use module::LoraAdapterRecord;
+pub(crate) use module::{FROZEN, is_part};
 
 /// A low-rank update of one weight matrix `W: [d_input, d_output]`.
 ///

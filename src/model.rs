@@ -9,6 +9,7 @@ mod loftq;
 mod lora;
 mod mix;
 mod module;
+mod names;
 mod plain;
 mod quantize;
 mod record;
@@ -72,7 +73,8 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// chosen layer has an adapter already or cannot take a bias or a dropout that `config` asks for, or
     /// if `config.modules_to_save` names a parameter of a chosen layer, which is frozen, or running
     /// statistics of a batch norm, which Burn shares between a model and its clones. Stock layers are
-    /// adapted by [`Lora::overlay`] alone.
+    /// adapted by [`Lora::overlay`] alone. [`LoraError::LooseAdapters`] if a layer of your own holds a
+    /// [`LoraAdapter`](crate::LoraAdapter) as a field, outside of this crate's layers.
     fn attach(&self, config: &LoraConfig) -> Result<Lora<B, Self>, LoraError> {
         Lora::of(self).attach(config)
     }

@@ -63,6 +63,18 @@ impl<B: Backend> LoraAdapters<B> {
         set
     }
 
+    /// The adapters alone, without the parameters that were trained in full, such as a new head.
+    pub fn without_modules_to_save(&self) -> Self {
+        Self { extras: Default::default(), modules_to_save: Vec::new(), ..self.clone() }
+    }
+
+    /// These adapters with the parameters that were trained in full along with `other`, in place of those that they
+    /// have.
+    pub fn with_modules_to_save_of(&self, other: &Self) -> Self {
+        let (extras, modules_to_save) = (other.extras.clone(), other.modules_to_save.clone());
+        Self { extras, modules_to_save, ..self.clone() }
+    }
+
     /// Combines several sets, each with a weight, into one: for each layer the weighted sum of the
     /// updates, or another [`Combination`]. If only some of the sets adapt a layer, those are combined.
     ///

@@ -13,8 +13,10 @@ use crate::{
 /// What trains in a model, and how much of it that is.
 ///
 /// `total` counts the parameters of the plain model, which full fine-tuning would train; those of
-/// adapters come on top, and disappear when the adapters are merged. Printed, it is a table of the
-/// layers that can carry an adapter and of the other modules that train, and one line on the whole.
+/// adapters come on top, and disappear when the adapters are merged. Printed, it is a table of the layers that can carry
+/// an adapter, by the names that [`LoraConfig::targets`](crate::LoraConfig::targets) takes, and one line on the whole.
+/// Other modules that train have a table of their own. Warnings tell of adapters that are larger than their weights, and
+/// of scales above 4.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ParameterReport {
@@ -120,40 +122,78 @@ fn percent(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { 100.0 * part as f64 / whole as f64 }
 }
 
-impl fmt::Display for ParameterReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let row = |layer: &LayerReport| {
-            let shape = layer.shape.map(|[d_input, d_output]| format!("{d_input}x{d_output}"));
-            let (rank, scale) = match layer.adapter {
-                Some((rank, scale)) => (rank.to_string(), format!("{scale:.4}")),
-                None if layer.trainable > 0 => ("full".to_owned(), "-".to_owned()),
-                None => ("-".to_owned(), "-".to_owned()),
-            };
-            [
-                layer.path.clone(),
-                shape.unwrap_or("-".to_owned()),
-                rank,
-                scale.trim_end_matches('0').trim_end_matches('.').to_owned(),
-                grouped(layer.trainable),
-                grouped(layer.total),
-                format!("{:.2} %", percent(layer.trainable, layer.total)),
-            ]
-        };
-        let headers = ["layer", "weight", "rank", "scale", "trainable", "total", "share"];
-        let rows: Vec<_> = self.layers.iter().map(row).collect();
-        writeln!(f, "{}", table(&headers, &rows))?;
-        let oversized: Vec<_> = self.layers.iter().filter(|it| it.is_oversized()).collect();
-        if let Some(first) = oversized.first() {
-            let others = match oversized.len() - 1 {
+/// The greatest scale that is common. The paper and PEFT use 1 and 2.
+const LARGE_SCALE: f64 = 4.0;
+
+impl ParameterReport {
+    /// What to look at before training: adapters that are larger than their weights, and scales above 4, which are
+    /// alphas of PEFT's most likely.
+    pub fn warnings(&self) -> Vec<String> {
+        let of = |fits: &dyn Fn(&LayerReport) -> bool| {
+            let mut layers = self.layers.iter().filter(|it| fits(it));
+            let first = layers.next()?;
+            let others = match layers.count() {
                 0 => String::new(),
+                1 => " and of another".to_owned(),
                 others => format!(" and of {others} others"),
             };
-            writeln!(
-                f,
-                "warning: the adapter of `{}`{others} has more parameters than the weight; \
-                 choose a lower rank",
-                first.path,
-            )?;
+            Some((first, format!("`{}`{others}", first.path)))
+        };
+        let oversized = of(&LayerReport::is_oversized).map(|(_, whose)| {
+            format!(
+                "the adapter of {whose} has more parameters than the weight; choose a lower rank"
+            )
+        });
+        let scale = |layer: &LayerReport| layer.adapter.map_or(0.0, |(_, scale)| scale.abs());
+        let steep = of(&|layer| scale(layer) > LARGE_SCALE).and_then(|(first, whose)| {
+            let (rank, scale) = first.adapter?;
+            let by_rank = number(scale / rank as f64);
+            Some(format!(
+                "the scale of {whose} is {}, and training may diverge above {LARGE_SCALE}; if that is an alpha \
+                 of PEFT's, `LoraConfig::peft({rank}, {scale:?})` scales by {by_rank}",
+                number(scale),
+            ))
+        });
+        oversized.into_iter().chain(steep).collect()
+    }
+}
+
+/// With at most four digits behind the point.
+fn number(value: f64) -> String {
+    format!("{value:.4}").trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+impl fmt::Display for ParameterReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = |layer: &LayerReport| {
+            let share = format!("{:.2} %", percent(layer.trainable, layer.total));
+            [grouped(layer.trainable), grouped(layer.total), share]
+        };
+        let (layers, others): (Vec<_>, Vec<_>) =
+            self.layers.iter().partition(|it| it.shape.is_some());
+        if !layers.is_empty() || others.is_empty() {
+            let row = |layer: &&LayerReport| {
+                let shape = layer.shape.map(|[d_input, d_output]| format!("{d_input}x{d_output}"));
+                let (rank, scale) = match layer.adapter {
+                    Some((rank, scale)) => (rank.to_string(), number(scale)),
+                    None if layer.trainable > 0 => ("full".to_owned(), "-".to_owned()),
+                    None => ("-".to_owned(), "-".to_owned()),
+                };
+                let start = [layer.path.clone(), shape.unwrap_or_default(), rank, scale];
+                [&start[..], &counts(layer)].concat()
+            };
+            let headers = ["layer", "weight", "rank", "scale", "trainable", "total", "share"];
+            let rows: Vec<_> = layers.iter().map(row).collect();
+            writeln!(f, "{}", table(&headers, &rows))?;
+        }
+        if !others.is_empty() {
+            let row = |layer: &&LayerReport| [&[layer.path.clone()][..], &counts(layer)].concat();
+            let headers = ["trains, is no target", "trainable", "total", "share"];
+            let rows: Vec<_> = others.iter().map(row).collect();
+            writeln!(f, "{}", table(&headers, &rows))?;
+        }
+        for warning in self.warnings() {
+            writeln!(f, "warning: {warning}")?;
         }
         let (trainable, total) = (grouped(self.trainable), grouped(self.total));
         write!(f, "trainable {trainable} of {total} parameters ({:.2} %)", self.percent())
@@ -181,11 +221,13 @@ mod tests {
             layers: vec![layer("encoder.fc1", Some((8, 0.5)), 10_368), layer("fc2", None, 0), norm],
         };
         let expected = "\
-layer         weight  rank  scale  trainable    total     share
----------------------------------------------------------------
-encoder.fc1  784x512     8    0.5     10,368  401,920    2.58 %
-fc2          784x512     -      -          0  401,920    0.00 %
-norm               -  full      -      1,024    1,024  100.00 %
+layer         weight  rank  scale  trainable    total   share
+-------------------------------------------------------------
+encoder.fc1  784x512     8    0.5     10,368  401,920  2.58 %
+fc2          784x512     -      -          0  401,920  0.00 %
+trains, is no target  trainable  total     share
+------------------------------------------------
+norm                      1,024  1,024  100.00 %
 trainable 11,392 of 1,004,800 parameters (1.13 %)";
         assert_eq!(report.to_string(), expected);
     }
@@ -203,5 +245,26 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
         let report = ParameterReport { trainable: 272, total: 256, layers: vec![layer] };
         let expected = "warning: the adapter of `head` has more parameters than the weight";
         assert!(report.to_string().contains(expected), "{report}");
+    }
+
+    #[test]
+    fn s10_warns_of_a_scale_above_four() {
+        let report = |scales: &[f64]| {
+            let layer = |(index, scale): (usize, &f64)| LayerReport {
+                path: format!("fc{index}"),
+                shape: Some([64, 64]),
+                adapter: Some((8, *scale)),
+                trainable: 1024,
+                total: 4096,
+                quantized_bytes: 0,
+            };
+            let layers = scales.iter().enumerate().map(layer).collect();
+            ParameterReport { trainable: 1024, total: 4096, layers }.to_string()
+        };
+        assert!(!report(&[4.0, -4.0, 0.5]).contains("warning"));
+        let expected = "warning: the scale of `fc1` and of 2 others is 16, and training may diverge above 4; if \
+                        that is an alpha of PEFT's, `LoraConfig::peft(8, 16.0)` scales by 2\n";
+        let found = report(&[4.0, 16.0, 16.0, -8.0]);
+        assert!(found.contains(expected), "{found}");
     }
 }

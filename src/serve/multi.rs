@@ -15,6 +15,9 @@ use crate::{
     traverse::{draw, layers},
 };
 
+/// How a set can be used that no batch can hold.
+const ALONE: &str = "use the set alone, by `base.switch(&set)` or `AdapterStore::model`";
+
 /// One base and many sets of adapters, by name, for batches in which each sample uses one of them.
 ///
 /// ```
@@ -88,16 +91,16 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     ) -> Result<(), LoraError> {
         let name = name.into();
         if let Some((extra, _)) = set.extras.iter().next() {
-            let problem = "it was trained in full, and all samples of a batch share it: merge the set, or use \
-                           it alone"
-                .to_owned();
+            let problem = format!(
+                "it was trained in full, and all samples of a batch share it: {ALONE}, or without it, by \
+                 `LoraAdapters::without_modules_to_save`"
+            );
             return Err(LoraError::NotMixable { what: format!("`{extra}` of `{name}`"), problem });
         }
         if let Some((path, _)) = set.iter().find(|(_, adapter)| adapter.magnitude.is_some()) {
-            let problem =
-                "it has DoRA's magnitudes, which concern the layer and not its output: merge the \
-                           set, or use it alone"
-                    .to_owned();
+            let problem = format!(
+                "it has DoRA's magnitudes, which concern the layer and not its output: {ALONE}"
+            );
             return Err(LoraError::NotMixable { what: format!("`{path}` of `{name}`"), problem });
         }
         let adapted = self.base.switch(set)?;
