@@ -238,6 +238,14 @@ impl<B: Backend> LoraAdapter<B> {
         [self.a.dims()[0], self.b.dims()[1]]
     }
 
+    /// The number of bytes that the parameters take in memory.
+    pub(crate) fn num_bytes(&self) -> usize {
+        let vectors = [&self.bias, &self.magnitude].into_iter().flatten();
+        let vectors = vectors.map(|it| it.shape().num_elements() * it.dtype().size());
+        let factors = self.factors().map(|it| it.shape().num_elements() * it.dtype().size());
+        factors.into_iter().chain(vectors).sum()
+    }
+
     /// The number of parameters that train: `rank·(d_input + d_output)`, plus `d_output` with a bias or
     /// magnitudes, without A if that is frozen.
     pub fn num_trainable(&self) -> usize {

@@ -75,6 +75,9 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// statistics of a batch norm, which Burn shares between a model and its clones. Stock layers are
     /// adapted by [`Lora::overlay`] alone. [`LoraError::LooseAdapters`] if a layer of your own holds a
     /// [`LoraAdapter`](crate::LoraAdapter) as a field, outside of this crate's layers.
+    ///
+    /// No error are layers whose adapters PEFT's files cannot hold, convolutions with groups and transposed ones, because
+    /// records can. [`parameters`](Self::parameters) warns of them.
     fn attach(&self, config: &LoraConfig) -> Result<Lora<B, Self>, LoraError> {
         Lora::of(self).attach(config)
     }

@@ -7,6 +7,7 @@ use burn::{
     tensor::{BasicOps, Int, Tensor, TensorData, backend::Backend},
 };
 
+use super::MemoryReport;
 use crate::{
     adapters::LoraAdapters,
     error::LoraError,
@@ -126,6 +127,13 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     /// The names of the sets, in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.sets.keys().map(String::as_str)
+    }
+
+    /// What the base and each set take in memory.
+    pub fn memory(&self) -> MemoryReport {
+        let bytes = |set: &ByPath<B>| set.values().map(|it| it.num_bytes()).sum();
+        let sets = self.sets.iter().map(|(name, set)| (name.clone(), bytes(set)));
+        MemoryReport { base: self.base.parameters().base_bytes, sets: sets.collect() }
     }
 
     /// The base.

@@ -11,7 +11,7 @@ use std::{
 
 use burn::{module::Module, tensor::backend::Backend};
 
-use super::MultiLora;
+use super::{MemoryReport, MultiLora};
 use crate::{
     adapters::{LoraAdapters, renaming::Renaming},
     error::LoraError,
@@ -177,6 +177,12 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
     pub fn resident_bytes(&self) -> Vec<(String, usize)> {
         let resident = self.resident();
         resident.sets.iter().map(|(name, entry)| (name.clone(), entry.bytes)).collect()
+    }
+
+    /// What the base and the sets that are in memory take.
+    pub fn memory(&self) -> MemoryReport {
+        let base = unpoisoned(&self.base).memory().base;
+        MemoryReport { base, sets: self.resident_bytes() }
     }
 
     /// Why sets whose files have changed were not loaded again, by name.
