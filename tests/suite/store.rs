@@ -112,6 +112,9 @@ fn the_set_that_was_not_used_for_the_longest_time_goes() {
     store.get("a").unwrap();
     store.get("c").unwrap();
     assert_eq!(names(), ["a", "c"]);
+    let memory = store.memory();
+    assert_eq!(memory.sets, store.resident_bytes());
+    assert_eq!(memory.total(), base.parameters().base_bytes + 2 * bytes);
     let kept = store.get("b").unwrap();
     assert_eq!(names(), ["b", "c"]);
     assert_eq!(values(&kept.adapters), values(&set(&base, 1)));
