@@ -41,7 +41,7 @@ use renaming::Renaming;
 /// }
 /// ```
 ///
-/// If the same model in Python has other module names, use a [`Renaming`](crate::peft::Renaming) to exchange adapters.
+/// If the same model in Python has other module names, use a [`Renaming`] to exchange adapters.
 #[derive(Clone, Debug)]
 pub struct LoraAdapters<B: Backend> {
     /// Boxed, because the nodes of a map allocate space for more values than they hold.

@@ -129,8 +129,8 @@ impl<B: Backend> LoraAdapters<B> {
     /// # Errors
     ///
     /// [`LoraError::InvalidArgument`] if a template of the renaming matches nothing in the set, or, if it is
-    /// [partial](Renaming::partial), none does. [`LoraError::Incompatible`] if two layers or two parameters would get the same name, or if a
-    /// parameter would no longer be in the module that was trained in full.
+    /// [partial](Renaming::partial), none does. [`LoraError::Incompatible`] if two layers or two parameters would get the
+    /// same name, or if a parameter would no longer be in the module that was trained in full.
     pub fn renamed(&self, names: &Renaming) -> Result<Self, LoraError> {
         let known = self.adapters.keys().chain(self.extras.keys()).chain(&self.modules_to_save);
         names.require_matches(&known.cloned().collect::<Vec<_>>())?;

@@ -43,8 +43,8 @@ const ATTEMPTS: usize = 20;
 /// is, for as long as it is in use: no lock is held meanwhile. A set that was dropped to make room has nothing to
 /// stay in its place.
 ///
-/// A set that no batch of several sets can hold, such as one with a new head, is [not mixable](StoredAdapters::not_mixable).
-/// It is kept like the others, and [`model`](Self::model) uses it alone.
+/// A set that no batch of several sets can hold, such as one with a new head, is
+/// [not mixable](StoredAdapters::not_mixable). It is kept like the others, and [`model`](Self::model) uses it alone.
 ///
 /// Only directories directly below the root are read, which hold the files of PEFT or mlx-lm. Hidden ones, and
 /// links out of the root, are none.
