@@ -32,8 +32,8 @@ use training::Training;
 pub(crate) use eva::{Observer, Principal};
 pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
-pub(crate) use module::FROZEN;
 pub use module::LoraAdapterRecord;
+pub(crate) use module::{FROZEN, is_part};
 
 /// A low-rank update of one weight matrix `W: [d_input, d_output]`.
 ///
@@ -236,6 +236,14 @@ impl<B: Backend> LoraAdapter<B> {
     /// The shape of the weight that the adapter fits: `[d_input, d_output]`.
     pub fn shape(&self) -> [usize; 2] {
         [self.a.dims()[0], self.b.dims()[1]]
+    }
+
+    /// The number of bytes that the parameters take in memory.
+    pub(crate) fn num_bytes(&self) -> usize {
+        let vectors = [&self.bias, &self.magnitude].into_iter().flatten();
+        let vectors = vectors.map(|it| it.shape().num_elements() * it.dtype().size());
+        let factors = self.factors().map(|it| it.shape().num_elements() * it.dtype().size());
+        factors.into_iter().chain(vectors).sum()
     }
 
     /// The number of parameters that train: `rank·(d_input + d_output)`, plus `d_output` with a bias or

@@ -142,13 +142,7 @@ impl<B: Backend> LoraAdapters<B> {
 
     /// The number of bytes that the parameters take in memory.
     pub fn num_bytes(&self) -> usize {
-        let adapters = self.adapters.values();
-        let adapters = adapters.map(|it| {
-            let vectors = [&it.bias, &it.magnitude].into_iter().flatten();
-            let vectors = vectors.map(|it| it.shape().num_elements() * it.dtype().size());
-            let factors = it.factors().map(|it| it.shape().num_elements() * it.dtype().size());
-            factors.into_iter().chain(vectors).sum::<usize>()
-        });
+        let adapters = self.adapters.values().map(|it| it.num_bytes());
         let extras = self.extras.values().map(|it| it.num_elements() * it.values.dtype().size());
         adapters.chain(extras).sum()
     }

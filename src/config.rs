@@ -1,6 +1,7 @@
 //! The configuration of adapters.
 
 mod init;
+mod patterns;
 mod plan;
 mod targets;
 
@@ -55,16 +56,26 @@ impl fmt::Display for Scaling {
 
 /// The configuration of adapters: their ranks, their initial values, and which layers get one.
 ///
-/// It is plain data. It can be built in code, or read from JSON with Burn's [`Config::load`].
+/// It is plain data. It can be built in code, or read from JSON with Burn's [`Config::load`], or from any other format
+/// by serde:
 ///
 /// ```
-/// use burn_lora::{LoraConfig, Scaling};
+/// use burn::config::Config;
+/// use burn_lora::LoraConfig;
 ///
-/// let config = LoraConfig::new(8, 16.0)
-///     .with_scaling(Scaling::AlphaOverRank)
+/// let config = LoraConfig::peft(8, 16.0)
 ///     .with_targets(["query", "value"])
+///     .with_rank_pattern([("layers.0.query", 4)])
 ///     .with_modules_to_save(["head"]);
+/// let file = br#"{
+///     "rank": 8, "alpha": 16, "scaling": "alpha_over_rank", "targets": ["query", "value"],
+///     "rank_pattern": {"layers.0.query": 4}, "modules_to_save": ["head"]
+/// }"#;
+/// assert_eq!(LoraConfig::load_binary(file).unwrap(), config);
 /// ```
+///
+/// The fields have the names that they have here. Only `rank` and `alpha` are needed, and an unknown field is an error.
+/// Without `scaling`, alpha itself is the scale: PEFT's rule is `"alpha_over_rank"`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LoraConfig {
@@ -107,12 +118,12 @@ pub struct LoraConfig {
     #[serde(default)]
     pub excludes: Vec<String>,
     /// Ranks that replace [`rank`](Self::rank) for some layers. The first pattern that matches a layer's
-    /// path is used. Default: none.
-    #[serde(default)]
+    /// path is used. In a file, they are a list of pairs, or a map. Default: none.
+    #[serde(default, deserialize_with = "patterns::read")]
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that replace [`alpha`](Self::alpha) for some layers. The first pattern that matches a
-    /// layer's path is used. Default: none.
-    #[serde(default)]
+    /// layer's path is used. In a file, they are a list of pairs, or a map. Default: none.
+    #[serde(default, deserialize_with = "patterns::read")]
     pub alpha_pattern: Vec<(String, f64)>,
     /// Modules or parameters that train in full and are saved with the adapters, such as a new head.
     /// Layers in these modules get no adapter. Patterns as in [`targets`](Self::targets).
@@ -158,8 +169,8 @@ impl LoraConfig {
     /// // LoraConfig(r=8, lora_alpha=16) in Python: s = 2.
     /// let config = LoraConfig::peft(8, 16.0);
     /// assert_eq!(config.scaling, Scaling::AlphaOverRank);
-    /// // The plain formula: s = 16.
-    /// assert_eq!(LoraConfig::new(8, 16.0).scaling, Scaling::Alpha);
+    /// // The same scale by the plain formula, in which alpha is the scale: 16 would be large.
+    /// assert_eq!(LoraConfig::new(8, 2.0).scaling, Scaling::Alpha);
     /// ```
     pub fn peft(rank: usize, alpha: f64) -> Self {
         Self::new(rank, alpha).with_scaling(Scaling::AlphaOverRank)
@@ -334,5 +345,61 @@ mod tests {
         let scaled = read(br#"{"rank": 4, "alpha": 8, "scaling": "alpha_over_rank"}"#).unwrap();
         assert_eq!(scaled.scaling, Scaling::AlphaOverRank);
         assert!(read(br#"{"rank": 4, "alpha": 8, "target": []}"#).is_err());
+    }
+
+    /// The file of the guide's third chapter, with what its table says of it.
+    #[test]
+    fn s10_the_file_on_the_page_is_read() {
+        let page = include_str!("../docs/guide/choosing.md");
+        let (_, file) = page.split_once("```toml\n").unwrap();
+        let (file, _) = file.split_once("```").unwrap();
+        let expected = LoraConfig::peft(8, 16.0)
+            .with_targets(["query", "value"])
+            .with_modules_to_save(["head"])
+            .with_rank_pattern([("layers.0", 4)])
+            .with_alpha_pattern([("layers.0", 8.0)]);
+        assert_eq!(toml::from_str::<LoraConfig>(file).unwrap(), expected);
+        let init = |init: &str| {
+            let file = format!("rank = 8\nalpha = 16\ninit = {init}");
+            toml::from_str::<LoraConfig>(&file).unwrap().init
+        };
+        let randomized = "{ pissa_randomized = { iterations = 16 } }";
+        for (text, expected) in [
+            (r#""kaiming_uniform""#, Init::KaimingUniform),
+            (r#""gaussian""#, Init::Gaussian),
+            (r#""orthogonal""#, Init::Orthogonal),
+            (r#""pissa""#, Init::Pissa),
+            (randomized, Init::PissaRandomized { iterations: 16 }),
+            (r#""olora""#, Init::Olora),
+            (r#""random_both""#, Init::RandomBoth),
+        ] {
+            assert!(page.contains(text), "{text}");
+            assert_eq!(init(text), expected);
+        }
+    }
+
+    #[test]
+    fn s10_patterns_in_files_are_maps_or_lists_of_pairs() {
+        let config = LoraConfig::new(4, 8.0)
+            .with_rank_pattern([("layers.1", 2), ("layers.0", 3)])
+            .with_alpha_pattern([("fc", 0.5)]);
+        for patterns in [
+            r#""rank_pattern": {"layers.1": 2, "layers.0": 3}, "alpha_pattern": {"fc": 0.5}"#,
+            r#""rank_pattern": [["layers.1", 2], ["layers.0", 3]], "alpha_pattern": [["fc", 0.5]]"#,
+        ] {
+            let file = format!(r#"{{"rank": 4, "alpha": 8, {patterns}}}"#);
+            assert_eq!(LoraConfig::load_binary(file.as_bytes()).unwrap(), config);
+        }
+        let toml = "rank = 4\nalpha = 8\nrank_pattern = { \"layers.1\" = 2, \"layers.0\" = 3 }\n\
+                    [alpha_pattern]\nfc = 0.5\n";
+        let mut read: LoraConfig = toml::from_str(toml).unwrap();
+        read.rank_pattern.sort_by(|one, other| other.cmp(one));
+        assert_eq!(read, config);
+        // What it writes, it reads.
+        let again = serde_json::to_vec(&config).unwrap();
+        assert_eq!(LoraConfig::load_binary(&again).unwrap(), config);
+        let wrong = br#"{"rank": 4, "alpha": 8, "rank_pattern": "layers.1"}"#;
+        let error = LoraConfig::load_binary(wrong).unwrap_err().to_string();
+        assert!(error.contains("a map of patterns, or a list of pairs"), "{error}");
     }
 }

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeSet, fmt, path::PathBuf};
 
+use regex::Regex;
 use thiserror::Error;
 
 /// What can go wrong with configurations, targets and values that come from outside the program.
@@ -41,8 +42,9 @@ pub enum LoraError {
         source: Box<regex::Error>,
     },
 
-    /// A pattern names nothing in the model: most often a misspelt target.
-    #[error("{field} matched nothing: {}{}", quoted(.patterns), nearest(.patterns, .available))]
+    /// A pattern names nothing in the model that it could mean: most often a misspelt target, or a module that holds
+    /// layers and is none.
+    #[error("{field} matched nothing: {}{}", quoted(.patterns), remedy(.patterns, .available))]
     Unmatched {
         /// The field of the configuration that holds the patterns.
         field: &'static str,
@@ -60,6 +62,18 @@ pub enum LoraError {
     )]
     StockLayers {
         /// The modules' paths.
+        paths: Vec<String>,
+    },
+
+    /// A layer of one's own holds a [`LoraAdapter`](crate::LoraAdapter) as a field. Only the adapters of this crate's
+    /// layers are found in a model, and so these would be frozen, and saved with no set.
+    #[error(
+        "{} would be frozen and not be saved: only the adapters of this crate's layers are found in a model; hold a \
+         `LoraLinear` instead of a weight and a `LoraAdapter`, as \"A layer of your own\" in docs/layers.md shows",
+        quoted(.paths)
+    )]
+    LooseAdapters {
+        /// The paths of the fields.
         paths: Vec<String>,
     },
 
@@ -239,6 +253,7 @@ impl LoraError {
             Self::InvalidPattern { .. } => "InvalidPattern",
             Self::Unmatched { .. } => "Unmatched",
             Self::StockLayers { .. } => "StockLayers",
+            Self::LooseAdapters { .. } => "LooseAdapters",
             Self::Unusable { .. } => "Unusable",
             Self::NotQuantizable { .. } => "NotQuantizable",
             Self::NotMixable { .. } => "NotMixable",
@@ -309,14 +324,47 @@ fn after_colon(reason: &Option<String>) -> String {
     reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default()
 }
 
-fn quoted(names: &[String]) -> String {
+/// The first names of a list that may be long, in quotes.
+pub(crate) fn quoted(names: &[String]) -> String {
     match names {
         [] => "nothing".to_owned(),
         names => some_of(&names.iter().map(|name| quote(name)).collect::<Vec<_>>()),
     }
 }
 
-/// What a misspelt pattern most likely should be, and otherwise what there is.
+/// Why patterns match nothing that they could mean, and what they most likely should be.
+fn remedy(patterns: &[String], available: &[String]) -> String {
+    if patterns.is_empty() && !available.is_empty() {
+        return left_out(available);
+    }
+    let mut told = String::new();
+    let mut misspelt = Vec::new();
+    for pattern in patterns {
+        // The paths that the pattern means, and those within what it means.
+        let those = |end: &str| {
+            let regex = Regex::new(&format!(r"^(?:.*\.)?(?:{pattern}){end}$"));
+            let matches = |path: &&String| regex.as_ref().is_ok_and(|it| it.is_match(path));
+            available.iter().filter(matches).cloned().collect::<Vec<_>>()
+        };
+        let (meant, within) = (those(""), those(r"\..+"));
+        let whole = if pattern.contains('|') { format!("({pattern})") } else { pattern.clone() };
+        match (&*meant, &*within) {
+            ([], []) => misspelt.push(pattern.clone()),
+            ([], _) => told += &format!(r"; `{pattern}` holds layers: `{whole}\..*`"),
+            (meant, _) => told += &left_out(meant),
+        }
+    }
+    match misspelt.is_empty() {
+        true => told,
+        false => told + &nearest(&misspelt, available),
+    }
+}
+
+fn left_out(paths: &[String]) -> String {
+    format!("; excludes and modules_to_save leave out {}", quoted(paths))
+}
+
+/// What misspelt patterns most likely should be, and otherwise what there is.
 fn nearest(patterns: &[String], available: &[String]) -> String {
     const SUGGESTED: usize = 3;
     const ALIKE: f64 = 0.5;
@@ -357,6 +405,21 @@ mod tests {
         assert_eq!(format!("{:?}", unsupported(None)), expected);
         let expected = "adapter_config.json: `use_qalora` is not supported: it is new";
         assert_eq!(unsupported(Some("it is new")).to_string(), expected);
+    }
+
+    #[test]
+    fn a_pattern_that_means_no_layer_gets_one_that_does() {
+        let paths = ["hidden.0", "hidden.1", "head"].map(String::from);
+        let message = |patterns: &[&str]| {
+            let patterns = patterns.iter().map(|it| (*it).to_owned()).collect();
+            LoraError::unmatched("targets", patterns, &paths).to_string()
+        };
+        let expected = r"targets matched nothing: `hidden`; `hidden` holds layers: `hidden\..*`";
+        assert_eq!(message(&["hidden"]), expected);
+        let expected = r"; `hid.*n|tail` holds layers: `(hid.*n|tail)\..*`; did you mean `head`?";
+        assert!(message(&["hid.*n|tail", "haed"]).ends_with(expected));
+        assert!(message(&["head"]).ends_with("; excludes and modules_to_save leave out `head`"));
+        assert!(message(&[]).ends_with("leave out `hidden.0`, `hidden.1`, `head`"));
     }
 
     #[test]

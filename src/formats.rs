@@ -98,7 +98,9 @@ impl<B: Backend> LoraAdapters<B> {
     /// # Errors
     ///
     /// If something cannot be expressed in PEFT's format, or a file cannot be written. An existing
-    /// directory then stays as it was.
+    /// directory then stays as it was. PEFT's format has nothing for adapters of convolutions with groups and of
+    /// transposed ones, as [`parameters`](crate::LoraModule::parameters) tells before a training. The record of the
+    /// adapted model holds them: Burn's `save_file` writes it, and a [`Lora::new`](crate::Lora::new) of the base reads it.
     pub fn save(&self, dir: impl AsRef<Path>) -> Result<(), LoraError> {
         let (set, dir) = (&self.standalone(), dir.as_ref());
         let config = config::write(set, &dir.join(CONFIG).display().to_string())?;
@@ -107,6 +109,32 @@ impl<B: Backend> LoraAdapters<B> {
                 .map_err(|source| LoraError::Io { path: unfinished.join(CONFIG), source })?;
             tensors::write(set, &unfinished.join(WEIGHTS), &dir.join(WEIGHTS))
         })
+    }
+
+    /// Like [`save`](Self::save), but returns the contents of the two files, `adapter_config.json` and
+    /// `adapter_model.safetensors`, which [`from_bytes`](Self::from_bytes) reads: for archives, databases and networks.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), burn_lora::LoraError> {
+    /// use burn::{backend::Flex, tensor::Tensor};
+    /// use burn_lora::{LoraAdapter, LoraAdapters, Scaling};
+    ///
+    /// let device = Default::default();
+    /// let (a, b) = (Tensor::<Flex, 2>::ones([4, 2], &device), Tensor::ones([2, 3], &device));
+    /// let set = LoraAdapters::new([("fc", LoraAdapter::new(a, b, 0.5, Scaling::Alpha))]);
+    /// let (config, weights) = set.to_bytes()?;
+    /// let again = LoraAdapters::<Flex>::from_bytes(&config, &weights, &device)?;
+    /// assert_eq!(again.get("fc").unwrap().b.to_data(), set.get("fc").unwrap().b.to_data());
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    ///
+    /// If something cannot be expressed in PEFT's format, or is not finite.
+    pub fn to_bytes(&self) -> Result<(Vec<u8>, Vec<u8>), LoraError> {
+        let set = self.standalone();
+        Ok((config::write(&set, CONFIG)?, tensors::to_bytes(&set, Path::new(WEIGHTS))?))
     }
 }
 

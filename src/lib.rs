@@ -186,4 +186,6 @@ mod pages {
     mod coming_from_peft {}
     #[doc = include_str!("../docs/relatives.md")]
     mod relatives {}
+    #[doc = include_str!("../docs/layers.md")]
+    mod layers {}
 }

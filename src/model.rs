@@ -9,6 +9,7 @@ mod loftq;
 mod lora;
 mod mix;
 mod module;
+mod names;
 mod norms;
 mod plain;
 mod quantize;
@@ -77,6 +78,11 @@ pub trait LoraModule<B: Backend>: Module<B> {
     /// if `config.modules_to_save` names a parameter of a chosen layer, which is frozen. On a backend with
     /// autodiff, [`LoraError::SharedStatistics`] if the model has batch norms of Burn's, whose passes would change
     /// the base: see [`nn::BatchNorm`](crate::nn::BatchNorm). Stock layers are adapted by [`Lora::overlay`] alone.
+    /// [`LoraError::LooseAdapters`] if a layer of your own holds a [`LoraAdapter`](crate::LoraAdapter) as a field,
+    /// outside of this crate's layers.
+    ///
+    /// No error are layers whose adapters PEFT's files cannot hold, convolutions with groups and transposed ones, because
+    /// records can. [`parameters`](Self::parameters) warns of them.
     fn attach(&self, config: &LoraConfig) -> Result<Lora<B, Self>, LoraError> {
         Lora::of(self).attach(config)
     }

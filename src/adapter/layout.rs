@@ -74,6 +74,17 @@ impl WeightLayout {
         }
     }
 
+    /// Why PEFT's files cannot hold an adapter with this layout; `None` if they can.
+    pub fn not_in_peft(&self) -> Option<&'static str> {
+        match self {
+            Self::Conv { groups, .. } if *groups > 1 => {
+                Some("its convolution has groups, for which PEFT computes a different update")
+            }
+            Self::ConvTranspose { .. } => Some("PEFT has no adapters of transposed convolutions"),
+            _ => None,
+        }
+    }
+
     /// Whether an adapter with this layout can be put on a layer with the layout `layer`. A plain matrix
     /// fits every layout, and the number of groups does not matter.
     pub fn fits(&self, layer: &Self) -> bool {

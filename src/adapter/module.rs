@@ -58,10 +58,16 @@ impl<B: Backend> Record<B> for Scaling {
     }
 }
 
+/// The container name of the other parts.
 const CONTAINER: &str = "Struct:LoraAdapter";
 
 /// The container name of a factor that does not train. No struct can have this name.
 pub(crate) const FROZEN: &str = "burn-lora frozen factor";
+
+/// Whether a parameter with this container name is part of an adapter.
+pub(crate) fn is_part(container: &str) -> bool {
+    container == CONTAINER || container == FROZEN
+}
 
 impl<B: Backend> LoraAdapter<B> {
     fn container_of_a(&self) -> &'static str {

@@ -40,20 +40,27 @@ impl<B: Backend> LoraAdapters<B> {
         let mut adapters = self.clone();
         let mut kept = BTreeMap::new();
         for (path, adapter) in &mut adapters.adapters {
-            let [a, b] = adapter.constant_factors();
-            let svd = Svd::of_product(a, b, adapter.scale());
-            kept.insert(path.clone(), svd.kept(rank, svd.total()));
-            **adapter = LoraAdapter {
-                bias: adapter.bias_delta().map(|bias| Param::from_tensor(bias.detach())),
-                dropout: adapter.dropout.clone(),
-                magnitude: adapter.magnitude.clone(),
-                layout: adapter.layout.clone(),
-                tie: adapter.tie,
-                ..of(&svd, rank, &adapter.a.device())
-            };
+            let (truncated, share) = truncate(adapter, rank);
+            kept.insert(path.clone(), share);
+            **adapter = truncated;
         }
         Approximation { adapters, kept }
     }
+}
+
+/// The best adapter of at most `rank`, and the share that it keeps.
+pub(super) fn truncate<B: Backend>(adapter: &LoraAdapter<B>, rank: usize) -> (LoraAdapter<B>, f64) {
+    let [a, b] = adapter.constant_factors();
+    let svd = Svd::of_product(a, b, adapter.scale());
+    let truncated = LoraAdapter {
+        bias: adapter.bias_delta().map(|bias| Param::from_tensor(bias.detach())),
+        dropout: adapter.dropout.clone(),
+        magnitude: adapter.magnitude.clone(),
+        layout: adapter.layout.clone(),
+        tie: adapter.tie,
+        ..of(&svd, rank, &adapter.a.device())
+    };
+    (truncated, svd.kept(rank, svd.total()))
 }
 
 /// The best adapter of `rank` for the update `delta: [d_input, d_output]`, and the share that it

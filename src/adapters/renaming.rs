@@ -5,19 +5,19 @@ use std::collections::BTreeMap;
 use burn::tensor::backend::Backend;
 
 use super::LoraAdapters;
-use crate::error::LoraError;
+use crate::error::{LoraError, quoted};
 
-/// A mapping from a model's paths to the names that the same model has in Python, as pairs of templates.
+/// A mapping from the names that a model has in Python to the paths that it has here, as pairs of templates.
 ///
 /// ```
 /// use burn_lora::peft::Renaming;
 ///
 /// let names = Renaming::new([
-///     ("blocks.*.attention", "encoder.layer.*.attention.self"),
-///     ("blocks.*.expand", "encoder.layer.*.intermediate.dense"),
+///     ("encoder.layer.*.attention.self", "blocks.*.attention"),
+///     ("encoder.layer.*.intermediate.dense", "blocks.*.expand"),
 /// ]);
-/// assert_eq!(names.apply("blocks.3.attention.query"), "encoder.layer.3.attention.self.query");
-/// assert_eq!(names.inverse().apply("encoder.layer.3.attention.self.query"), "blocks.3.attention.query");
+/// assert_eq!(names.apply("encoder.layer.3.attention.self.query"), "blocks.3.attention.query");
+/// assert_eq!(names.inverse().apply("blocks.3.attention.query"), "encoder.layer.3.attention.self.query");
 /// assert_eq!(names.apply("head"), "head");
 /// ```
 ///
@@ -25,25 +25,31 @@ use crate::error::LoraError;
 /// as a layer's number. The first pair whose template matches is used. A path that no template matches
 /// stays as it is. An empty template matches every path, so it must come last.
 ///
-/// Rename a set of adapters before you save it, and rename it back after you load it:
+/// Everywhere in this crate, a renaming goes from the names in the files to the paths of the model. Rename a set of
+/// adapters after you load it, and rename it back by the [`inverse`](Self::inverse) before you save it:
 ///
 /// ```no_run
 /// # use burn::{module::Module, tensor::backend::Backend};
 /// # use burn_lora::{Lora, LoraAdapters, LoraError, LoraModule, peft::Renaming};
-/// # fn run<B: Backend, M: Module<B>>(base: M, model: Lora<B, M>, names: Renaming, device: B::Device) -> Result<(), LoraError> {
-/// model.adapters().renamed(&names)?.save("adapters/for-python")?;
+/// # fn run<B: Backend, M: Module<B>>(base: M, names: Renaming, device: B::Device) -> Result<(), LoraError> {
 /// let adapters = LoraAdapters::load("adapters/from-python", &device)?;
-/// let model = base.switch(&adapters.renamed(&names.inverse())?)?;
+/// let model = base.switch(&adapters.renamed(&names)?)?;
+/// model.adapters().renamed(&names.inverse())?.save("adapters/for-python")?;
 /// # Ok(())
 /// # }
 /// ```
+///
+/// A template that matches nothing is misspelt most likely, or the renaming is the wrong way round: it is an error. A
+/// table of the names of a whole model is [`partial`](Self::partial), because few sets adapt every layer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Renaming {
     pairs: Vec<(String, String)>,
+    is_partial: bool,
 }
 
 impl Renaming {
-    /// A renaming from the first template of each pair to the second.
+    /// A renaming from the first template of each pair, which is the name in Python, to the second, which is the path
+    /// here.
     ///
     /// # Panics
     ///
@@ -58,18 +64,43 @@ impl Renaming {
                 "both templates of a renaming must have the same number of `*`: `{from}`, `{to}`"
             );
         }
-        Self { pairs }
+        Self { pairs, is_partial: false }
+    }
+
+    /// The same renaming for sets that have only some of these names: it is enough if one template matches.
+    pub fn partial(self) -> Self {
+        Self { is_partial: true, ..self }
     }
 
     /// The renaming in the opposite direction.
     pub fn inverse(&self) -> Self {
-        Self { pairs: self.pairs.iter().map(|(from, to)| (to.clone(), from.clone())).collect() }
+        let pairs = self.pairs.iter().map(|(from, to)| (to.clone(), from.clone())).collect();
+        Self { pairs, is_partial: self.is_partial }
     }
 
     /// The new name of the module or parameter at `path`.
     pub fn apply(&self, path: &str) -> String {
         let renamed = self.pairs.iter().find_map(|(from, to)| rename(path, from, to));
         renamed.unwrap_or_else(|| path.to_owned())
+    }
+
+    /// Fails if templates that should match one of the names match none.
+    fn require_matches(&self, names: &[String]) -> Result<(), LoraError> {
+        let is_used =
+            |(from, to): &&(String, String)| names.iter().any(|it| rename(it, from, to).is_some());
+        let (used, unused): (Vec<_>, Vec<_>) = self.pairs.iter().partition(is_used);
+        if names.is_empty() || unused.is_empty() || (self.is_partial && !used.is_empty()) {
+            return Ok(());
+        }
+        let unused: Vec<_> = unused.into_iter().map(|(from, _)| from.clone()).collect();
+        let inverse = self.inverse();
+        let is_inverse = used.is_empty() && inverse.pairs.iter().any(|pair| is_used(&pair));
+        let remedy = match is_inverse {
+            true => "the other templates do: use its `inverse()`".to_owned(),
+            false => format!("the set has {}", quoted(names)),
+        };
+        let problem = format!("has templates that match nothing: {}; {remedy}", quoted(&unused));
+        Err(LoraError::InvalidArgument { argument: "names", problem })
     }
 }
 
@@ -92,13 +123,17 @@ fn rename(path: &str, from: &str, to: &str) -> Option<String> {
 }
 
 impl<B: Backend> LoraAdapters<B> {
-    /// The set with new names for the layers, and for the parameters that were trained in full.
+    /// The set with new names for the layers, and for the parameters that were trained in full: each name is
+    /// replaced by [what the renaming gives](Renaming::apply).
     ///
     /// # Errors
     ///
-    /// [`LoraError::Incompatible`] if two layers or two parameters would get the same name, or if a
-    /// parameter would no longer be in the module that was trained in full.
+    /// [`LoraError::InvalidArgument`] if a template of the renaming matches nothing in the set, or, if it is
+    /// [partial](Renaming::partial), none does. [`LoraError::Incompatible`] if two layers or two parameters would get the
+    /// same name, or if a parameter would no longer be in the module that was trained in full.
     pub fn renamed(&self, names: &Renaming) -> Result<Self, LoraError> {
+        let known = self.adapters.keys().chain(self.extras.keys()).chain(&self.modules_to_save);
+        names.require_matches(&known.cloned().collect::<Vec<_>>())?;
         for module in &self.modules_to_save {
             let within = |module: &str, name: &str| {
                 let rest = name.strip_prefix(module);

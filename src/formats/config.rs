@@ -299,11 +299,12 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     }
 
     for (path, adapter) in set.iter() {
+        if let Some(reason) = adapter.layout.not_in_peft() {
+            let remedy = "save the adapted model by `save_file`, whose record holds every adapter, or leave the \
+                          layer out by `excludes`";
+            return Err(unsupported(path, &format!("{reason}; {remedy}")));
+        }
         let reason = match &adapter.layout {
-            WeightLayout::Conv { groups, .. } if *groups > 1 => {
-                "its convolution has groups, for which PEFT computes a different update"
-            }
-            WeightLayout::ConvTranspose { .. } => "PEFT has no adapters of transposed convolutions",
             WeightLayout::Embedding if set.adapters.values().any(|it| it.bias.is_some()) => {
                 "PEFT has no adapters of embeddings in a set with biases"
             }

@@ -274,6 +274,36 @@ pub(super) fn write<Bk: Backend>(
     path: &Path,
     file: &Path,
 ) -> Result<(), LoraError> {
+    serialize(set, file, |tensors, metadata| {
+        safetensors::serialize_to_file(tensors, metadata, path).map_err(|error| LoraError::Io {
+            path: path.to_owned(),
+            source: std::io::Error::other(error),
+        })
+    })
+}
+
+/// What the file would hold, which errors call `file`.
+pub(super) fn to_bytes<Bk: Backend>(
+    set: &LoraAdapters<Bk>,
+    file: &Path,
+) -> Result<Vec<u8>, LoraError> {
+    serialize(set, file, |tensors, metadata| {
+        safetensors::serialize(tensors, metadata).map_err(|error| LoraError::InvalidFile {
+            file: file.display().to_string(),
+            problem: error.to_string(),
+        })
+    })
+}
+
+/// The tensors of a file, by their keys, and what else its header says, as `store` puts them into one.
+fn serialize<Bk: Backend, R>(
+    set: &LoraAdapters<Bk>,
+    file: &Path,
+    store: impl FnOnce(
+        BTreeMap<String, Outgoing<'_, Bk>>,
+        Option<HashMap<String, String>>,
+    ) -> Result<R, LoraError>,
+) -> Result<R, LoraError> {
     let not_finite = Cell::new(false);
     let factor = |tensor: Tensor<Bk, 2>, shape| Outgoing {
         values: Values::Factor(tensor),
@@ -322,14 +352,12 @@ pub(super) fn write<Bk: Backend>(
         tensors.insert(key, flat(extra.values.clone(), extra.shape.clone()));
     }
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| {
-        LoraError::Io { path: path.to_owned(), source: std::io::Error::other(error) }
-    })?;
+    let stored = store(tensors, Some(metadata))?;
     if not_finite.get() {
         let problem = "the adapters hold NaN or infinite values; nothing was saved".to_owned();
         return Err(LoraError::InvalidFile { file: file.display().to_string(), problem });
     }
-    Ok(())
+    Ok(stored)
 }
 
 fn host<Bk: Backend, const D: usize>(tensor: Tensor<Bk, D>) -> Vec<f32> {

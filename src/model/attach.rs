@@ -12,9 +12,9 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{Lora, fully_trained, norms, quantize, record};
+use super::{Lora, fully_trained, names, norms, quantize, record};
 use crate::{
-    adapter::{Tie, WeightLayout},
+    adapter::{Tie, WeightLayout, is_part},
     adapters::LoraAdapters,
     config::{LoraConfig, Plan},
     error::{LoraError, Mismatch, named},
@@ -42,7 +42,8 @@ fn layers<B: Backend, M: Module<B>>(model: &M) -> Vec<Layer> {
     })
 }
 
-/// An error if the backend cannot compute with the weights of these layers.
+/// An error if the backend cannot compute with the weights of these layers, or if the model holds adapters that are of
+/// no layer.
 fn require_usable<B: Backend, M: Module<B>>(
     model: &M,
     is_layer: impl Fn(&str) -> bool,
@@ -50,9 +51,14 @@ fn require_usable<B: Backend, M: Module<B>>(
     struct Check<F> {
         is_layer: F,
         result: Result<(), LoraError>,
+        /// The paths of adapters that no walk finds.
+        loose: BTreeSet<String>,
     }
     impl<B: Backend, F: Fn(&str) -> bool> Visit<B> for Check<F> {
         fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+            if place.adapted_layer().is_none() && is_part(place.container()) {
+                self.loose.insert(place.module().to_owned());
+            }
             let (dtype, device) = (param.dtype(), param.lazy_device());
             let problem = if is_quantized(dtype) {
                 B::ad_enabled(&device).then(|| {
@@ -78,9 +84,12 @@ fn require_usable<B: Backend, M: Module<B>>(
             }
         }
     }
-    let mut check = Check { is_layer, result: Ok(()) };
+    let mut check = Check { is_layer, result: Ok(()), loose: BTreeSet::new() };
     traverse::visit(model, &mut check);
-    check.result
+    match check.loose.is_empty() {
+        true => check.result,
+        false => Err(LoraError::LooseAdapters { paths: check.loose.into_iter().collect() }),
+    }
 }
 
 /// The model with fresh adapters on the layers that `config` chooses.
@@ -167,15 +176,38 @@ fn resolve<B: Backend, M: Module<B>>(
 ) -> Result<Plan, LoraError> {
     let paths: Vec<_> = layers.iter().map(|it| it.path.clone()).collect();
     config.resolve(&paths).map_err(|error| {
-        let LoraError::Unmatched { patterns, .. } = &error else { return error };
-        let wanted = Pattern::all(patterns).unwrap_or_default();
+        let LoraError::Unmatched { field, patterns, .. } = &error else { return error };
+        if let Err(loose) = require_usable(&*lora.model, |_| false) {
+            return loose;
+        }
+        if patterns.is_empty() && !paths.is_empty() {
+            return error;
+        }
+        // Those that mean LoRA layers, or modules with some, are told so.
+        let mut wanted = Pattern::all(patterns).unwrap_or_default();
+        wanted.retain(|it| !paths.iter().any(|path| it.covers(path)));
+        let is_wanted = |path: &str| match patterns.is_empty() {
+            true => true,
+            false => wanted.iter().any(|it| it.covers(path)),
+        };
         let stock = stock_weights::<B, M>(&*lora.model).into_iter().map(|it| it.path);
-        let stock = stock.filter(|path| {
-            !paths.contains(path) && (wanted.is_empty() || wanted.iter().any(|it| it.matches(path)))
-        });
-        match stock.collect::<Vec<_>>() {
-            stock if stock.is_empty() => error,
-            paths => LoraError::StockLayers { paths },
+        let stock = stock.filter(|path| !paths.contains(path) && is_wanted(path));
+        let stock: Vec<_> = stock.collect();
+        if !stock.is_empty() {
+            return LoraError::StockLayers { paths: stock };
+        }
+        let params = traverse::params(lora).into_iter();
+        let mut others =
+            params.filter(|it| !it.is_base_of(|path| paths.iter().any(|it| it == path)));
+        match others.find(|it| *field == "targets" && is_wanted(&it.path)) {
+            Some(param) => {
+                let problem = format!(
+                    "names `{}`, which is no weight matrix: train it in full by `modules_to_save`",
+                    param.path
+                );
+                LoraError::InvalidConfig { field: "targets", problem }
+            }
+            None => error,
         }
     })
 }
@@ -300,7 +332,8 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     let unknown = set.adapters.keys().filter(|path| !layers.iter().any(|it| it.path == **path));
     let unknown: Vec<_> = unknown.cloned().collect();
     if !unknown.is_empty() {
-        mismatch.hint = other_prefix(&unknown, &layers);
+        let shapes = layers.iter().map(|it| (it.path.as_str(), it.shape)).collect();
+        mismatch.hint = names::hint(&unknown, set, &shapes);
         let stock: BTreeSet<_> =
             stock_weights::<B, M>(&*bare.model).into_iter().map(|it| it.path).collect();
         mismatch.unexpected.extend(unknown.into_iter().map(|path| match stock.contains(&path) {
@@ -369,33 +402,6 @@ fn untied<'a, B: Backend>(set: &'a LoraAdapters<B>, layers: &[Layer]) -> Cow<'a,
         }
     }
     Cow::Owned(set)
-}
-
-/// How to rename the layers at `unknown`, if their paths differ from those of the model by what they
-/// begin with.
-fn other_prefix(unknown: &[String], layers: &[Layer]) -> Option<String> {
-    let begins = |whole: &str, end: &str| {
-        let prefix = whole.strip_suffix(end)?.strip_suffix('.')?;
-        (!end.is_empty()).then(|| prefix.to_owned())
-    };
-    let by_all = |prefix_of: &dyn Fn(&str, &str) -> Option<String>| {
-        let prefixes = |path: &String| {
-            layers.iter().filter_map(|it| prefix_of(path, &it.path)).collect::<BTreeSet<_>>()
-        };
-        let shared = unknown.iter().map(prefixes).reduce(|one, other| &one & &other)?;
-        shared.into_iter().min_by_key(String::len)
-    };
-    let (theirs, ours) =
-        (by_all(&|path, layer| begins(path, layer)), by_all(&|path, layer| begins(layer, path)));
-    let (whose, prefix, from, to) = match (&theirs, &ours) {
-        (Some(prefix), _) => ("in the set", prefix, prefix.as_str(), ""),
-        (None, Some(prefix)) => ("in the model", prefix, "", prefix.as_str()),
-        (None, None) => return None,
-    };
-    Some(format!(
-        "the names {whose} begin with `{prefix}.`, and the others do not: rename the set by \
-         `Renaming::new([({from:?}, {to:?})])`"
-    ))
 }
 
 /// A square weight may be stored either way.

@@ -2,19 +2,23 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use burn::{module::Module, tensor::backend::Backend};
+use burn::{
+    module::{Module, Param},
+    tensor::{DType, Tensor, backend::Backend},
+};
 
 use crate::{
     layer::LoraLayer,
     table::{grouped, table},
-    traverse::{self, Seen},
+    traverse::{self, Place, Seen, Visit},
 };
 
 /// What trains in a model, and how much of it that is.
 ///
 /// `total` counts the parameters of the plain model, which full fine-tuning would train; those of
-/// adapters come on top, and disappear when the adapters are merged. Printed, it is a table of the
-/// layers that can carry an adapter and of the other modules that train, and one line on the whole.
+/// adapters come on top, and disappear when the adapters are merged. Printed, it is a table of the layers that can carry
+/// an adapter, by the names that [`LoraConfig::targets`](crate::LoraConfig::targets) takes, and one line on the whole.
+/// Other modules that train have a table of their own. [Warnings](Self::warnings) come before the last line.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ParameterReport {
@@ -22,6 +26,9 @@ pub struct ParameterReport {
     pub trainable: usize,
     /// How many parameters the model has without its adapters.
     pub total: usize,
+    /// The bytes in memory of the model without its adapters. Models that share weights share these bytes. The bytes of
+    /// adapters are [`LoraAdapters::num_bytes`](crate::LoraAdapters::num_bytes).
+    pub base_bytes: usize,
     /// The layers that can carry an adapter, and other modules in which something trains, in the
     /// model's order.
     pub layers: Vec<LayerReport>,
@@ -44,6 +51,9 @@ pub struct LayerReport {
     pub total: usize,
     /// The bytes of the weight if it is quantized, or else 0.
     pub quantized_bytes: usize,
+    /// Whether PEFT's files, and so [`LoraAdapters::save`](crate::LoraAdapters::save), can hold an adapter of this layer.
+    /// Records can in any case.
+    pub in_peft_files: bool,
 }
 
 /// What trains in the model, where `trains` says so for each parameter.
@@ -52,15 +62,17 @@ pub(super) fn of<B: Backend, M: Module<B>>(
     trains: impl Fn(&Seen) -> bool,
 ) -> ParameterReport {
     let layers = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| {
-        let adapter = layer.adapter().map(|it| (it.rank(), it.scale()));
-        let bytes = layer.quantized().map(|it| it.num_bytes());
-        (path.to_owned(), layer.weight_shape(), adapter, bytes)
+        let kind = Kind {
+            shape: layer.weight_shape(),
+            adapter: layer.adapter().map(|it| (it.rank(), it.scale())),
+            in_peft_files: layer.weight_layout().not_in_peft().is_none(),
+        };
+        (path.to_owned(), kind, layer.quantized().map(|it| it.num_bytes()))
     });
     // Their weights are not among the parameters.
-    let quantized = layers.iter().filter_map(|it| Some((it.0.clone(), it.1, it.3?)));
+    let quantized = layers.iter().filter_map(|it| Some((it.0.clone(), it.1.shape, it.2?)));
     let quantized: Vec<_> = quantized.collect();
-    let layers: BTreeMap<_, _> =
-        layers.into_iter().map(|(path, shape, adapter, _)| (path, (shape, adapter))).collect();
+    let layers: BTreeMap<_, _> = layers.into_iter().map(|(path, kind, _)| (path, kind)).collect();
     // A parameter belongs to the layer whose adapter it is part of, or to the module that holds it.
     let owner = |param: &Seen| match (param.in_adapter, param.module.strip_suffix("adapter")) {
         (true, Some(layer)) => layer.strip_suffix('.').unwrap_or(layer).to_owned(),
@@ -71,10 +83,16 @@ pub(super) fn of<B: Backend, M: Module<B>>(
     let mut rows: Vec<LayerReport> = Vec::new();
     let mut count = |path: String, trainable: usize, total: usize, bytes: usize| {
         let place = rows.iter().position(|row| row.path == path).unwrap_or_else(|| {
-            let (shape, adapter) = layers.get(&path).copied().unzip();
-            let adapter = adapter.flatten();
-            let (trainable, total, quantized_bytes) = (0, 0, 0);
-            rows.push(LayerReport { path, shape, adapter, trainable, total, quantized_bytes });
+            let kind = layers.get(&path);
+            rows.push(LayerReport {
+                shape: kind.map(|it| it.shape),
+                adapter: kind.and_then(|it| it.adapter),
+                trainable: 0,
+                total: 0,
+                quantized_bytes: 0,
+                in_peft_files: kind.is_none_or(|it| it.in_peft_files),
+                path,
+            });
             rows.len() - 1
         });
         rows[place].trainable += trainable;
@@ -90,8 +108,33 @@ pub(super) fn of<B: Backend, M: Module<B>>(
         count(path, 0, shape.iter().product(), bytes);
     }
     let (trainable, total) = (sum(&rows, |row| row.trainable), sum(&rows, |row| row.total));
+    let mut base_bytes = BaseBytes(sum(&rows, |row| row.quantized_bytes));
+    traverse::visit(model, &mut base_bytes);
     rows.retain(|row| row.shape.is_some() || row.trainable > 0);
-    ParameterReport { trainable, total, layers: rows }
+    ParameterReport { trainable, total, base_bytes: base_bytes.0, layers: rows }
+}
+
+/// What a LoRA layer is, and what it carries.
+struct Kind {
+    shape: [usize; 2],
+    adapter: Option<(usize, f64)>,
+    in_peft_files: bool,
+}
+
+/// The bytes of all parameters but those of adapters.
+struct BaseBytes(usize);
+
+impl<B: Backend> Visit<B> for BaseBytes {
+    fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
+        if place.adapted_layer().is_none() {
+            let bits = match param.dtype() {
+                // Such numbers may be smaller than a byte.
+                DType::QFloat(scheme) => scheme.size_bits_value(),
+                dtype => 8 * dtype.size(),
+            };
+            self.0 += (param.shape().num_elements() * bits).div_ceil(8);
+        }
+    }
 }
 
 fn sum(rows: &[LayerReport], of: impl Fn(&LayerReport) -> usize) -> usize {
@@ -120,40 +163,85 @@ fn percent(part: usize, whole: usize) -> f64 {
     if whole == 0 { 0.0 } else { 100.0 * part as f64 / whole as f64 }
 }
 
-impl fmt::Display for ParameterReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let row = |layer: &LayerReport| {
-            let shape = layer.shape.map(|[d_input, d_output]| format!("{d_input}x{d_output}"));
-            let (rank, scale) = match layer.adapter {
-                Some((rank, scale)) => (rank.to_string(), format!("{scale:.4}")),
-                None if layer.trainable > 0 => ("full".to_owned(), "-".to_owned()),
-                None => ("-".to_owned(), "-".to_owned()),
-            };
-            [
-                layer.path.clone(),
-                shape.unwrap_or("-".to_owned()),
-                rank,
-                scale.trim_end_matches('0').trim_end_matches('.').to_owned(),
-                grouped(layer.trainable),
-                grouped(layer.total),
-                format!("{:.2} %", percent(layer.trainable, layer.total)),
-            ]
-        };
-        let headers = ["layer", "weight", "rank", "scale", "trainable", "total", "share"];
-        let rows: Vec<_> = self.layers.iter().map(row).collect();
-        writeln!(f, "{}", table(&headers, &rows))?;
-        let oversized: Vec<_> = self.layers.iter().filter(|it| it.is_oversized()).collect();
-        if let Some(first) = oversized.first() {
-            let others = match oversized.len() - 1 {
+/// The greatest scale that is common. The paper and PEFT use 1 and 2.
+const LARGE_SCALE: f64 = 4.0;
+
+impl ParameterReport {
+    /// What to look at before training: adapters that are larger than their weights, scales above 4, which are alphas of
+    /// PEFT's most likely, and adapters that PEFT's files cannot hold.
+    pub fn warnings(&self) -> Vec<String> {
+        let of = |fits: &dyn Fn(&LayerReport) -> bool| {
+            let mut layers = self.layers.iter().filter(|it| fits(it));
+            let first = layers.next()?;
+            let others = match layers.count() {
                 0 => String::new(),
+                1 => " and of another".to_owned(),
                 others => format!(" and of {others} others"),
             };
-            writeln!(
-                f,
-                "warning: the adapter of `{}`{others} has more parameters than the weight; \
-                 choose a lower rank",
-                first.path,
-            )?;
+            Some((first, format!("`{}`{others}", first.path)))
+        };
+        let oversized = of(&LayerReport::is_oversized).map(|(_, whose)| {
+            format!(
+                "the adapter of {whose} has more parameters than the weight; choose a lower rank"
+            )
+        });
+        let scale = |layer: &LayerReport| layer.adapter.map_or(0.0, |(_, scale)| scale.abs());
+        let steep = of(&|layer| scale(layer) > LARGE_SCALE).and_then(|(first, whose)| {
+            let (rank, scale) = first.adapter?;
+            let by_rank = number(scale / rank as f64);
+            Some(format!(
+                "the scale of {whose} is {}, and training may diverge above {LARGE_SCALE}; if that is an alpha \
+                 of PEFT's, `LoraConfig::peft({rank}, {scale:?})` scales by {by_rank}",
+                number(scale),
+            ))
+        });
+        let unsaved = of(&|layer| layer.adapter.is_some() && !layer.in_peft_files);
+        let unsaved = unsaved.map(|(_, whose)| {
+            format!(
+                "PEFT's files cannot hold the adapter of {whose}; save the model by `save_file`, or leave out such \
+                 layers by `excludes`"
+            )
+        });
+        oversized.into_iter().chain(steep).chain(unsaved).collect()
+    }
+}
+
+/// With at most four digits behind the point.
+fn number(value: f64) -> String {
+    format!("{value:.4}").trim_end_matches('0').trim_end_matches('.').to_owned()
+}
+
+impl fmt::Display for ParameterReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let counts = |layer: &LayerReport| {
+            let share = format!("{:.2} %", percent(layer.trainable, layer.total));
+            [grouped(layer.trainable), grouped(layer.total), share]
+        };
+        let (layers, others): (Vec<_>, Vec<_>) =
+            self.layers.iter().partition(|it| it.shape.is_some());
+        if !layers.is_empty() || others.is_empty() {
+            let row = |layer: &&LayerReport| {
+                let shape = layer.shape.map(|[d_input, d_output]| format!("{d_input}x{d_output}"));
+                let (rank, scale) = match layer.adapter {
+                    Some((rank, scale)) => (rank.to_string(), number(scale)),
+                    None if layer.trainable > 0 => ("full".to_owned(), "-".to_owned()),
+                    None => ("-".to_owned(), "-".to_owned()),
+                };
+                let start = [layer.path.clone(), shape.unwrap_or_default(), rank, scale];
+                [&start[..], &counts(layer)].concat()
+            };
+            let headers = ["layer", "weight", "rank", "scale", "trainable", "total", "share"];
+            let rows: Vec<_> = layers.iter().map(row).collect();
+            writeln!(f, "{}", table(&headers, &rows))?;
+        }
+        if !others.is_empty() {
+            let row = |layer: &&LayerReport| [&[layer.path.clone()][..], &counts(layer)].concat();
+            let headers = ["trains, is no target", "trainable", "total", "share"];
+            let rows: Vec<_> = others.iter().map(row).collect();
+            writeln!(f, "{}", table(&headers, &rows))?;
+        }
+        for warning in self.warnings() {
+            writeln!(f, "warning: {warning}")?;
         }
         let (trainable, total) = (grouped(self.trainable), grouped(self.total));
         write!(f, "trainable {trainable} of {total} parameters ({:.2} %)", self.percent())
@@ -173,19 +261,23 @@ mod tests {
             trainable,
             total: 401_920,
             quantized_bytes: 0,
+            in_peft_files: true,
         };
         let norm = LayerReport { shape: None, total: 1024, ..layer("norm", None, 1024) };
         let report = ParameterReport {
             trainable: 11_392,
             total: 1_004_800,
+            base_bytes: 4_019_200,
             layers: vec![layer("encoder.fc1", Some((8, 0.5)), 10_368), layer("fc2", None, 0), norm],
         };
         let expected = "\
-layer         weight  rank  scale  trainable    total     share
----------------------------------------------------------------
-encoder.fc1  784x512     8    0.5     10,368  401,920    2.58 %
-fc2          784x512     -      -          0  401,920    0.00 %
-norm               -  full      -      1,024    1,024  100.00 %
+layer         weight  rank  scale  trainable    total   share
+-------------------------------------------------------------
+encoder.fc1  784x512     8    0.5     10,368  401,920  2.58 %
+fc2          784x512     -      -          0  401,920  0.00 %
+trains, is no target  trainable  total     share
+------------------------------------------------
+norm                      1,024  1,024  100.00 %
 trainable 11,392 of 1,004,800 parameters (1.13 %)";
         assert_eq!(report.to_string(), expected);
     }
@@ -199,9 +291,33 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
             trainable: 272,
             total: 256,
             quantized_bytes: 0,
+            in_peft_files: true,
         };
-        let report = ParameterReport { trainable: 272, total: 256, layers: vec![layer] };
+        let report =
+            ParameterReport { trainable: 272, total: 256, base_bytes: 1024, layers: vec![layer] };
         let expected = "warning: the adapter of `head` has more parameters than the weight";
         assert!(report.to_string().contains(expected), "{report}");
+    }
+
+    #[test]
+    fn s10_warns_of_a_scale_above_four() {
+        let report = |scales: &[f64]| {
+            let layer = |(index, scale): (usize, &f64)| LayerReport {
+                path: format!("fc{index}"),
+                shape: Some([64, 64]),
+                adapter: Some((8, *scale)),
+                trainable: 1024,
+                total: 4096,
+                quantized_bytes: 0,
+                in_peft_files: true,
+            };
+            let layers = scales.iter().enumerate().map(layer).collect();
+            ParameterReport { trainable: 1024, total: 4096, base_bytes: 0, layers }.to_string()
+        };
+        assert!(!report(&[4.0, -4.0, 0.5]).contains("warning"));
+        let expected = "warning: the scale of `fc1` and of 2 others is 16, and training may diverge above 4; if \
+                        that is an alpha of PEFT's, `LoraConfig::peft(8, 16.0)` scales by 2\n";
+        let found = report(&[4.0, 16.0, 16.0, -8.0]);
+        assert!(found.contains(expected), "{found}");
     }
 }

@@ -7,6 +7,7 @@ use burn::{
     tensor::{BasicOps, Int, Tensor, TensorData, backend::Backend},
 };
 
+use super::MemoryReport;
 use crate::{
     adapters::LoraAdapters,
     error::LoraError,
@@ -14,6 +15,9 @@ use crate::{
     model::{ByPath, LoraModule, adapters_of, mixed},
     traverse::{draw, layers},
 };
+
+/// How a set can be used that no batch can hold.
+const ALONE: &str = "use the set alone, by `base.switch(&set)` or `AdapterStore::model`";
 
 /// One base and many sets of adapters, by name, for batches in which each sample uses one of them.
 ///
@@ -88,16 +92,16 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     ) -> Result<(), LoraError> {
         let name = name.into();
         if let Some((extra, _)) = set.extras.iter().next() {
-            let problem = "it was trained in full, and all samples of a batch share it: merge the set, or use \
-                           it alone"
-                .to_owned();
+            let problem = format!(
+                "it was trained in full, and all samples of a batch share it: {ALONE}, or without it, by \
+                 `LoraAdapters::without_modules_to_save`"
+            );
             return Err(LoraError::NotMixable { what: format!("`{extra}` of `{name}`"), problem });
         }
         if let Some((path, _)) = set.iter().find(|(_, adapter)| adapter.magnitude.is_some()) {
-            let problem =
-                "it has DoRA's magnitudes, which concern the layer and not its output: merge the \
-                           set, or use it alone"
-                    .to_owned();
+            let problem = format!(
+                "it has DoRA's magnitudes, which concern the layer and not its output: {ALONE}"
+            );
             return Err(LoraError::NotMixable { what: format!("`{path}` of `{name}`"), problem });
         }
         let adapted = self.base.switch(set)?;
@@ -123,6 +127,13 @@ impl<B: Backend, M: Module<B>> MultiLora<B, M> {
     /// The names of the sets, in alphabetical order.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.sets.keys().map(String::as_str)
+    }
+
+    /// What the base and each set take in memory.
+    pub fn memory(&self) -> MemoryReport {
+        let bytes = |set: &ByPath<B>| set.values().map(|it| it.num_bytes()).sum();
+        let sets = self.sets.iter().map(|(name, set)| (name.clone(), bytes(set)));
+        MemoryReport { base: self.base.parameters().base_bytes, sets: sets.collect() }
     }
 
     /// The base.

@@ -11,12 +11,13 @@ use std::{
 
 use burn::{module::Module, tensor::backend::Backend};
 
-use super::MultiLora;
+use super::{MemoryReport, MultiLora};
 use crate::{
     adapters::{LoraAdapters, renaming::Renaming},
     error::LoraError,
     files::{Identity, identity},
     formats,
+    model::{Lora, LoraModule},
 };
 
 /// How often a set is read that others replace in the meantime.
@@ -42,6 +43,9 @@ const ATTEMPTS: usize = 20;
 /// is, for as long as it is in use: no lock is held meanwhile. A set that was dropped to make room has nothing to
 /// stay in its place.
 ///
+/// A set that no batch of several sets can hold, such as one with a new head, is
+/// [not mixable](StoredAdapters::not_mixable). It is kept like the others, and [`model`](Self::model) uses it alone.
+///
 /// Only directories directly below the root are read, which hold the files of PEFT or mlx-lm. Hidden ones, and
 /// links out of the root, are none.
 pub struct AdapterStore<B: Backend, M> {
@@ -64,6 +68,8 @@ pub struct StoredAdapters<B: Backend> {
     pub adapters: LoraAdapters<B>,
     /// [What](LoraAdapters::fingerprint) distinguishes these adapters from all others.
     pub fingerprint: String,
+    /// Why no [`MultiLora`] takes this set, and what to do; `None` if one does.
+    pub not_mixable: Option<String>,
 }
 
 /// What is in memory.
@@ -107,9 +113,11 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
         })
     }
 
-    /// The same store, whose files have other names: they are renamed as they are loaded.
+    /// The same store, whose files have other names: they are renamed as they are loaded. Like every [`Renaming`], this
+    /// one goes from the names in the files to the paths of the model. A set need not have all of the names: it is as
+    /// if the renaming were [partial](Renaming::partial).
     pub fn with_names(mut self, names: Renaming) -> Self {
-        self.names = Some(names);
+        self.names = Some(names.partial());
         self
     }
 
@@ -118,7 +126,7 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
     /// # Errors
     ///
     /// [`LoraError::UnknownAdapters`] if there is no such directory directly below the root. If nothing of that name
-    /// is in memory: as for [`LoraAdapters::load`] and [`MultiLora::insert`], and if the set is larger than the
+    /// is in memory: as for [`LoraAdapters::load`] and [`LoraModule::switch`], and if the set is larger than the
     /// store.
     pub fn get(&self, name: &str) -> Result<Arc<StoredAdapters<B>>, LoraError> {
         let Some(dir) = self.find(name) else {
@@ -143,6 +151,17 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
         }
     }
 
+    /// The base with the set in the directory `name` alone, whether a batch can hold it or not. The weights of the
+    /// base are shared, not copied.
+    ///
+    /// # Errors
+    ///
+    /// As for [`get`](Self::get).
+    pub fn model(&self, name: &str) -> Result<Lora<B, M>, LoraError> {
+        let set = self.get(name)?;
+        unpoisoned(&self.base).base().switch(&set.adapters)
+    }
+
     /// The names of the directories that hold adapters, in alphabetical order.
     pub fn list(&self) -> Vec<String> {
         let entries = fs::read_dir(&self.root).into_iter().flatten().flatten();
@@ -158,6 +177,12 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
     pub fn resident_bytes(&self) -> Vec<(String, usize)> {
         let resident = self.resident();
         resident.sets.iter().map(|(name, entry)| (name.clone(), entry.bytes)).collect()
+    }
+
+    /// What the base and the sets that are in memory take.
+    pub fn memory(&self) -> MemoryReport {
+        let base = unpoisoned(&self.base).memory().base;
+        MemoryReport { base, sets: self.resident_bytes() }
     }
 
     /// Why sets whose files have changed were not loaded again, by name.
@@ -222,10 +247,16 @@ impl<B: Backend, M: Module<B>> AdapterStore<B, M> {
                     format!("its adapters take {bytes} bytes, and the store has {budget}");
                 return Err(invalid(problem));
             }
-            base.insert(name, &adapters)?;
+            let not_mixable = match base.insert(name, &adapters) {
+                Err(error @ LoraError::NotMixable { .. }) => {
+                    base.base().switch(&adapters)?;
+                    Some(error.to_string())
+                }
+                inserted => inserted.map(|()| None)?,
+            };
             base.remove(name);
-            let fingerprint = adapters.fingerprint();
-            let set = StoredAdapters { name: name.to_owned(), adapters, fingerprint };
+            let (name, fingerprint) = (name.to_owned(), adapters.fingerprint());
+            let set = StoredAdapters { name, adapters, fingerprint, not_mixable };
             return Ok((set, before));
         }
         Err(invalid("it is replaced again and again; load it when nothing writes to it".to_owned()))

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 use burn_lora::{
-    Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraModule, Scaling,
+    Init, Lora, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraModule, Scaling,
     adapters::Combination,
 };
 
@@ -11,13 +11,14 @@ use crate::{
     oracle::{Matrix, assert_close, assert_identical},
 };
 
+fn dense(tensor: Tensor<Plain, 2>) -> Matrix {
+    let [rows, cols] = tensor.dims();
+    Matrix { rows, cols, data: tensor.into_data().convert::<f64>().to_vec().unwrap() }
+}
+
 /// The dense update of a layer.
 fn delta(set: &LoraAdapters<Plain>, path: &str) -> Matrix {
     let adapter = set.get(path).unwrap();
-    let dense = |tensor: Tensor<Plain, 2>| {
-        let [rows, cols] = tensor.dims();
-        Matrix { rows, cols, data: tensor.into_data().convert::<f64>().to_vec().unwrap() }
-    };
     dense(adapter.a.val()).times(&dense(adapter.b.val())).scaled(adapter.scale())
 }
 
@@ -164,6 +165,165 @@ fn dare_drops_at_random_and_keeps_the_mean() {
     assert_same(&combine(Combination::DareTies { density, seed }), "head", &delta(&ties, "head"));
 }
 
+/// The matrix with all but the largest elements set to zero, as many as `density` says.
+fn pruned(matrix: &Matrix, density: f64) -> Matrix {
+    let mut sizes: Vec<_> = matrix.data.iter().map(|it| it.abs()).collect();
+    sizes.sort_by(|x, y| y.total_cmp(x));
+    let keep = (density * sizes.len() as f64) as usize;
+    matrix.map(|it| if keep > 0 && it.abs() >= sizes[keep - 1] { it } else { 0.0 })
+}
+
+/// For each element, the weighted mean of those with the sign that `votes` elect.
+fn elected(parts: &[Matrix], weights: &[f64], votes: impl Fn(f64) -> f64) -> Matrix {
+    Matrix::from_fn(parts[0].rows, parts[0].cols, |row, col| {
+        let total: f64 = parts.iter().map(|it| votes(it.at(row, col))).sum();
+        let sign = if total >= 0.0 { 1.0 } else { -1.0 };
+        let agree = parts.iter().zip(weights).filter(|(it, _)| it.at(row, col) * sign > 0.0);
+        let terms: Vec<_> = agree.map(|(it, weight)| it.at(row, col) * weight).collect();
+        terms.iter().sum::<f64>() / terms.len().max(1) as f64
+    })
+}
+
+fn summed(parts: &[Matrix], weights: &[f64]) -> Matrix {
+    let terms = parts.iter().zip(weights).map(|(it, weight)| it.scaled(*weight));
+    terms.reduce(|sum, it| sum.plus(&it)).unwrap()
+}
+
+fn count(value: f64) -> f64 {
+    if value == 0.0 { 0.0 } else { value.signum() }
+}
+
+/// How the naive reference merges matrices.
+type Merge = fn(&[Matrix], &[f64]) -> Matrix;
+
+const DENSITY: f64 = 0.6;
+
+/// The methods that have no random choice, with their references.
+fn methods() -> [(Combination, Merge); 4] {
+    [
+        (Combination::Linear, summed),
+        (Combination::MagnitudePrune { density: DENSITY }, |parts, weights| {
+            summed(&kept(parts), weights)
+        }),
+        (Combination::Ties { density: DENSITY }, |parts, weights| {
+            elected(&kept(parts), weights, |it| it)
+        }),
+        (Combination::TiesByCount { density: DENSITY }, |parts, weights| {
+            elected(&kept(parts), weights, count)
+        }),
+    ]
+}
+
+fn kept(parts: &[Matrix]) -> Vec<Matrix> {
+    parts.iter().map(|it| pruned(it, DENSITY)).collect()
+}
+
+#[test]
+fn s17_factors_are_merged_as_the_formulas_say() {
+    let sets = [set(3, 2.0, 1), set(3, 5.0, 2), set(3, -4.0, 3)];
+    let weights = [0.5, 0.75, 0.9];
+    let parts: Vec<_> = sets.iter().zip(weights).collect();
+    for (how, merge) in methods() {
+        let merged = LoraAdapters::combine(&parts, how).unwrap();
+        for path in PATHS {
+            let factors = |of: fn(&LoraAdapter<Plain>) -> Tensor<Plain, 2>| -> Vec<_> {
+                sets.iter().map(|set| dense(of(set.get(path).unwrap()))).collect()
+            };
+            let scales = parts.iter().map(|(set, weight)| set.get(path).unwrap().scale() * weight);
+            let roots: Vec<f64> = scales.map(|it| it.abs().sqrt().copysign(it)).collect();
+            let sizes: Vec<f64> = roots.iter().map(|it| it.abs()).collect();
+            let a = merge(&factors(|it| it.a.val()), &roots);
+            let b = merge(&factors(|it| it.b.val()), &sizes);
+            assert_same(&merged, path, &a.times(&b));
+        }
+    }
+}
+
+#[test]
+fn s17_dense_updates_are_merged_and_approximated_best() {
+    // Ranks may differ.
+    let sets = [set(3, 2.0, 1), set(2, 5.0, 2), set(1, -4.0, 3)];
+    let weights = [0.5, 0.75, -0.9];
+    let parts: Vec<_> = sets.iter().zip(weights).collect();
+    for (how, merge) in methods() {
+        for path in PATHS {
+            let updates: Vec<_> = sets.iter().map(|set| delta(set, path)).collect();
+            let expected = merge(&updates, &weights);
+            let whole = LoraAdapters::combine_dense(&parts, how, Some(9)).unwrap();
+            assert_same(&whole.adapters, path, &expected);
+            for (rank, found) in [(3, None), (1, Some(1))] {
+                let merged = LoraAdapters::combine_dense(&parts, how, found).unwrap();
+                assert_eq!(merged.adapters.get(path).unwrap().rank(), rank);
+                assert_best(&delta(&merged.adapters, path), &expected, merged.kept[path], rank);
+            }
+        }
+    }
+    // What is dropped at random is nothing at density 1, and the same each time otherwise.
+    let of =
+        |how| delta(&LoraAdapters::combine_dense(&parts, how, Some(9)).unwrap().adapters, "head");
+    let close =
+        |one: Combination, other: Combination| assert_close(as_tensor(&of(one)), &of(other), 1e-5);
+    let (density, seed) = (1.0, 0);
+    close(Combination::Dare { density, seed }, Combination::Linear);
+    close(Combination::Concatenate, Combination::Linear);
+    close(Combination::DareTies { density, seed }, Combination::Ties { density });
+    close(Combination::DareTiesByCount { density, seed }, Combination::TiesByCount { density });
+    let dare = |seed| of(Combination::Dare { density: 0.5, seed });
+    assert_eq!(dare(1), dare(1));
+    assert_ne!(dare(1), dare(2));
+    // Biases are added with their whole weights.
+    let biased = |value: f64| {
+        let adapters = set(2, 3.0, 1);
+        let adapters = adapters.iter().map(|(path, adapter)| {
+            let mut adapter = adapter.clone();
+            adapter.bias = adapter.bias.map(|it| it.map(|bias| bias + value));
+            (path.to_owned(), adapter)
+        });
+        LoraAdapters::new(adapters.collect::<Vec<_>>())
+    };
+    let (one, two) = (biased(0.3), biased(-0.7));
+    let how = Combination::MagnitudePrune { density: 0.5 };
+    let merged = LoraAdapters::combine_dense(&[(&one, 0.5), (&two, 2.0)], how, None).unwrap();
+    let bias = merged.adapters.get("head").unwrap().bias_delta().unwrap();
+    let expected = Matrix::from_fn(1, 3, |_, _| 1.5 * (0.5 * 0.3 - 2.0 * 0.7));
+    assert_close(bias, &expected, 1e-6);
+}
+
+#[test]
+fn s17_a_head_is_dropped_or_taken_from_one_set() {
+    let base = base();
+    let config = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth);
+    let plain = base.attach(&config.clone().with_targets(["blocks.0"])).unwrap().adapters();
+    let headed = |value: f32| {
+        let config = config.clone().with_targets(["blocks.0"]).with_modules_to_save(["head"]);
+        let mut model = base.attach(&config).unwrap().into_inner();
+        let weight = &mut model.head.base.weight;
+        *weight = weight.clone().map(|it| it * 0.0 + value);
+        Lora::new(model).train_only(&["head"]).unwrap().adapters()
+    };
+    let (one, two) = (headed(1.0), headed(2.0));
+    let sum = |parts: &[(&LoraAdapters<Plain>, f64)]| {
+        LoraAdapters::combine(parts, Combination::Concatenate)
+    };
+    let error = sum(&[(&plain, 0.5), (&one, 0.5)]).unwrap_err().to_string();
+    for remedy in ["`without_modules_to_save`", "`with_modules_to_save_of`"] {
+        assert!(error.contains(remedy), "{error}");
+    }
+    let [bare_one, bare_two] = [&one, &two].map(|it| it.without_modules_to_save());
+    let both = sum(&[(&bare_one, 0.5), (&bare_two, 0.25)]).unwrap();
+    let expected = delta(&one, "blocks.0").scaled(0.5).plus(&delta(&two, "blocks.0").scaled(0.25));
+    assert_same(&both, "blocks.0", &expected);
+    let weight = |set: &LoraAdapters<Plain>| {
+        let model = base.switch(set).unwrap();
+        (model.head.base.weight.to_data(), model.parameters().trainable)
+    };
+    let kept = both.with_modules_to_save_of(&two);
+    let factors = 4 * (6 + 8);
+    assert_eq!(weight(&both), (base.head.base.weight.to_data(), factors));
+    let ours = Tensor::<Plain, 2>::full([7, 3], 2.0, &device::<Plain>()).to_data();
+    assert_eq!(weight(&kept), (ours, factors + 7 * 3));
+}
+
 #[test]
 fn sets_that_cannot_be_combined_are_refused() {
     let (one, two) = (set(3, 2.0, 1), set(2, 2.0, 2));
@@ -179,6 +339,9 @@ fn sets_that_cannot_be_combined_are_refused() {
     refused(&both, Combination::Linear, "`blocks.0`: ranks differ: (3, 2)");
     refused(&both, Combination::Ties { density: 0.0 }, "invalid argument: `density` is 0");
     refused(&both, Combination::Dare { density: f64::NAN, seed: 0 }, "`density` is NaN");
+    refused(&both, Combination::MagnitudePrune { density: 1.5 }, "`density` is 1.5");
+    let error = LoraAdapters::combine_dense(&both, Combination::Linear, Some(0)).unwrap_err();
+    assert!(error.to_string().contains("`rank` is 0"), "{error}");
     refused(
         &[(&one, f64::INFINITY)],
         Combination::Concatenate,

@@ -253,6 +253,26 @@ fn sets_are_replaced_and_removed() {
 }
 
 #[test]
+fn s17_the_bytes_of_the_base_and_of_each_set_are_told() {
+    let (base, [one, other]) = two();
+    let mut models = MultiLora::new(base).unwrap();
+    models.insert("one", &one).unwrap();
+    models.insert("other", &other).unwrap();
+    let memory = models.memory();
+    assert_eq!(memory.base, 4 * (6 * 8 + 8 + 8 * 7 + 7 + 7 + 7 + 7 * 3));
+    let of = |set: &LoraAdapters<Plain>| {
+        let sizes = set.iter().map(|(_, it)| it.rank() * it.shape().iter().sum::<usize>());
+        4 * sizes.sum::<usize>()
+    };
+    let sets = [("one".to_owned(), of(&one)), ("other".to_owned(), of(&other))];
+    assert_eq!(memory.sets, sets);
+    assert_eq!(memory.total(), memory.base + of(&one) + of(&other));
+    let end = format!("2 sets, {} bytes in all", burn_lora::report::grouped(memory.total()));
+    assert!(memory.to_string().ends_with(&end), "{memory}");
+    assert_eq!(models.base().switch(&one).unwrap().parameters().base_bytes, memory.base);
+}
+
+#[test]
 fn what_cannot_be_mixed_is_refused() {
     let (base, [set, _]) = two();
     let mut models = MultiLora::new(base.clone()).unwrap();

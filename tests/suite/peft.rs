@@ -197,6 +197,21 @@ fn rank_alpha_scaling_and_dropout_are_those_of_the_configuration() {
 }
 
 #[test]
+fn s17_bytes_are_those_of_the_files() {
+    let dir = TempDir::new("bytes");
+    for name in READABLE {
+        let set = load(name);
+        set.save(dir.0.join(name)).unwrap();
+        let file = |file: &str| fs::read(dir.0.join(name).join(file)).unwrap();
+        let (config, weights) = set.to_bytes().unwrap();
+        assert_eq!(config, file("adapter_config.json"), "{name}");
+        assert_eq!(weights, file("adapter_model.safetensors"), "{name}");
+        let again = LoraAdapters::<Plain>::from_bytes(&config, &weights, &device::<Plain>());
+        assert_eq!(again.unwrap().fingerprint(), load(name).fingerprint(), "{name}");
+    }
+}
+
+#[test]
 fn saved_and_loaded_again_nothing_changed() {
     let dir = TempDir::new("round-trip");
     let base = Model::<Plain>::base();

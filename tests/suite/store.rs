@@ -11,15 +11,15 @@ use std::{
 };
 
 use burn_lora::{
-    Init, LoraAdapters, LoraConfig, LoraError, LoraModule,
+    Init, Lora, LoraAdapters, LoraConfig, LoraError, LoraModule,
     peft::Renaming,
-    serve::{AdapterStore, StoredAdapters},
+    serve::{AdapterStore, MultiLora, StoredAdapters},
 };
 use tempfile::TempDir;
 
 use crate::{
     model::{Mlp, Plain, device},
-    oracle::bits,
+    oracle::{Matrix, assert_close, bits},
 };
 
 type Store = AdapterStore<Plain, Mlp<Plain>>;
@@ -112,6 +112,9 @@ fn the_set_that_was_not_used_for_the_longest_time_goes() {
     store.get("a").unwrap();
     store.get("c").unwrap();
     assert_eq!(names(), ["a", "c"]);
+    let memory = store.memory();
+    assert_eq!(memory.sets, store.resident_bytes());
+    assert_eq!(memory.total(), base.parameters().base_bytes + 2 * bytes);
     let kept = store.get("b").unwrap();
     assert_eq!(names(), ["b", "c"]);
     assert_eq!(values(&kept.adapters), values(&set(&base, 1)));
@@ -126,11 +129,8 @@ fn what_does_not_fit_the_base_is_refused() {
     let (dir, base) = root(&["good"]);
     let misfit = set(&base, 0).get("blocks.0").unwrap().clone();
     LoraAdapters::new([("blocks.1", misfit)]).save(dir.path().join("misfit")).unwrap();
-    let full = base.attach(&LoraConfig::new(2, 3.0).with_modules_to_save(["norm"])).unwrap();
-    full.adapters().save(dir.path().join("full")).unwrap();
     let store = open(dir.path(), &base, 1 << 20);
     assert!(matches!(store.get("misfit").unwrap_err(), LoraError::Mismatch { .. }));
-    assert!(matches!(store.get("full").unwrap_err(), LoraError::NotMixable { .. }));
     store.get("good").unwrap();
 
     // A set that does not fit any more leaves the old one.
@@ -144,14 +144,68 @@ fn what_does_not_fit_the_base_is_refused() {
 }
 
 #[test]
+fn s15_a_set_with_a_head_is_kept_and_used_alone() {
+    let (dir, base) = root(&["plain"]);
+    let random = LoraConfig::new(2, 3.0).with_init(Init::RandomBoth).with_targets(["blocks.0"]);
+    let config = random.with_modules_to_save(["head"]);
+    let mut tuned = base.attach(&config).unwrap().into_inner();
+    let head = Matrix::random(7, 3, 5);
+    tuned.head.base.weight =
+        tuned.head.base.weight.map(|it| head.tensor::<Plain, 2>([7, 3], &it.device()));
+    let tuned = Lora::new(tuned).train_only(&["head"]).unwrap();
+    let set = tuned.adapters();
+    set.save(dir.path().join("headed")).unwrap();
+
+    let store = open(dir.path(), &base, 1 << 20);
+    assert_eq!(store.get("plain").unwrap().not_mixable, None);
+    let stored = store.get("headed").unwrap();
+    let model = store.model("headed").unwrap();
+    let found = model.head.base.weight.to_data().convert::<f64>().to_vec::<f64>().unwrap();
+    assert_eq!(found, head.data);
+    let x = || Matrix::random(4, 6, 9).tensor::<Plain, 2>([4, 6], &device::<Plain>());
+    let expected = tuned.forward(x()).into_data().convert::<f64>().to_vec().unwrap();
+    assert_close(model.forward(x()), &Matrix { rows: 4, cols: 3, data: expected }, 1e-6);
+
+    // Only a batch of several refuses it, with remedies that there are.
+    let error = MultiLora::new(base.clone()).unwrap().insert("headed", &stored.adapters);
+    let error = error.unwrap_err();
+    assert!(matches!(error, LoraError::NotMixable { .. }), "{error}");
+    assert_eq!(stored.not_mixable.as_deref(), Some(&*error.to_string()));
+    for remedy in ["base.switch(&set)", "AdapterStore::model", "without_modules_to_save"] {
+        assert!(error.to_string().contains(remedy), "{error}");
+    }
+    let mut models = MultiLora::new(base.clone()).unwrap();
+    models.insert("headed", &stored.adapters.without_modules_to_save()).unwrap();
+    // One that does not fit is refused as before.
+    let other = LoraAdapters::new([("blocks.1", set.get("blocks.0").unwrap().clone())]);
+    other.save(dir.path().join("headed")).unwrap();
+    assert_eq!(store.get("headed").unwrap().fingerprint, stored.fingerprint);
+}
+
+#[test]
 fn files_with_other_names_are_renamed() {
     let (dir, base) = root(&[]);
-    let names = Renaming::new([("blocks", "layers")]);
-    set(&base, 3).renamed(&names).unwrap().save(dir.path().join("foreign")).unwrap();
+    let names = Renaming::new([("layers", "blocks")]);
+    set(&base, 3).renamed(&names.inverse()).unwrap().save(dir.path().join("foreign")).unwrap();
     let store = open(dir.path(), &base, 1 << 20);
     assert!(store.get("foreign").is_err());
-    let store = store.with_names(names.inverse());
+    let store = store.with_names(names);
     assert_eq!(values(&store.get("foreign").unwrap().adapters), values(&set(&base, 3)));
+}
+
+#[test]
+fn s9_a_store_renames_from_the_files_to_the_model_and_says_if_it_is_the_other_way() {
+    let (dir, base) = root(&[]);
+    let names = Renaming::new([("layers.*", "blocks.*"), ("classifier", "head")]);
+    let head = LoraAdapters::new([("head", set(&base, 3).get("head").unwrap().clone())]);
+    head.renamed(&names.inverse().partial()).unwrap().save(dir.path().join("head")).unwrap();
+
+    // A set of some of the layers is one of the store's, too.
+    let store = open(dir.path(), &base, 1 << 20).with_names(names.clone());
+    assert_eq!(values(&store.get("head").unwrap().adapters), values(&head));
+    let store = open(dir.path(), &base, 1 << 20).with_names(names.inverse());
+    let error = store.get("head").unwrap_err().to_string();
+    assert!(error.contains("use its `inverse()`"), "{error}");
 }
 
 #[test]

@@ -3,15 +3,17 @@
 use std::collections::BTreeSet;
 
 use burn::{
-    module::Module,
+    module::{Module, Param},
     nn::LinearConfig,
     optim::{AdamConfig, GradientsParams, Optimizer},
     tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{Init, Lora, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule, Scaling};
+use burn_lora::{
+    Init, Lora, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraLinear, LoraModule, Scaling,
+};
 
 use crate::{
-    model::{Mlp, Plain, Train, device},
+    model::{Mlp, Plain, PlainMlp, Train, device},
     oracle::{Matrix, bits},
 };
 
@@ -176,9 +178,93 @@ fn the_report_counts_what_really_trains() {
     assert_eq!(rows, expected);
     assert_eq!(report.trainable, rows.iter().map(|row| row.1).sum::<usize>());
     assert_eq!(report.total, rows.iter().map(|row| row.2).sum::<usize>());
-    assert!(report.to_string().contains("norm           -  full"), "{report}");
+    let text = report.to_string();
+    let norm = text.lines().find(|line| line.starts_with("norm")).unwrap();
+    assert_eq!(norm.split_whitespace().collect::<Vec<_>>(), ["norm", "14", "14", "100.00", "%"]);
     assert_eq!(adapted.clone().no_grad().parameters().trainable, 0);
     assert_eq!(adapted.into_inner().no_grad().parameters().trainable, 0);
+}
+
+#[test]
+fn s14_a_target_that_holds_layers_says_what_means_them() {
+    let config = LoraConfig::new(2, 4.0);
+    let error = |config: LoraConfig| model().attach(&config).unwrap_err().to_string();
+    let holds = r"`blocks` holds layers: `blocks\..*`";
+    for (field, config) in [
+        ("targets", config.clone().with_targets(["blocks"])),
+        ("excludes", config.clone().with_excludes(["blocks"])),
+        ("rank_pattern", config.clone().with_rank_pattern([("blocks", 1)])),
+        ("targets", config.clone().with_targets(["blocks"]).with_excludes(["blocks"])),
+    ] {
+        assert_eq!(error(config), format!("{field} matched nothing: `blocks`; {holds}"));
+    }
+    // What it says is right.
+    let whole = config.clone().with_targets([r"blocks\..*"]);
+    assert_eq!(model().attach(&whole).unwrap().adapters().len(), 2);
+    // Excluded targets are not misspelt.
+    let excluded = error(config.clone().with_targets(["head"]).with_excludes(["head"]));
+    assert!(excluded.ends_with("excludes and modules_to_save leave out `head`"), "{excluded}");
+    let all = error(config.clone().with_excludes([".*"]));
+    assert!(all.ends_with("leave out `blocks.0`, `blocks.1`, `head`"), "{all}");
+    // What is no layer, and a container of stock layers.
+    let norm = error(config.clone().with_targets(["norm"]));
+    assert!(norm.contains("`targets` names `norm.gamma`, which is no weight matrix"), "{norm}");
+    let stock = PlainMlp::<Train>::new(&device::<Train>());
+    let error = stock.attach(&config.clone().with_targets(["blocks"])).unwrap_err().to_string();
+    assert!(error.starts_with("`blocks.0`, `blocks.1` cannot carry adapters"), "{error}");
+}
+
+#[test]
+fn s14_the_first_table_has_the_names_that_targets_take() {
+    let text = model().parameters().to_string();
+    let (layers, others) = text.split_once("trains, is no target").unwrap();
+    let names = |table: &str| -> Vec<String> {
+        let rows = table.lines().skip_while(|line| !line.starts_with("---")).skip(1);
+        let names = rows.filter_map(|line| line.split_whitespace().next());
+        names.take_while(|name| *name != "trainable").map(str::to_owned).collect()
+    };
+    assert_eq!(names(layers), ["blocks.0", "blocks.1", "head"]);
+    assert_eq!(names(others), ["norm"]);
+    for name in names(layers) {
+        model().attach(&LoraConfig::new(2, 4.0).with_targets([name])).unwrap();
+    }
+}
+
+#[test]
+fn s16_an_adapter_that_is_a_field_of_a_layer_of_ones_own_is_an_error() {
+    #[derive(Module, Debug)]
+    struct Own<B: Backend> {
+        weight: Param<Tensor<B, 2>>,
+        update: LoraAdapter<B>,
+    }
+    #[derive(Module, Debug)]
+    struct Net<B: Backend> {
+        own: Own<B>,
+        head: LoraLinear<B>,
+    }
+    let device = device::<Train>();
+    let full = |shape| Tensor::<Train, 2>::full(shape, 0.5, &device);
+    let update = LoraAdapter::new(full([3, 2]), full([2, 4]), 1.0, Scaling::Alpha);
+    let own = Own { weight: Param::from_tensor(full([3, 4])), update };
+    let net = Net { own: own.clone(), head: LinearConfig::new(4, 2).init(&device).into() };
+    let config = LoraConfig::new(2, 4.0);
+    let error = net.attach(&config).unwrap_err();
+    assert!(matches!(&error, LoraError::LooseAdapters { paths } if paths == &["own.update"]));
+    for part in ["`own.update`", "`LoraLinear`", "docs/layers.md"] {
+        assert!(error.to_string().contains(part), "{error}");
+    }
+    let whole = net.attach(&config.clone().with_modules_to_save(["own"])).unwrap_err();
+    assert!(matches!(whole, LoraError::LooseAdapters { .. }), "{whole}");
+    // Of a model without any layer of this crate, and through the overlay, too.
+    let alone = own.attach(&config).unwrap_err();
+    assert!(matches!(&alone, LoraError::LooseAdapters { paths } if paths == &["update"]));
+    let overlay = Lora::overlay(own).attach(&config).unwrap_err();
+    assert!(matches!(overlay, LoraError::LooseAdapters { .. }), "{overlay}");
+    let set = LoraAdapters::new(
+        [("head", LoraConfig::new(2, 4.0).init(net.head.base.clone()))]
+            .map(|(path, layer)| (path, layer.adapter().unwrap().clone())),
+    );
+    assert!(matches!(net.switch(&set).unwrap_err(), LoraError::LooseAdapters { .. }));
 }
 
 #[test]

@@ -57,7 +57,7 @@ pub struct Experiment<'a, S> {
     pub old: Samples<'a, S>,
     /// The task that the base is adapted to.
     pub new: Samples<'a, S>,
-    /// The names of the model's modules in Python.
+    /// From the names of the model's modules in Python to their paths here.
     pub names: Renaming,
 }
 
@@ -243,7 +243,7 @@ impl<'a, S: Sample> Experiment<'a, S> {
     /// Saves the adapters under their names in Python, and returns the size of the files.
     fn save(&self, name: &str, adapters: LoraAdapters<Plain>) -> Result<u64> {
         let dir = self.options.adapters().join(file_name(name));
-        let adapters = adapters.renamed(&self.names).context("renaming the adapters")?;
+        let adapters = adapters.renamed(&self.names.inverse()).context("renaming the adapters")?;
         adapters.save(&dir).context("saving the adapters")?;
         size_of_files(&dir)
     }

@@ -76,8 +76,8 @@ impl<B: Backend> Blocks<B, 3, [Text]> for TextClassifier<B> {
     }
 }
 
-/// The names of the modules at Hugging Face, as in an encoder without a classifier: the adapters then fit
-/// `AutoModel`.
+/// The renaming from the names at Hugging Face, as in an encoder without a classifier, to the modules: by its inverse,
+/// the adapters fit `AutoModel`.
 pub fn names() -> Renaming {
     super::names("bert")
 }

@@ -200,9 +200,9 @@ const NAMES: [(&str, &str); 14] = [
     ("blocks", "encoder.layer"),
 ];
 
-/// The names at Hugging Face of the modules of an encoder at `path`. The path of the encoder itself is
-/// empty.
+/// The renaming from the names at Hugging Face to the modules of an encoder at `path`. The path of the encoder
+/// itself is empty.
 pub fn names(path: &str) -> Renaming {
     let dot = if path.is_empty() { "" } else { "." };
-    Renaming::new(NAMES.map(|(here, there)| (format!("{path}{dot}{here}"), there)))
+    Renaming::new(NAMES.map(|(here, there)| (there, format!("{path}{dot}{here}")))).partial()
 }

@@ -115,7 +115,7 @@ fn match_up<B: Backend>(
     tensors: &mut BTreeMap<String, TensorSnapshot>,
     reading: &Problems,
 ) -> Result<Vec<TensorSnapshot>, Vec<String>> {
-    let names = names("");
+    let names = names("").inverse();
     let (mut found, mut problems) = (Vec::new(), Vec::new());
     for wanted in bert.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false) {
         let name = names.apply(&wanted.full_path());

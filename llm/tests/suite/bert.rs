@@ -66,7 +66,7 @@ fn assert_embeds(bert: &Bert<Plain>, expected: &Path, tolerance: f64) {
 /// Adapters with Hugging Face's names, renamed for the encoder.
 fn of_python(path: &Path) -> LoraAdapters<Plain> {
     let adapters = LoraAdapters::load(path, &device::<Plain>()).unwrap();
-    adapters.renamed(&bert::names("").inverse()).unwrap()
+    adapters.renamed(&bert::names("")).unwrap()
 }
 
 #[test]
@@ -120,7 +120,12 @@ fn an_adapter_that_peft_made_computes_the_same_here() {
 
     // Saved from the model, the file is the same as PEFT's.
     let dir = TempDir::new().unwrap();
-    adapted.adapters().renamed(&bert::names("")).unwrap().save(dir.path().join("saved")).unwrap();
+    adapted
+        .adapters()
+        .renamed(&bert::names("").inverse())
+        .unwrap()
+        .save(dir.path().join("saved"))
+        .unwrap();
     let read = |dir: &Path| fs::read(dir.join("adapter_model.safetensors")).unwrap();
     assert_eq!(read(&dir.path().join("saved")), read(&path));
 }
@@ -137,7 +142,7 @@ fn adapters_of_the_classifier_go_by_the_names_of_hugging_face() {
         .with_targets(QUERY_VALUE)
         .with_modules_to_save([HEAD]);
     let model = classifier().attach(&config).unwrap();
-    let set = model.adapters().renamed(&model::names()).unwrap();
+    let set = model.adapters().renamed(&model::names().inverse()).unwrap();
     let dir = TempDir::new().unwrap();
     set.save(dir.path().join("saved")).unwrap();
     let bytes = fs::read(dir.path().join("saved/adapter_model.safetensors")).unwrap();
@@ -159,7 +164,7 @@ fn adapters_of_the_classifier_go_by_the_names_of_hugging_face() {
 
     // The set holds the head, too.
     let again = LoraAdapters::load(dir.path().join("saved"), &device::<Plain>()).unwrap();
-    let again = again.renamed(&model::names().inverse()).unwrap();
+    let again = again.renamed(&model::names()).unwrap();
     let texts = tokens(&[vec![5, 2, 7], vec![1, 9, 9]], &[vec![1, 1, 1], vec![1, 1, 0]]);
     let expected: Vec<f64> = model.forward(&texts).into_data().iter::<f64>().collect();
     let expected = Matrix { rows: 2, cols: 2, data: expected };
@@ -172,7 +177,7 @@ fn norms_that_train_in_full_go_by_the_names_of_hugging_face() {
         .with_targets(ALL_LINEAR)
         .with_modules_to_save(["attention_norm", "embeddings.norm.gamma"]);
     let set = tiny().attach(&config).unwrap().adapters();
-    let text = set.renamed(&bert::names("")).unwrap().to_string();
+    let text = set.renamed(&bert::names("").inverse()).unwrap().to_string();
     for name in [
         "encoder.layer.1.attention.output.LayerNorm.weight",
         "encoder.layer.0.attention.output.LayerNorm.bias",

@@ -8,6 +8,7 @@ use burn::{
         EmbeddingConfig, PaddingConfig1d, PaddingConfig2d,
         conv::{Conv1dConfig, Conv2dConfig, ConvTranspose2dConfig},
     },
+    record::{FullPrecisionSettings, NamedMpkFileRecorder},
     tensor::{Int, Tensor, TensorData, activation::relu, backend::Backend},
 };
 use burn_lora::{
@@ -133,6 +134,37 @@ fn groups_and_transposed_convolutions_are_refused_by_name() {
     let adapter = config.init(up).adapter().unwrap().clone();
     let set = LoraAdapters::new([("up", adapter)]);
     refused(set.save(dir.0.join("set")).unwrap_err(), "up", "transposed");
+}
+
+#[test]
+fn b4_adapters_that_peft_has_no_files_for_are_told_at_attach_and_kept_in_records() {
+    let base = Layers::base();
+    let config = LoraConfig::new(2, 1.0).with_init(Init::RandomBoth);
+    let model = base.attach(&config).unwrap();
+    let report = model.parameters();
+    let held: Vec<_> = report.layers.iter().map(|it| (&*it.path, it.in_peft_files)).collect();
+    let expected = [("table", true), ("conv1", true), ("conv2", true), ("grouped", false)];
+    assert_eq!(held, expected);
+    let warning =
+        "PEFT's files cannot hold the adapter of `grouped`; save the model by `save_file`";
+    assert!(report.to_string().contains(warning), "{report}");
+    let dir = TempDir::new("layers-record");
+    for error in [
+        model.adapters().save(dir.0.join("set")).unwrap_err().to_string(),
+        model.adapters().to_bytes().unwrap_err().to_string(),
+    ] {
+        assert!(error.contains("`save_file`") && error.contains("`excludes`"), "{error}");
+    }
+    // Both remedies help.
+    let kept = base.attach(&config.clone().with_excludes(["grouped"])).unwrap();
+    assert!(!kept.parameters().to_string().contains("warning: PEFT's files"));
+    kept.adapters().save(dir.0.join("kept")).unwrap();
+    let recorder = NamedMpkFileRecorder::<FullPrecisionSettings>::new();
+    std::fs::create_dir_all(&dir.0).unwrap();
+    model.clone().save_file(dir.0.join("task"), &recorder).unwrap();
+    let again = Lora::new(base).load_file(dir.0.join("task"), &recorder, &device::<Plain>());
+    let again = again.unwrap().adapters();
+    assert_eq!(again.fingerprint(), model.adapters().fingerprint());
 }
 
 #[test]

@@ -5,9 +5,12 @@ use std::fs;
 use burn::{
     module::Module,
     nn::{LayerNorm, LayerNormConfig, LinearConfig},
-    tensor::backend::Backend,
+    tensor::{Tensor, backend::Backend},
 };
-use burn_lora::{LoraAdapters, LoraError, LoraLinear, LoraModule, error::Mismatch, peft::Renaming};
+use burn_lora::{
+    LoraAdapter, LoraAdapters, LoraError, LoraLinear, LoraModule, Scaling, error::Mismatch,
+    peft::Renaming,
+};
 use safetensors::{Dtype, tensor::TensorView};
 use serde_json::{Value, json};
 
@@ -472,6 +475,48 @@ fn other_beginnings_of_names_are_named_with_the_remedy() {
         base.switch(&set.renamed(&Renaming::new([(prefix, "")])).unwrap()).unwrap();
     }
     assert!(!renamed("fc1", "fc9").contains("rename the set"));
+}
+
+#[test]
+fn s9_a_template_that_matches_nothing_is_an_error() {
+    let set = load("plain");
+    let error = |names: Renaming| set.renamed(&names).unwrap_err();
+    let unused = Renaming::new([("fc1", "layers.0"), ("layers.*", "fc.*")]);
+    let text = error(unused.clone()).to_string();
+    assert!(matches!(error(unused.clone()), LoraError::InvalidArgument { argument: "names", .. }));
+    let expected = "`names` has templates that match nothing: `layers.*`; the set has `fc1`, `fc2`";
+    assert!(text.contains(expected), "{text}");
+    // A table of more names than the set has is one that says so.
+    let renamed = set.renamed(&unused.partial()).unwrap();
+    assert!(renamed.get("layers.0").is_some() && renamed.get("fc2").is_some());
+    // The wrong way round.
+    let inverse = error(Renaming::new([("layers.0", "fc1"), ("layers.1", "fc2")]).partial());
+    assert!(inverse.to_string().ends_with("the other templates do: use its `inverse()`"));
+    set.renamed(&Renaming::default()).unwrap();
+}
+
+#[test]
+fn s9_a_misfit_of_renamed_layers_names_renaming() {
+    let base = Model::<Plain>::base();
+    let names = Renaming::new([("fc1", "net.0.dense"), ("fc2", "net.1.dense")]);
+    let set = load("plain").renamed(&names).unwrap();
+    let error = base.switch(&set).unwrap_err();
+    let expected = "they have the shapes of layers of the model with other names: see `peft::Renaming`, \
+                    such as `Renaming::new([(\"net.0.dense\", \"fc1\")])`";
+    assert!(error.to_string().contains(expected), "{error}");
+    base.switch(&set.renamed(&names.inverse()).unwrap()).unwrap();
+
+    // Adapters of other shapes are those of another model.
+    let adapter = set.get("net.0.dense").unwrap();
+    let [d_input, d_output] = adapter.shape();
+    let other = LoraAdapter::new(
+        Tensor::ones([d_input + 1, 2], &device::<Plain>()),
+        Tensor::ones([2, d_output], &device::<Plain>()),
+        1.0,
+        Scaling::Alpha,
+    );
+    let error = base.switch(&LoraAdapters::new([("net.0.dense", other)])).unwrap_err();
+    assert!(!error.to_string().contains("Renaming"), "{error}");
 }
 
 #[test]

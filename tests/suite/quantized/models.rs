@@ -60,6 +60,8 @@ fn only_adapters_train_and_are_seen() {
     assert_eq!(report.layers[0].bytes_before, 6 * 8 * 4);
     let parameters = base.parameters();
     assert_eq!(parameters.total, 6 * 8 + 8 + 8 * 7 + 7 + 2 * 7 + 7 * 3);
+    // Those of the packed weights, and of the biases and the norm.
+    assert_eq!(parameters.base_bytes, report.bytes() + 4 * (8 + 7 + 2 * 7));
     // The biases and the norm.
     assert_eq!(Module::num_params(&base), 8 + 7 + 2 * 7);
 

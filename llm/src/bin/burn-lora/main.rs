@@ -220,6 +220,9 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
             100.0 * parameters.trainable as f64 / parameters.total as f64,
             backend::NAME,
         );
+        for warning in parameters.warnings() {
+            println!("warning: {warning}");
+        }
     }
     // Not before: a wrong path must not remove the checkpoints of an earlier run. Not after, for none of the
     // replicas may find these, in the same directory or in one of its own.

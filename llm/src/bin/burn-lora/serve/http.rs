@@ -202,6 +202,9 @@ impl Server {
                 return Err(Fault::unknown_model(format!("there is no model `{name}`")));
             }
         };
+        if let Some(problem) = set.as_ref().and_then(|set| set.not_mixable.as_ref()) {
+            return Err(Fault::new(422, problem));
+        }
         let refused = |message: String| Fault::new(400, message);
         let prompt = match request.input {
             Input::Messages(messages) => {
