@@ -30,7 +30,7 @@ use burn_lora_llm::{
 
 use crate::{
     backend::{Plain, Train},
-    checkpoint,
+    checkpoint::{self, Checkpoint},
 };
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
@@ -123,10 +123,11 @@ pub fn train(
     // As PyTorch's.
     let adam = AdamConfig::new().with_epsilon(1e-8);
     let optimizer = adam.init::<Train, Model>();
-    let (mut model, mut optimizer, mut history) = match out {
+    let begun = match out {
         Some(out) => checkpoint::load(&out.join(CHECKPOINTS), model, optimizer)?,
-        None => (model, optimizer, History::default()),
+        None => Checkpoint::begin(model, optimizer),
     };
+    let Checkpoint { mut model, mut optimizer, mut history, passed } = begun;
     let done = history.losses.len();
     if replicas.count() > 1 {
         let mut hasher = DefaultHasher::new();
@@ -157,6 +158,9 @@ pub fn train(
         history.valid.push((step, loss));
     };
     if let Some(live) = &mut live {
+        for problem in passed {
+            live.warn(format_args!("{problem}; the checkpoint before it is used"));
+        }
         match history.valid.is_empty() {
             true => watch(live, &model, &mut history),
             false => live.line(format_args!("goes on after step {done}/{}", recipe.iters)),

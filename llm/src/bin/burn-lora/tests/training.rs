@@ -231,6 +231,31 @@ fn a_checkpoint_of_another_rank_is_an_error_that_names_it() {
 }
 
 #[test]
+fn u4_a_checkpoint_that_is_cut_off_gives_way_to_the_one_before_it() {
+    let recipe = Recipe { batch: 1, eval_every: 2, ..recipe() };
+    let (straight, expected) = trained(&recipe).unwrap();
+    for file in ["model.mpk", "optimizer.mpk", "history.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        trained_in(dir.path(), &recipe, false).unwrap();
+        let cut = |step: &str, length: fn(usize) -> usize| {
+            let path = dir.path().join("checkpoints").join(step).join(file);
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..length(bytes.len())]).unwrap();
+            path.display().to_string()
+        };
+        // The steps after the whole one are done again, to the same bits.
+        cut("6", |length| length - 1);
+        let (again, b) = trained_in(dir.path(), &recipe, false).unwrap();
+        assert_eq!((b.as_bytes(), again.losses), (expected.as_bytes(), straight.losses.clone()));
+
+        let paths = [cut("6", |_| 0), cut("4", |length| length / 2)];
+        let error = trained_in(dir.path(), &recipe, false).expect_err("none is whole");
+        assert!(paths.iter().all(|path| error.contains(&format!("{path} is cut off"))), "{error}");
+        assert!(error.contains("no other checkpoint") && error.contains("--force"), "{error}");
+    }
+}
+
+#[test]
 fn the_gradient_is_clipped_as_a_whole() {
     let model = tiny::<Train>("llama3").attach(&LoraConfig::new(2, 5.0).with_seed(3)).unwrap();
     let (texts, _) = texts_of("llama3");
