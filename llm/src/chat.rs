@@ -167,6 +167,11 @@ impl Chat {
         Ok(ids)
     }
 
+    /// The source of the chat template. Base models have none.
+    pub fn template(&self) -> Option<&str> {
+        self.template.as_ref().map(|(_, source)| source.as_str())
+    }
+
     /// The text of the tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.tokenizer.decode(ids, true).context("the tokenizer")

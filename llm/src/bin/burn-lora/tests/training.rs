@@ -66,6 +66,10 @@ fn trained_in(
     trained_as(&Alone, dir, recipe, stops)
 }
 
+fn keeping(out: &Path) -> Keeping<'_> {
+    Keeping { out, base: "org/base", remembered: Remembered::default() }
+}
+
 /// The same as one of several replicas.
 fn trained_as(
     replicas: &dyn Replicas,
@@ -80,7 +84,8 @@ fn trained_as(
     // One is enough to stop all.
     let stop = AtomicBool::new(stops && replicas.index() + 1 == replicas.count());
     let replicas = Counted::new(replicas);
-    let (model, history) = train(model, &texts, &texts, recipe, Some(dir), &stop, &replicas)?;
+    let keeping = keeping(dir);
+    let (model, history) = train(model, &texts, &texts, recipe, Some(&keeping), &stop, &replicas)?;
     let adapters = model.valid().adapters();
     let (_, adapter) = adapters.iter().next().unwrap();
     Ok((history, adapter.b.val().into_data()))
@@ -217,6 +222,18 @@ fn a_training_that_is_stopped_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn d4_more_steps_go_on_along_the_longer_schedule() {
+    // The learning rate grows in all of the first part, which it does alike for any number of steps.
+    let of = |iters| Recipe { iters, warmup: 3, eval_every: 3, ..recipe() };
+    let (straight, expected) = trained(&of(6)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    trained_in(dir.path(), &of(3), false).unwrap();
+    let (longer, b) = trained_in(dir.path(), &of(6), false).unwrap();
+    assert_eq!((b.as_bytes(), longer.losses), (expected.as_bytes(), straight.losses));
+    assert_eq!(longer.valid, straight.valid);
+}
+
+#[test]
 fn a_checkpoint_of_another_rank_is_an_error_that_names_it() {
     let dir = tempfile::tempdir().unwrap();
     trained_in(dir.path(), &recipe(), false).unwrap();
@@ -224,7 +241,8 @@ fn a_checkpoint_of_another_rank_is_an_error_that_names_it() {
     let model = tiny::<Train>("llama3").attach(&config).unwrap();
     let (texts, _) = texts_of("llama3");
     let (stop, replicas) = (AtomicBool::new(false), Counted::new(&Alone));
-    let result = train(model, &texts, &texts, &recipe(), Some(dir.path()), &stop, &replicas);
+    let keeping = keeping(dir.path());
+    let result = train(model, &texts, &texts, &recipe(), Some(&keeping), &stop, &replicas);
     let Err(error) = result else { panic!("it is refused") };
     assert!(error.contains("checkpoints/6: "), "{error}");
     assert!(error.contains("rank 3") && error.contains("rank 2"), "{error}");
