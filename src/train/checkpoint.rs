@@ -78,11 +78,11 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
         self.inner.load_item(file).map_err(|error| {
             // As recorders do.
             file.set_extension(R::file_extension());
-            let cut = match is_whole(file) {
-                Ok(false) => "it is cut off: ",
-                _ => "",
+            let told = |problem: String| match is_whole(file) {
+                // Burn's own words are about records of its old versions.
+                Ok(false) => format!("{}: it is cut off", file.display()),
+                _ => format!("{}: {problem}", file.display()),
             };
-            let told = |problem| format!("{}: {cut}{problem}", file.display());
             match error {
                 RecorderError::FileNotFound(problem) => RecorderError::FileNotFound(told(problem)),
                 RecorderError::DeserializeError(problem) => {

@@ -285,7 +285,7 @@ fn u4_a_checkpoint_that_is_cut_off_does_not_hide_the_one_before_it() {
         fs::write(&path, &whole[..whole.len() - 1]).unwrap();
         assert_eq!(last_checkpoint(dir.path()).unwrap(), Some(2), "{file}");
         let error = Recorder::<Train>::load_item::<()>(&recorder, &mut path.clone()).unwrap_err();
-        let expected = format!("{}: it is cut off: ", path.display());
+        let expected = format!("{}: it is cut off", path.display());
         assert!(error.to_string().contains(&expected), "{error}");
         // The third epoch again, over the file that is cut off.
         assert_same(&train(dir.path(), 3, recorder.clone()), &straight);

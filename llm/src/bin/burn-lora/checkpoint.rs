@@ -130,7 +130,13 @@ fn read<R: Record<Train>>(dir: &Path) -> Result<(ModelRecord, R, History)> {
 fn record<R: Record<Train>>(path: PathBuf) -> Result<R> {
     let file = path.with_extension("mpk");
     let read = || Recorder::<Train>::load(&MessagePack::default(), path, &Default::default());
-    read().map_err(|error| cut(&file, error))
+    read().map_err(|error| match error {
+        RecorderError::FileNotFound(problem) => format!("{}: {problem}", file.display()),
+        RecorderError::DeserializeError(problem) | RecorderError::Unknown(problem) => {
+            // More lines are about records of Burn's old versions.
+            cut(&file, problem.lines().next().unwrap_or_default())
+        }
+    })
 }
 
 fn cut(file: &Path, error: impl Display) -> String {

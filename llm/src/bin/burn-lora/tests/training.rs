@@ -270,6 +270,7 @@ fn u4_a_checkpoint_that_is_cut_off_gives_way_to_the_one_before_it() {
         let error = trained_in(dir.path(), &recipe, false).expect_err("none is whole");
         assert!(paths.iter().all(|path| error.contains(&format!("{path} is cut off"))), "{error}");
         assert!(error.contains("no other checkpoint") && error.contains("--force"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
     }
 }
 
