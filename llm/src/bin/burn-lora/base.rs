@@ -14,12 +14,12 @@ use sha2::{Digest, Sha256};
 use crate::{backend::Plain, hex, remembered::Remembered};
 
 /// Files of up to so many bytes are hashed as a whole.
-const WHOLE: u64 = 64 << 20;
+const WHOLE: u64 = 16 << 20;
 
 /// Of larger ones, so many stretches of so many bytes are, spread evenly: a hash of all would take longer than the
 /// reading. Any training changes numbers in all of them.
 const STRETCHES: u64 = 1024;
-const STRETCH: u64 = 64 << 10;
+const STRETCH: u64 = 16 << 10;
 
 /// The model that adapters are put on.
 pub struct Base {
@@ -129,10 +129,71 @@ fn add(hash: &mut Sha256, path: &Path) -> std::io::Result<()> {
         return Ok(());
     }
     for stretch in 0..STRETCHES {
-        file.seek(SeekFrom::Start(stretch * ((length - STRETCH) / (STRETCHES - 1))))?;
+        file.seek(SeekFrom::Start(stretch * (length - STRETCH) / (STRETCHES - 1)))?;
         bytes.clear();
         file.by_ref().take(STRETCH).read_to_end(&mut bytes)?;
         hash.update(&bytes);
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    #[test]
+    fn d6_large_files_are_told_apart_by_stretches() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("model.gguf");
+        let length = 2 * WHOLE + 12345;
+        let hash = |length: u64, changed: Option<u64>| {
+            let mut file = File::create(&path).unwrap();
+            file.set_len(length).unwrap();
+            if let Some(place) = changed {
+                file.seek(SeekFrom::Start(place)).unwrap();
+                file.write_all(&[7]).unwrap();
+            }
+            Base::of(&path).unwrap().fingerprint.unwrap()
+        };
+        let plain = hash(length, None);
+        let others =
+            [hash(length, Some(0)), hash(length, Some(length - 1)), hash(length + 1, None)];
+        assert!(others.iter().all(|other| *other != plain && other.len() == 32));
+        assert_eq!(hash(length, None), plain);
+    }
+
+    #[test]
+    fn d6_a_model_has_its_name_on_the_hub() {
+        for (path, expected) in [
+            ("/x/models--org--tiny-1B/snapshots/0123abc", Some("org/tiny-1B")),
+            ("models--gpt2/snapshots/0123abc", Some("gpt2")),
+            ("models--org--a--b/snapshots/0123abc", Some("org/a--b")),
+            ("org/tiny-1B", None),
+            ("/x/models--org--tiny/blobs/0123abc", None),
+            ("model.gguf", None),
+        ] {
+            assert_eq!(hub_name(Path::new(path)).as_deref(), expected, "{path}");
+        }
+    }
+
+    #[test]
+    fn d6_a_copy_keeps_the_end_of_its_name() {
+        let base = |name: &str| Base { name: name.into(), fingerprint: None, path: name.into() };
+        for (own, named, expected) in [
+            ("org/tiny-1B", "org/tiny-1B", true),
+            (
+                "smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "HuggingFaceTB/SmolLM2-135M-Instruct",
+                true,
+            ),
+            ("models/tiny-1b/", "org/Tiny-1B", true),
+            ("models/tiny-1B", "org/tiny-1B-Instruct", false),
+            ("a/model", "b/model", false),
+            ("a/checkpoint-500", "b/checkpoint-500", false),
+            ("org/other", "org/tiny-1B", false),
+        ] {
+            assert_eq!(base(own).may_be(named), expected, "{own} {named}");
+        }
+    }
 }

@@ -150,6 +150,10 @@ fn hex(hash: &[u8]) -> String {
     hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
+fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {
+    LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
+}
+
 /// Adapters, and what is remembered of their training. If they are those of another base, or of another way to write
 /// conversations, a warning is printed.
 fn adapters(
@@ -157,8 +161,7 @@ fn adapters(
     base: &Base,
     chat: &Chat,
 ) -> Result<(LoraAdapters<Plain>, Option<Remembered>)> {
-    let set = LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())?;
-    let remembered = Remembered::read(dir)?;
+    let (set, remembered) = (load(dir)?, Remembered::read(dir)?);
     let other = base.other(dir, &set, remembered.as_ref());
     let template = remembered.as_ref().and_then(|it| it.other_template(dir, chat));
     for problem in other.into_iter().chain(template) {
@@ -201,7 +204,11 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     let reading = reading(args.max_length, args.mask_prompt, &pretrained::config(&path)?);
     let Material { texts, valid, files } =
         replicas.first_then_others(|| texts::read(args, is_first, &chat, &reading))?;
-    let adapted = args.adapter.as_ref().map(|dir| started(dir, args, &base, &chat)).transpose()?;
+    let adapted = args.adapter.as_ref().map(|dir| match is_first {
+        true => started(dir, args, &base, &chat),
+        false => load(dir),
+    });
+    let adapted = adapted.transpose()?;
     let mut fingerprints: Vec<_> =
         files.into_iter().map(|(path, hash)| (path.display().to_string(), hash)).collect();
     fingerprints.extend(base.fingerprint.clone().map(|it| (path.display().to_string(), it)));

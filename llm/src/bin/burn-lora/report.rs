@@ -70,7 +70,8 @@ pub fn report(
         println!("peak memory        {:10.0} MiB", bytes as f64 / f64::from(1 << 20));
     }
     if history.losses.len() < args.iters {
-        println!("Stopped early. The same command with --resume goes on.");
+        let instead = if args.force { " in the place of --force" } else { "" };
+        println!("Stopped early. The same command with --resume{instead} goes on.");
     }
     match size {
         Some(_) => println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display()),
