@@ -45,8 +45,8 @@ impl MpiArg {
         match launched(|name| env::var(name).ok()) {
             Some(variable) => Err(format!(
                 "{variable} says that a launcher has started several processes, and each would train by itself \
-                 and write the same files; add `--mpi`, so that they train together, or start one process \
-                 without the launcher"
+                 and write the same files; add `--mpi`, so that they train together, or unset the variable if \
+                 each has files of its own"
             )),
             None => work(&Counted::new(&Alone)),
         }

@@ -67,6 +67,7 @@ fn d4_a_training_starts_from_existing_adapters() {
     let more =
         "train --model model --data data --workers 1 --batch 2 --iters 2 --adapter first/adapter";
     let (out, _) = place.done(&format!("{more} --out second"));
+    assert!(out.contains("Starts from the 4 adapters in first/adapter"), "{out}");
     let config = |of: &str| place.json(&format!("{of}/adapter/adapter_config.json"));
     let (first, second) = (config("first"), config("second"));
     for field in ["r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern"] {

@@ -352,7 +352,9 @@ fn started(dir: &Path, args: &TrainArgs, base: &Base, chat: &Chat) -> Result<Lor
             "{dir}: it is in {out}, where the new adapters go; write to another --out"
         ));
     }
-    Ok(adapters(dir, base, chat)?.0)
+    let (set, _) = adapters(dir, base, chat)?;
+    println!("Starts from the {} adapters in {}", set.len(), dir.display());
+    Ok(set)
 }
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
