@@ -32,7 +32,7 @@ pub struct Reading {
 }
 
 /// The texts of a file that there is something to learn of.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Texts {
     /// In the order of the file.
     pub texts: Vec<Text>,

@@ -132,6 +132,10 @@ fn d7_a_share_is_held_out_where_there_is_no_valid_file() {
     // The same texts each time: adapters change nothing before they are trained.
     assert!(losses.iter().all(|it| *it == losses[0]), "{losses:?}");
 
+    // What is cut off is told of the whole file.
+    let (text, _) = place.done(&train("--valid-share 0.3 --max-length 7 --out short"));
+    assert!(text.contains("data/train.jsonl: 6 of 10 texts are cut off at 7 tokens"), "{text}");
+
     // It takes the place of a file that is there.
     place.texts("data/valid.jsonl", &["a"]);
     let (text, _) = place.done(&train("--valid-share 0.01 --out both"));

@@ -74,13 +74,20 @@ pub fn read(args: &TrainArgs, is_first: bool, chat: &Chat, reading: &Reading) ->
             let valid = reviews::texts(&dev, WATCHED, chat, reading)?;
             (vec![train, dev], [texts, valid])
         }
-        (None, Some(dir)) => in_directory(dir, args.valid_share, is_first, chat, reading)?,
-        (None, None) => {
-            let dir = args.out.join(GENERATED);
-            if is_first {
+        (None, data) => {
+            let dir = data.clone().unwrap_or_else(|| args.out.join(GENERATED));
+            if data.is_none() && is_first {
                 generated::write_texts(&dir)?;
             }
-            in_directory(&dir, None, is_first, chat, reading)?
+            let [train, valid] = [TRAIN, VALID].map(|it| dir.join(it));
+            let texts = data::read(&train, chat, reading)?;
+            match args.valid_share {
+                Some(_) => (vec![train], [texts, Texts::default()]),
+                None => {
+                    let held = data::read(&valid, chat, reading)?;
+                    (vec![train, valid], [texts, held])
+                }
+            }
         }
     };
     if is_first {
@@ -88,59 +95,38 @@ pub fn read(args: &TrainArgs, is_first: bool, chat: &Chat, reading: &Reading) ->
             tell(path, texts, args.max_length, reading);
         }
     }
+    let [texts, valid] = match args.valid_share {
+        Some(share) => hold_out(texts.texts, share, &paths[0], is_first)?,
+        None => [texts.texts, valid.texts],
+    };
     let hashed = |path: PathBuf| {
         let bytes = fs::read(&path).context(path.display())?;
         Ok((path, hex(&Sha256::digest(bytes))))
     };
-    let files = paths.into_iter().map(hashed).collect::<Result<_>>()?;
-    Ok(Material { texts: texts.texts, valid: valid.texts, files })
+    Ok(Material { texts, valid, files: paths.into_iter().map(hashed).collect::<Result<_>>()? })
 }
 
-/// The files that were read, and the texts to learn from and to evaluate on.
-fn in_directory(
-    dir: &Path,
-    share: Option<f64>,
-    is_first: bool,
-    chat: &Chat,
-    reading: &Reading,
-) -> Result<(Vec<PathBuf>, [Texts; 2])> {
-    let [train, valid] = [TRAIN, VALID].map(|it| dir.join(it));
-    let texts = data::read(&train, chat, reading)?;
-    let Some(share) = share else {
-        let held = data::read(&valid, chat, reading)?;
-        return Ok((vec![train, valid], [texts, held]));
-    };
-    let ([texts, held], instead) = (hold_out(texts, share, &train)?, valid.exists());
-    if is_first {
-        let (count, all) = (held.texts.len(), held.texts.len() + texts.texts.len());
-        let instead = if instead { format!("; {VALID} is not read") } else { String::new() };
-        println!(
-            "{count} of the {all} texts in {} are held out to evaluate on{instead}",
-            train.display()
-        );
-    }
-    Ok((vec![train], [texts, held]))
-}
-
-/// Takes a share of the texts, at least one, to evaluate on. Which of them, depends on their number alone.
-fn hold_out(all: Texts, share: f64, path: &Path) -> Result<[Texts; 2]> {
-    let count = all.texts.len();
-    let held = ((count as f64 * share).round() as usize).clamp(1, count.max(2) - 1);
-    if held >= count {
+/// Takes a share of the texts, at least one, to evaluate on, and returns what is left and these. Which they are,
+/// depends on the number of texts alone.
+fn hold_out(all: Vec<Text>, share: f64, path: &Path, is_first: bool) -> Result<[Vec<Text>; 2]> {
+    let count = all.len();
+    if count < 2 {
         return Err(format!("{}: one text cannot be divided", path.display()));
+    }
+    let held = ((count as f64 * share).round() as usize).clamp(1, count - 1);
+    if is_first {
+        let instead = path.with_file_name(VALID).exists();
+        let instead = if instead { format!("; {VALID} is not read") } else { String::new() };
+        let path = path.display();
+        println!("{held} of the {count} texts in {path} are held out to evaluate on{instead}");
     }
     let mut order: Vec<_> = (0..count).collect();
     order.shuffle(&mut StdRng::seed_from_u64(SEED));
     let mut is_held = vec![false; count];
     order[..held].iter().for_each(|&it| is_held[it] = true);
     let (held, texts): (Vec<_>, Vec<_>) =
-        all.texts.into_iter().zip(is_held).partition(|(_, is_held)| *is_held);
-    let texts_of = |texts: Vec<(Text, bool)>| texts.into_iter().map(|(text, _)| text).collect();
-    // What was cut and left out is told of the file.
-    Ok([
-        Texts { texts: texts_of(texts), cut: all.cut, skipped: all.skipped },
-        Texts { texts: texts_of(held), cut: 0, skipped: 0 },
-    ])
+        all.into_iter().zip(is_held).partition(|(_, is_held)| *is_held);
+    Ok([texts, held].map(|texts| texts.into_iter().map(|(text, _)| text).collect()))
 }
 
 /// Says what of the file is not learned, if there is something.
