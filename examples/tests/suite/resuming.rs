@@ -473,7 +473,9 @@ fn only_whole_checkpoints_are_found() {
     let (path, last) = (dir.path().join("checkpoint"), || last_checkpoint(dir.path()).unwrap());
     assert_eq!(last(), None);
     fs::create_dir(&path).unwrap();
-    let touch = |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), []).unwrap());
+    // The smallest file of MessagePack.
+    let touch =
+        |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), [0xc0]).unwrap());
     touch(&["model-9.mpk", "optim-9.mpk", "scheduler-9.mpk"]);
     touch(&["model-10.mpk", "scheduler-10.mpk"]);
     fs::create_dir(path.join(".unfinished-")).unwrap();
@@ -483,4 +485,11 @@ fn only_whole_checkpoints_are_found() {
     assert_eq!(last(), Some(9));
     touch(&["optim-10.mpk"]);
     assert_eq!(last(), Some(10));
+    // A full disk leaves empty files.
+    touch(&["model-12.mpk", "optim-12.mpk", "model-13.bin", "optim-13.bin", "scheduler-13.bin"]);
+    fs::write(path.join("scheduler-12.mpk"), []).unwrap();
+    fs::write(path.join("model-13.bin"), []).unwrap();
+    assert_eq!(last(), Some(10));
+    touch(&["model-13.bin"]);
+    assert_eq!(last(), Some(13));
 }
