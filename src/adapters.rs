@@ -88,15 +88,15 @@ impl<B: Backend> LoraAdapters<B> {
     }
 
     /// The same set with the name of its base, `base_model_name_or_path` in PEFT's configuration: a name on Hugging
-    /// Face's hub, or a path. PEFT's `AutoPeftModel` loads the base by it. A set that was made here has none; one
-    /// that was loaded keeps what its file says.
+    /// Face's hub, or a path. `AutoPeftModelForCausalLM` and its kin load the base by it. A set that was made here
+    /// has none; one that was loaded keeps what its file says.
     pub fn with_base_model(self, name: impl Into<String>) -> Self {
         self.with_field(BASE_MODEL, name.into())
     }
 
     /// The same set with the task of its base, `task_type` in PEFT's configuration, such as `CAUSAL_LM` or
-    /// `SEQ_CLS`. PEFT's `AutoPeftModel` needs it, too. A set that was made here has none; one that was loaded
-    /// keeps what its file says.
+    /// `SEQ_CLS`, by which these classes know whether the set is for them. A set that was made here has none; one
+    /// that was loaded keeps what its file says.
     pub fn with_task_type(self, task: impl Into<String>) -> Self {
         self.with_field(TASK_TYPE, task.into())
     }

@@ -23,8 +23,8 @@ const STRETCH: u64 = 16 << 10;
 
 /// The model that adapters are put on.
 pub struct Base {
-    /// Its name on the hub if it is in the hub's cache, and otherwise its path as it was given. PEFT's `AutoPeftModel`
-    /// loads it by this.
+    /// Its name on the hub if it is in the hub's cache, and otherwise its path as it was given.
+    /// PEFT's `AutoPeftModelForCausalLM` loads it by this.
     pub name: String,
     /// What distinguishes its weights from those of others, if there are any.
     pub fingerprint: Option<String>,
