@@ -16,6 +16,9 @@ import time
 from array import array
 from pathlib import Path
 
+from jobs import end_when_terminated, run, started
+
+end_when_terminated()
 programs, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
 out.mkdir(parents=True)
 os.environ |= {
@@ -29,15 +32,6 @@ os.environ |= {
 steps = ["--generated", "--steps", "20", "--batch", "64"]
 
 
-def run(command, timeout=300):
-    """The exit code, and all that was printed."""
-    done = subprocess.run(
-        [str(it) for it in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
-    )
-    print(f"+ {' '.join(str(it) for it in command)}\n{done.stdout}", flush=True)
-    return done.returncode, done.stdout
-
-
 def run_quietly(command):
     """What it printed, or nothing if there is no such command."""
     try:
@@ -47,7 +41,10 @@ def run_quietly(command):
 
 
 def mpirun(count, *arguments, options=()):
-    return run(["mpirun", *options, "-n", count, *arguments])
+    code, text = run(["mpirun", *options, "-n", count, *arguments])
+    # mpirun gives its processes a terminal, and is itself in a pipe: nothing may move there.
+    assert not {"\r", "\x1b"} & set(text.replace("\r\n", "\n")), f"something moves: {text!r}"
+    return code, text
 
 
 def trained(name, count, options=(), arguments=()):
@@ -146,24 +143,19 @@ try:
     results["machines"] = trained("machines", 4, options=options)
     # A machine that is lost ends the others. The file system is the same for all, and so are the processes' numbers.
     endless = [programs / "data_parallel", "--mpi", *steps[:1], "--steps", 1000000, "--out", out / "lost"]
-    job = subprocess.Popen(
-        [str(it) for it in ["mpirun", *options, "-n", 4, *endless]], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        text=True
-    )
-    time.sleep(10)
-    assert job.poll() is None, "the training must still run"
-    lost = [int(it) for it in run_quietly("ip netns pids burn3").split()]
-    lost = lost or processes_named("data_parallel", [str(out / "lost")])[-1:]
-    start = time.monotonic()
-    for process in lost:
-        try:
-            os.kill(process, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # It ended with one before.
-    try:
+    command = ["mpirun", *options, "-n", 4, *endless]
+    with started(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as job:
+        time.sleep(10)
+        assert job.poll() is None, "the training must still run"
+        lost = [int(it) for it in run_quietly("ip netns pids burn3").split()]
+        lost = lost or processes_named("data_parallel", [str(out / "lost")])[-1:]
+        start = time.monotonic()
+        for process in lost:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                pass  # It ended with one before.
         _, text = job.communicate(timeout=60)
-    finally:
-        job.kill()
     print(f"{text}\nThe job ended {time.monotonic() - start:.1f} s after {len(lost)} processes of a machine were killed.")
     assert job.returncode != 0 and time.monotonic() - start < 30
 finally:
@@ -189,6 +181,15 @@ assert not (out / "refused").exists()
 # One that fails by itself ends the other, which waits for it.
 code, text = mpirun(1, *other, ":", "-n", 1, *other[:2], "--data", out / "nowhere")
 assert code != 0 and "error: replica 1: " in text and "nowhere" in text
+
+# Without --mpi, each would train by itself, into the same files.
+for program, arguments in [
+    (programs / "data_parallel", [*steps, "--out", out / "refused"]),
+    (programs.parent / "burn-lora", ["train", "--generated", "--out", out / "refused"]),
+]:
+    code, text = mpirun(2, program, *arguments)
+    assert code != 0 and "OMPI_COMM_WORLD_SIZE=2" in text and "add `--mpi`" in text, text
+    assert not (out / "refused").exists()
 
 # Another base, in a language model that is made here.
 model, model_out = programs.parent / "burn-lora", out / "small"
@@ -217,20 +218,16 @@ assert one.read_bytes() == two.read_bytes(), "two processes and two workers have
 killed = out / "killed"
 long = [*lm, "--model", model_out / "model", "--data", model_out / "data", "--batch", 8, "--eval-every", 20]
 long += ["--iters", 60, "--out", killed]
-job = subprocess.Popen(
-    ["mpirun", "-n", "2", *map(str, long)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-)
-deadline = time.monotonic() + 120
-while not (killed / "checkpoints/20").exists():
-    assert job.poll() is None and time.monotonic() < deadline, "there is no checkpoint"
-    time.sleep(0.05)
-victim = processes_named("burn-lora", [str(killed)])[-1]
-os.kill(victim, signal.SIGKILL)
-start = time.monotonic()
-try:
+command = ["mpirun", "-n", 2, *long]
+with started(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints/20").exists():
+        assert job.poll() is None and time.monotonic() < deadline, "there is no checkpoint"
+        time.sleep(0.05)
+    victim = processes_named("burn-lora", [str(killed)])[-1]
+    os.kill(victim, signal.SIGKILL)
+    start = time.monotonic()
     text, _ = job.communicate(timeout=60)
-finally:
-    job.kill()
 seconds = time.monotonic() - start
 print(f"{text}\nThe job ended {seconds:.1f} s after process {victim} was killed.")
 assert job.returncode != 0 and seconds < 30

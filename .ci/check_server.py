@@ -107,6 +107,37 @@ for body, status in [(b"{", 400), (b"", 400), (b"[1]", 400), (b"x" * 10_000_000,
     assert answer.status == status, (body[:10], answer.status)
     assert json.loads(answer.read())["error"]["message"]
 
+# A set that breaks is told, and one that never was whole.
+def problems():
+    listed = {model.id: model.model_extra.get("problem") for model in client.models.list()}
+    told = {name: problem for name, problem in listed.items() if problem}
+    assert metrics()["burn_lora_adapter_problems"] == len(told), (metrics(), told)
+    return told
+
+
+assert problems() == {}
+broken = root / "broken"
+broken.mkdir()
+for name in ["adapter_config.json", "adapter_model.safetensors"]:
+    (broken / name).write_bytes((root / "plain" / name).read_bytes()[:100])
+try:
+    ask("broken")
+except openai.UnprocessableEntityError as refused:
+    assert problems() == {"broken": refused.body["message"]}, problems()
+else:
+    raise AssertionError("a broken set answered")
+for name in ["adapter_config.json", "adapter_model.safetensors"]:
+    (broken / name).write_bytes((root / "plain" / name).read_bytes())
+assert problems() == {}
+assert ask("broken").choices[0].message.content == expected["plain"][0]
+(broken / "adapter_model.safetensors").write_bytes(b"nothing")
+assert ask("broken").choices[0].message.content == expected["plain"][0], "the set that was there before answers"
+assert list(problems()) == ["broken"], problems()
+for name in ["adapter_config.json", "adapter_model.safetensors"]:
+    (broken / name).unlink()
+broken.rmdir()
+assert problems() == {}
+
 # A body that never comes is waited for while the others are answered, and then refused.
 never = http.client.HTTPConnection(url.split("/")[2], timeout=60)
 never.putrequest("POST", "/v1/chat/completions")

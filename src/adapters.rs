@@ -20,6 +20,10 @@ pub use combine::Combination;
 pub use low_rank::Approximation;
 use renaming::Renaming;
 
+/// Fields of PEFT's configuration that say what the adapters are for.
+pub(crate) const BASE_MODEL: &str = "base_model_name_or_path";
+pub(crate) const TASK_TYPE: &str = "task_type";
+
 /// The adapters of a whole model, by the paths of its layers, separate from the model.
 ///
 /// [`Lora::adapters`](crate::Lora::adapters) takes such a set from a model, and
@@ -81,6 +85,30 @@ impl<B: Backend> LoraAdapters<B> {
             names_in_file: Vec::new(),
             config: BTreeMap::new(),
         }
+    }
+
+    /// The same set with the name of its base, `base_model_name_or_path` in PEFT's configuration: a name on Hugging
+    /// Face's hub, or a path. `AutoPeftModelForCausalLM` and its kin load the base by it. A set that was made here
+    /// has none; one that was loaded keeps what its file says.
+    pub fn with_base_model(self, name: impl Into<String>) -> Self {
+        self.with_field(BASE_MODEL, name.into())
+    }
+
+    /// The same set with the task of its base, `task_type` in PEFT's configuration, such as `CAUSAL_LM` or
+    /// `SEQ_CLS`, by which these classes know whether the set is for them. A set that was made here has none; one
+    /// that was loaded keeps what its file says.
+    pub fn with_task_type(self, task: impl Into<String>) -> Self {
+        self.with_field(TASK_TYPE, task.into())
+    }
+
+    /// The name of its base, if it was [told](Self::with_base_model) or a file says it.
+    pub fn base_model(&self) -> Option<&str> {
+        self.config.get(BASE_MODEL)?.as_str()
+    }
+
+    fn with_field(mut self, name: &str, value: String) -> Self {
+        self.config.insert(name.to_owned(), value.into());
+        self
     }
 
     /// The adapter of the layer at `path`.

@@ -3,6 +3,7 @@
 mod backward;
 mod checkpoint;
 mod lora_plus;
+mod message_pack;
 mod replicas;
 mod segments;
 mod workers;

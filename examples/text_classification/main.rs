@@ -265,7 +265,7 @@ fn start(args: &Args) -> Result<Start> {
         arguments::begin(&options.out, "logs", &arguments)?;
         return Ok(Start::Fresh);
     }
-    arguments::resume(&options.out, &arguments)?;
+    arguments::resume(&options.out, &arguments, &[])?;
     Ok(Start::Checkpoint)
 }
 

@@ -224,6 +224,11 @@ impl Chat {
         }
     }
 
+    /// The source of the chat template. Base models have none.
+    pub fn template(&self) -> Option<&str> {
+        self.source.as_deref()
+    }
+
     /// The text of the tokens.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         self.tokenizer.decode(ids, true).context("the tokenizer")

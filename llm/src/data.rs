@@ -12,6 +12,9 @@ use crate::{
     llama::{Llama, Positions},
 };
 
+/// The roles of those who speak in a conversation.
+const ROLES: [&str; 3] = ["system", "user", "assistant"];
+
 /// A text as tokens.
 #[derive(Clone, Debug, PartialEq, Hash)]
 pub struct Text {
@@ -23,10 +26,21 @@ pub struct Text {
 
 /// How lines become texts.
 pub struct Reading {
-    /// Longer texts are cut off.
+    /// Longer texts are cut off, in tokens.
     pub max_length: usize,
     /// Learn only the answers, not what they answer.
     pub mask_prompt: bool,
+}
+
+/// The texts of a file that there is something to learn of.
+#[derive(Debug, Default)]
+pub struct Texts {
+    /// In the order of the file.
+    pub texts: Vec<Text>,
+    /// How many of them were cut off at the greatest length.
+    pub cut: usize,
+    /// How many were left out, because nothing is to be learned of what is left of them.
+    pub skipped: usize,
 }
 
 /// A number of texts, in rows of one length.
@@ -45,9 +59,9 @@ pub struct Batch<B: Backend> {
 ///
 /// # Errors
 ///
-/// If the file cannot be read or holds no text, or a line is none of the three forms. The error names the
-/// line.
-pub fn read(path: &Path, chat: &Chat, reading: &Reading) -> Result<Vec<Text>> {
+/// If the file cannot be read, a line is none of the three forms, or there is no text to learn. The error names
+/// the line.
+pub fn read(path: &Path, chat: &Chat, reading: &Reading) -> Result<Texts> {
     let content = read_text(path)?;
     let first = content.lines().map(str::trim).find(|line| !line.is_empty()).unwrap_or_default();
     let instead = match first {
@@ -63,10 +77,44 @@ pub fn read(path: &Path, chat: &Chat, reading: &Reading) -> Result<Vec<Text>> {
     }
     let lines = content.lines().enumerate().filter(|(_, line)| !line.trim().is_empty());
     let texts = lines.map(|(number, line)| {
-        text(line, chat, reading).context(format!("{}, line {}", path.display(), number + 1))
+        text(line, chat, reading.mask_prompt).context(format!(
+            "{}, line {}",
+            path.display(),
+            number + 1
+        ))
     });
-    let texts = texts.collect::<Result<Vec<_>>>()?;
-    if texts.is_empty() { Err(format!("{}: it holds no text", path.display())) } else { Ok(texts) }
+    Texts::new(texts.collect::<Result<Vec<_>>>()?, reading.max_length).context(path.display())
+}
+
+impl Texts {
+    /// Cuts texts off at `max_length` tokens, and leaves out those of which then nothing is to be learned: empty
+    /// ones, and those whose given tokens are as long.
+    ///
+    /// # Errors
+    ///
+    /// If no text is left.
+    pub fn new(whole: Vec<Text>, max_length: usize) -> Result<Self> {
+        let count = whole.len();
+        let mut found = Self { texts: Vec::new(), cut: 0, skipped: 0 };
+        for mut text in whole {
+            let is_longer = text.ids.len() > max_length;
+            text.ids.truncate(max_length);
+            if text.targets() == 0 {
+                found.skipped += 1;
+                continue;
+            }
+            found.cut += usize::from(is_longer);
+            found.texts.push(text);
+        }
+        match (found.texts.is_empty(), count) {
+            (false, _) => Ok(found),
+            (true, 0) => Err("it holds no text".to_owned()),
+            (true, _) => Err(format!(
+                "none of its {count} texts has a token to learn within the greatest length, {max_length} \
+                 tokens: they are empty, or their prompts are as long"
+            )),
+        }
+    }
 }
 
 /// Keys of a line and of a message that say what the model reads or learns, and are not supported.
@@ -91,7 +139,7 @@ const UNSUPPORTED_IN_MESSAGES: [&str; 12] = [
 const KEYS: [&str; 4] = ["messages", "prompt", "completion", "text"];
 
 /// The form is told by the keys: `messages`, `prompt` and `completion`, or `text`.
-fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
+fn text(line: &str, chat: &Chat, mask_prompt: bool) -> Result<Text> {
     let mut json: Value = serde_json::from_str(line).map_err(|error| error.to_string())?;
     check_keys(&json, &UNSUPPORTED)?;
     // Some programs write `null` for what a line has not.
@@ -113,9 +161,7 @@ fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
             vec![message("user", string("prompt")?), message("assistant", string("completion")?)]
         }
         ["text"] => {
-            let mut ids = chat.encode_to_end(&string("text")?)?;
-            ids.truncate(reading.max_length);
-            return long_enough(Text { ids, given: 0 });
+            return Ok(Text { ids: chat.encode_to_end(&string("text")?)?, given: 0 });
         }
         _ => {
             let found = match keys[..] {
@@ -127,7 +173,8 @@ fn text(line: &str, chat: &Chat, reading: &Reading) -> Result<Text> {
             ));
         }
     };
-    conversation(&messages, chat, reading)
+    check_roles(&messages)?;
+    conversation(&messages, chat, mask_prompt)
 }
 
 /// Fails if one of the keys says something, which would be left out.
@@ -149,16 +196,26 @@ fn check_keys(json: &Value, unsupported: &[&str]) -> Result<()> {
     }
 }
 
-/// A conversation as a text.
+/// Fails if a role is none: most templates write any word.
+fn check_roles(messages: &[Message]) -> Result<()> {
+    let is_none = |it: &&Message| !ROLES.contains(&&*it.role);
+    match messages.iter().find(is_none) {
+        Some(Message { role, .. }) => {
+            Err(format!("{role:?} is not a role; `{}` is expected", ROLES.join("`, `")))
+        }
+        None => Ok(()),
+    }
+}
+
+/// A conversation as a text. With `mask_prompt`, all before the last answer is given.
 ///
 /// # Errors
 ///
-/// If the model has no chat template, or writes questions without answers in another way; or if nothing of
-/// the conversation is to be learned.
-pub fn conversation(messages: &[Message], chat: &Chat, reading: &Reading) -> Result<Text> {
-    let mut ids = chat.encode(&chat.render(messages, false)?, false)?;
+/// If the model has no chat template, or writes questions without answers in another way.
+pub fn conversation(messages: &[Message], chat: &Chat, mask_prompt: bool) -> Result<Text> {
+    let ids = chat.encode(&chat.render(messages, false)?, false)?;
     let mut given = 0;
-    if reading.mask_prompt {
+    if mask_prompt {
         let (last, before) = messages.split_last().ok_or("`messages` is empty")?;
         if last.role != "assistant" {
             return Err(format!(
@@ -176,15 +233,7 @@ pub fn conversation(messages: &[Message], chat: &Chat, reading: &Reading) -> Res
         }
         given = prompt.len();
     }
-    ids.truncate(reading.max_length);
-    long_enough(Text { ids, given })
-}
-
-fn long_enough(text: Text) -> Result<Text> {
-    match text.targets() {
-        0 => Err("within the greatest length, there is no token to learn".to_owned()),
-        _ => Ok(text),
-    }
+    Ok(Text { ids, given })
 }
 
 impl Text {

@@ -162,6 +162,18 @@ pub fn load<B: Backend>(
     Err(problems).context(path.display())
 }
 
+/// The configuration of the decoder in `path`, a directory or a GGUF file. Its weights are not read.
+///
+/// # Errors
+///
+/// If the file cannot be read, or describes a model that [`Llama`] is not.
+pub fn config(path: &Path) -> Result<LlamaConfig> {
+    match is_gguf(path) {
+        true => Ok(model::read(path)?.config),
+        false => LlamaConfig::read(&path.join("config.json")),
+    }
+}
+
 /// Takes the weights that are quantized out of the tensors, by the paths of their layers.
 fn quantized<B: Backend>(
     tensors: &mut Tensors,

@@ -10,7 +10,7 @@ use super::json::{Entries, check_object};
 use crate::{
     adapter::{LoraAdapter, Tie, WeightLayout},
     adapters::{
-        LoraAdapters,
+        BASE_MODEL, LoraAdapters, TASK_TYPE,
         peft_targets::{Indices, Modules, Names, Targets, within_any},
     },
     config::Scaling,
@@ -402,11 +402,9 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
     ] {
         fields.insert(name.to_owned(), value);
     }
-    for (name, value) in [
-        ("base_model_name_or_path", Value::Null),
-        ("fan_in_fan_out", json!(false)),
-        ("task_type", Value::Null),
-    ] {
+    for (name, value) in
+        [(BASE_MODEL, Value::Null), ("fan_in_fan_out", json!(false)), (TASK_TYPE, Value::Null)]
+    {
         fields.entry(name.to_owned()).or_insert(value);
     }
     if !set.modules_to_save.is_empty() {

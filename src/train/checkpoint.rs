@@ -1,7 +1,7 @@
 //! Checkpoints that are written completely or not at all.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     fs, io,
     path::{Path, PathBuf},
 };
@@ -12,6 +12,7 @@ use burn::{
 };
 use serde::{Serialize, de::DeserializeOwned};
 
+use super::message_pack;
 use crate::files::{sync, unfinished_in};
 
 /// A recorder that writes to a temporary file, and renames it when it is complete. If the run is killed
@@ -72,8 +73,24 @@ impl<B: Backend, R: FileRecorder<B>> Recorder<B> for AtomicRecorder<R> {
         save().map_err(|error| RecorderError::Unknown(format!("{}: {error}", file.display())))
     }
 
+    /// The errors name the file, and say if it is cut off.
     fn load_item<I: DeserializeOwned>(&self, file: &mut PathBuf) -> Result<I, RecorderError> {
-        self.inner.load_item(file)
+        self.inner.load_item(file).map_err(|error| {
+            // As recorders do.
+            file.set_extension(R::file_extension());
+            let told = |problem: String| match is_whole(file) {
+                // Burn's own words are about records of its old versions.
+                Ok(false) => format!("{}: it is cut off", file.display()),
+                _ => format!("{}: {problem}", file.display()),
+            };
+            match error {
+                RecorderError::FileNotFound(problem) => RecorderError::FileNotFound(told(problem)),
+                RecorderError::DeserializeError(problem) => {
+                    RecorderError::DeserializeError(told(problem))
+                }
+                RecorderError::Unknown(problem) => RecorderError::Unknown(told(problem)),
+            }
+        })
     }
 }
 
@@ -85,28 +102,46 @@ const PARTS: [&str; 3] = ["model", "optim", "scheduler"];
 /// `None` if the directory does not exist.
 ///
 /// A run that is killed between two files, or while an [`AtomicRecorder`] writes a file, leaves an
-/// incomplete checkpoint, which is ignored.
+/// incomplete checkpoint, which is ignored. So is one with a file that is cut off, as other recorders and full
+/// disks leave them, so that it does not hide the whole one before it: an empty file, or an `.mpk` file that ends
+/// early. Other formats tell this only when they are loaded.
 ///
 /// # Errors
 ///
-/// If the directory exists and cannot be read.
+/// If the directory, or a file in it, exists and cannot be read.
 pub fn last_checkpoint(directory: impl AsRef<Path>) -> io::Result<Option<usize>> {
     let files = match fs::read_dir(directory.as_ref().join("checkpoint")) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         files => files?,
     };
-    let mut found = BTreeMap::<usize, BTreeSet<&str>>::new();
+    let mut found = BTreeMap::<usize, BTreeMap<&str, PathBuf>>::new();
     for file in files {
-        let name = file?.file_name();
-        let name = name.to_string_lossy();
+        let path = file?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let stem = name.split('.').next().unwrap_or_default();
         if let Some((part, epoch)) = stem.split_once('-')
             && let Some(part) = PARTS.into_iter().find(|it| *it == part)
             && let Ok(epoch) = epoch.parse()
         {
-            found.entry(epoch).or_default().insert(part);
+            found.entry(epoch).or_default().insert(part, path.clone());
         }
     }
-    let whole = found.into_iter().rev().find(|(_, parts)| parts.len() == PARTS.len());
-    Ok(whole.map(|(epoch, _)| epoch))
+    for (epoch, parts) in found.into_iter().rev() {
+        let mut whole = parts.len() == PARTS.len();
+        for path in parts.values() {
+            whole = whole && is_whole(path)?;
+        }
+        if whole {
+            return Ok(Some(epoch));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether the file is not cut off, as far as its format tells.
+fn is_whole(path: &Path) -> io::Result<bool> {
+    match path.extension().is_some_and(|it| it == "mpk") {
+        true => message_pack::is_whole(path),
+        false => Ok(fs::metadata(path)?.len() > 0),
+    }
 }

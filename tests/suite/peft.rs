@@ -270,6 +270,31 @@ fn what_a_file_says_beyond_our_concern_is_kept() {
     }
 }
 
+#[test]
+fn d6_a_set_says_what_base_and_task_it_is_for() {
+    let dir = TempDir::new("base");
+    let ours = Model::<Plain>::base().attach(&config()).unwrap().adapters();
+    let (text, weights) = files("plain");
+    let theirs = LoraAdapters::<Plain>::from_bytes(&text, &weights, &device::<Plain>()).unwrap();
+    let said = |set: &LoraAdapters<Plain>| {
+        set.save(dir.0.join("set")).unwrap();
+        let saved = fs::read(dir.0.join("set/adapter_config.json")).unwrap();
+        let saved: Value = serde_json::from_slice(&saved).unwrap();
+        [saved["base_model_name_or_path"].clone(), saved["task_type"].clone()]
+    };
+    assert_eq!(said(&ours), [Value::Null, Value::Null]);
+    for set in [ours, theirs] {
+        assert_eq!(set.base_model(), None);
+        let set = set.with_base_model("org/base").with_task_type("CAUSAL_LM");
+        assert_eq!(said(&set), [json!("org/base"), json!("CAUSAL_LM")]);
+        let loaded = LoraAdapters::<Plain>::load(dir.0.join("set"), &device::<Plain>()).unwrap();
+        assert_eq!(loaded.base_model(), Some("org/base"));
+        // A model keeps it.
+        let model = Model::<Plain>::base().switch(&loaded).unwrap();
+        assert_eq!(said(&model.adapters()), [json!("org/base"), json!("CAUSAL_LM")]);
+    }
+}
+
 fn config() -> LoraConfig {
     LoraConfig::new(3, 2.0).with_init(Init::RandomBoth).with_seed(5)
 }

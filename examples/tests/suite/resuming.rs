@@ -275,6 +275,25 @@ fn a_training_that_was_killed_while_it_wrote_goes_on() {
 }
 
 #[test]
+fn u4_a_checkpoint_that_is_cut_off_does_not_hide_the_one_before_it() {
+    let dir = TempDir::new().unwrap();
+    let recorder = AtomicRecorder::<MessagePack>::default();
+    let straight = train(dir.path(), 3, recorder.clone());
+    for file in ["model-3.mpk", "optim-3.mpk", "scheduler-3.mpk"] {
+        let path = dir.path().join("checkpoint").join(file);
+        let whole = fs::read(&path).unwrap();
+        fs::write(&path, &whole[..whole.len() - 1]).unwrap();
+        assert_eq!(last_checkpoint(dir.path()).unwrap(), Some(2), "{file}");
+        let error = Recorder::<Train>::load_item::<()>(&recorder, &mut path.clone()).unwrap_err();
+        let expected = format!("{}: it is cut off", path.display());
+        assert!(error.to_string().contains(&expected), "{error}");
+        // The third epoch again, over the file that is cut off.
+        assert_same(&train(dir.path(), 3, recorder.clone()), &straight);
+        assert_eq!(last_checkpoint(dir.path()).unwrap(), Some(3));
+    }
+}
+
+#[test]
 #[ignore = "another test runs it in a process of its own"]
 fn is_killed_while_it_writes() {
     let dir = std::env::var(DIRECTORY).expect("the other test says where");
@@ -455,7 +474,9 @@ fn only_whole_checkpoints_are_found() {
     let (path, last) = (dir.path().join("checkpoint"), || last_checkpoint(dir.path()).unwrap());
     assert_eq!(last(), None);
     fs::create_dir(&path).unwrap();
-    let touch = |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), []).unwrap());
+    // The smallest file of MessagePack.
+    let touch =
+        |names: &[&str]| names.iter().for_each(|it| fs::write(path.join(it), [0xc0]).unwrap());
     touch(&["model-9.mpk", "optim-9.mpk", "scheduler-9.mpk"]);
     touch(&["model-10.mpk", "scheduler-10.mpk"]);
     fs::create_dir(path.join(".unfinished-")).unwrap();
@@ -465,4 +486,11 @@ fn only_whole_checkpoints_are_found() {
     assert_eq!(last(), Some(9));
     touch(&["optim-10.mpk"]);
     assert_eq!(last(), Some(10));
+    // A full disk leaves empty files.
+    touch(&["model-12.mpk", "optim-12.mpk", "model-13.bin", "optim-13.bin", "scheduler-13.bin"]);
+    fs::write(path.join("scheduler-12.mpk"), []).unwrap();
+    fs::write(path.join("model-13.bin"), []).unwrap();
+    assert_eq!(last(), Some(10));
+    touch(&["model-13.bin"]);
+    assert_eq!(last(), Some(13));
 }

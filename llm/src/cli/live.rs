@@ -3,6 +3,7 @@
 
 use std::{
     fmt::Display,
+    io::{IsTerminal, stderr, stdout},
     time::{Duration, Instant},
 };
 
@@ -36,7 +37,7 @@ pub struct Live {
 impl Live {
     /// Shows the name of the training at once: its first step can take seconds.
     pub fn new(name: &str, part: impl Display) -> Self {
-        let bar = ProgressBar::with_draw_target(Some(TICKS), ProgressDrawTarget::stdout());
+        let bar = ProgressBar::with_draw_target(Some(TICKS), target());
         let style = ProgressStyle::with_template("{prefix} [{wide_bar}] {msg}");
         bar.set_style(style.expect("the template is valid").progress_chars("=> "));
         bar.set_message("starting");
@@ -86,13 +87,27 @@ impl Drop for Live {
 
 /// Says in a terminal what is being done, for as long as `work` takes.
 pub fn during<T>(doing: &str, work: impl FnOnce() -> T) -> T {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stdout());
+    let bar = ProgressBar::with_draw_target(None, target());
     bar.set_style(ProgressStyle::with_template("{msg} ...").expect("the template is valid"));
     bar.set_message(doing.to_owned());
     bar.tick();
     let result = work();
     bar.finish_and_clear();
     result
+}
+
+/// Where bars move: in a terminal, if there is one.
+fn target() -> ProgressDrawTarget {
+    match moves(stdout().is_terminal(), stderr().is_terminal()) {
+        true => ProgressDrawTarget::stdout(),
+        false => ProgressDrawTarget::hidden(),
+    }
+}
+
+/// Whether a person watches. `mpirun` gives each process a terminal for its output, and reads from that what it
+/// puts into pipes; standard error is a pipe then.
+fn moves(stdout: bool, stderr: bool) -> bool {
+    stdout && stderr
 }
 
 /// A duration in the units in which people count it.
@@ -102,5 +117,16 @@ fn duration(duration: Duration) -> String {
         0..60 => format!("{seconds} s"),
         60..3600 => format!("{} min {:02} s", seconds / 60, seconds % 60),
         _ => format!("{} h {:02} min", seconds / 3600, seconds / 60 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::moves;
+
+    #[test]
+    fn d1_bars_move_only_where_all_that_is_said_is_in_a_terminal() {
+        let found = [(true, true), (true, false), (false, true)].map(|(out, err)| moves(out, err));
+        assert_eq!(found, [true, false, false]);
     }
 }

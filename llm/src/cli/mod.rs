@@ -19,13 +19,16 @@ use std::{
     process::ExitCode,
 };
 
-use clap::Parser;
+use clap::{Parser, error::ErrorKind};
 use serde::Serialize;
 
 use crate::{Context, Result};
 
+/// What clap calls a program that needs arguments and has none. It prints the help then.
+const NO_ARGUMENTS: ErrorKind = ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+
 /// Parses the arguments, checks the backend of this name and runs the program. Wrong arguments end it with one
-/// line and exit code 2. Any other error ends it with one line and exit code 1.
+/// line and exit code 2. Without any, a program that needs some prints its help, with the same exit code. Any other error ends it with one line and exit code 1.
 pub fn main<A: Parser>(
     backend: &str,
     check: impl FnOnce() -> Result<()>,
@@ -37,7 +40,7 @@ pub fn main<A: Parser>(
     let matches = A::command().after_help(backend).try_get_matches();
     let args = match matches.and_then(|matches| A::from_arg_matches(&matches)) {
         Ok(args) => args,
-        Err(error) if !error.use_stderr() => error.exit(),
+        Err(error) if !error.use_stderr() || error.kind() == NO_ARGUMENTS => error.exit(),
         Err(error) => {
             eprintln!("{}", one_line(&error.to_string()));
             return ExitCode::from(2);

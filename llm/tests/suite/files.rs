@@ -174,7 +174,8 @@ fn read(model: &Path, lines: &str) -> burn_lora_llm::Result<Vec<Text>> {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("train.jsonl");
     fs::write(&path, lines).unwrap();
-    data::read(&path, &Chat::read(model)?, &Reading { max_length: 100, mask_prompt: false })
+    let reading = Reading { max_length: 100, mask_prompt: false };
+    Ok(data::read(&path, &Chat::read(model)?, &reading)?.texts)
 }
 
 fn user(content: &str) -> Message {

@@ -9,10 +9,12 @@ use burn_lora_llm::{
     merged::Precision,
 };
 use clap::{Parser, Subcommand};
+use serde_json::{Value, json};
 
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
 /// adapters into its weights.
 #[derive(Parser, Debug)]
+#[command(name = "burn-lora", version)]
 pub struct Args {
     #[command(subcommand)]
     pub command: Command,
@@ -51,6 +53,9 @@ impl BaseArgs {
     }
 }
 
+/// The length at which texts are cut off, in tokens.
+pub const MAX_LENGTH: usize = 512;
+
 /// The linear layers of each block.
 const ALL_LINEAR: &str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
 
@@ -65,6 +70,9 @@ pub struct TrainArgs {
     /// or `text`; otherwise questions about animals, with polite answers
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Hold out this share of train.jsonl, drawn by a fixed seed, in the place of valid.jsonl
+    #[arg(long, value_name = "SHARE", requires = "data", value_parser = share)]
+    pub valid_share: Option<f64>,
     /// Directory with train.tsv, dev.tsv and test.tsv of SST-2, of which the model is asked: is this film
     /// review positive or negative?
     #[arg(long, value_name = "DIR", conflicts_with = "data")]
@@ -76,6 +84,9 @@ pub struct TrainArgs {
     /// generated
     #[arg(long, value_name = "DIR", default_value = "out/language_model")]
     pub out: PathBuf,
+    /// Start from the adapters in this directory, with their ranks, alphas and layers
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "targets", "relative", "full"])]
+    pub adapter: Option<PathBuf>,
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = cli::positive)]
     pub rank: usize,
@@ -100,8 +111,9 @@ pub struct TrainArgs {
     /// Number of batches of a step
     #[arg(long, default_value = "1", value_parser = cli::positive)]
     pub accumulate: usize,
-    /// Longer texts are cut off, in tokens; at most as many as the model can read
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = cli::positive)]
+    /// Longer texts are cut off, in tokens; at most as many as the model can read. Those that then have nothing
+    /// to learn are left out
+    #[arg(long, value_name = "TOKENS", default_value_t = MAX_LENGTH, value_parser = cli::positive)]
     pub max_length: usize,
     /// Learning rate, which falls to zero along a cosine
     #[arg(long, value_name = "RATE", default_value = "0.0005", value_parser = cli::rate)]
@@ -131,9 +143,26 @@ pub struct TrainArgs {
     /// Seed of the adapters and the order of the texts
     #[arg(long, default_value = "42")]
     pub seed: u64,
-    /// Resume a run that was stopped, with the same arguments and the same --out
+    /// Resume a run that was stopped, with the same arguments and the same --out; more --iters lengthen it
     #[arg(long)]
     pub resume: bool,
+    /// Replace the result of an earlier run in --out
+    #[arg(long, conflicts_with = "resume")]
+    pub force: bool,
+}
+
+impl TrainArgs {
+    /// The fields of JSON that say what adapters are made: nothing of it, if there are some to start from.
+    pub fn shape(&self) -> [(String, Value); 3] {
+        let fields = [
+            ("rank", json!(self.rank)),
+            ("alpha", json!(self.alpha)),
+            ("targets", json!(self.targets)),
+        ];
+        fields.map(|(name, value)| {
+            (name.to_owned(), if self.adapter.is_some() { Value::Null } else { value })
+        })
+    }
 }
 
 #[derive(Parser, Debug)]
@@ -149,12 +178,16 @@ pub struct EvaluateArgs {
     /// Number of texts of a batch
     #[arg(long, default_value = "4", value_parser = cli::positive)]
     pub batch: usize,
-    /// Longer texts are cut off, in tokens; at most as many as the model can read
-    #[arg(long, value_name = "TOKENS", default_value = "512", value_parser = cli::positive)]
-    pub max_length: usize,
-    /// Count only the answers, not the prompts
-    #[arg(long)]
-    pub mask_prompt: bool,
+    /// Longer texts are cut off, in tokens; at most as many as the model can read. By default as in the training of
+    /// the adapters, and otherwise 512
+    #[arg(long, value_name = "TOKENS", value_parser = cli::positive)]
+    pub max_length: Option<usize>,
+    /// Count only the answers, not the prompts; `--mask-prompt=false` counts both. By default as in the training of
+    /// the adapters, and otherwise both
+    #[arg(
+        long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true"
+    )]
+    pub mask_prompt: Option<bool>,
 }
 
 #[derive(Parser, Debug)]
@@ -229,6 +262,14 @@ pub struct ServeArgs {
     /// for a prompt grows with the square of its length, and all texts of a batch take as much as the longest
     #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = cli::positive)]
     pub max_length: usize,
+}
+
+/// Parses a share that leaves something.
+fn share(text: &str) -> Result<f64> {
+    match text.parse() {
+        Ok(value) if value > 0.0 && value < 1.0 => Ok(value),
+        _ => Err("a number between 0 and 1 is needed".to_owned()),
+    }
 }
 
 /// Parses a temperature.

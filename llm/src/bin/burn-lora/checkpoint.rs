@@ -1,6 +1,7 @@
 //! What a training that was stopped goes on from.
 
 use std::{
+    fmt::Display,
     fs,
     path::{Path, PathBuf},
 };
@@ -8,7 +9,7 @@ use std::{
 use burn::{
     module::Module,
     optim::Optimizer,
-    record::{FullPrecisionSettings, NamedMpkFileRecorder, Recorder},
+    record::{FullPrecisionSettings, NamedMpkFileRecorder, Record, Recorder, RecorderError},
 };
 
 use burn_lora_llm::{Context, Result};
@@ -22,6 +23,11 @@ type MessagePack = NamedMpkFileRecorder<FullPrecisionSettings>;
 
 /// The number of checkpoints that are kept.
 const KEPT: usize = 2;
+
+/// The files of a checkpoint. The first two get the ending of their format.
+const MODEL: &str = "model";
+const OPTIMIZER: &str = "optimizer";
+const HISTORY: &str = "history.json";
 
 /// The name of an unfinished checkpoint.
 const UNFINISHED: &str = ".unfinished";
@@ -45,13 +51,13 @@ pub fn save<O: Optimizer<Model, Train>>(
         fs::create_dir_all(&unfinished).map_err(|error| error.to_string())?;
         let record = |name: &str| unfinished.join(name);
         let recorder = MessagePack::default();
-        let text = |error: burn::record::RecorderError| error.to_string();
-        Recorder::<Train>::record(&recorder, model.clone().into_record(), record("model"))
+        let text = |error: RecorderError| error.to_string();
+        Recorder::<Train>::record(&recorder, model.clone().into_record(), record(MODEL))
             .map_err(text)?;
-        Recorder::<Train>::record(&recorder, optimizer.to_record(), record("optimizer"))
+        Recorder::<Train>::record(&recorder, optimizer.to_record(), record(OPTIMIZER))
             .map_err(text)?;
         let history_text = serde_json::to_vec(history).map_err(|error| error.to_string())?;
-        fs::write(record("history.json"), history_text).map_err(|error| error.to_string())?;
+        fs::write(record(HISTORY), history_text).map_err(|error| error.to_string())?;
         let complete = dir.join(history.losses.len().to_string());
         if complete.exists() {
             fs::remove_dir_all(&complete).map_err(|error| error.to_string())?;
@@ -65,31 +71,76 @@ pub fn save<O: Optimizer<Model, Train>>(
     Ok(())
 }
 
-/// The model, the optimizer and the history of the last checkpoint in `dir`, or those that are given if
-/// there is none.
+/// What a training goes on from.
+pub struct Checkpoint<O> {
+    pub model: Model,
+    pub optimizer: O,
+    pub history: History,
+    /// Why later checkpoints were passed over.
+    pub passed: Vec<String>,
+}
+
+impl<O> Checkpoint<O> {
+    /// The beginning.
+    pub fn begin(model: Model, optimizer: O) -> Self {
+        Self { model, optimizer, history: History::default(), passed: Vec::new() }
+    }
+}
+
+/// The last checkpoint in `dir` that can be read, or what is given if there is none.
 ///
 /// # Errors
 ///
-/// If it cannot be read, or is one of a model with other adapters.
+/// If there are checkpoints and none of them can be read, or if it is one of a model with other adapters.
 pub fn load<O: Optimizer<Model, Train>>(
     dir: &Path,
     model: Model,
     optimizer: O,
-) -> Result<(Model, O, History)> {
-    let Some((_, last)) = all(dir)?.pop() else {
-        return Ok((model, optimizer, History::default()));
-    };
-    let device = Default::default();
-    let recorder = MessagePack::default();
-    let read = |name: &str| last.join(name);
-    let record = Recorder::<Train>::load(&recorder, read("model"), &device);
-    let record = record.context(last.display())?;
-    let model = model.try_load_record(record).context(last.display())?;
-    let record = Recorder::<Train>::load(&recorder, read("optimizer"), &device);
-    let optimizer = optimizer.load_record(record.context(last.display())?);
-    let history = fs::read(read("history.json")).context(last.display())?;
-    let history = serde_json::from_slice(&history).context(last.display())?;
-    Ok((model, optimizer, history))
+) -> Result<Checkpoint<O>> {
+    let mut passed = Vec::new();
+    for (_, path) in all(dir)?.into_iter().rev() {
+        match read(&path) {
+            Ok((of_model, of_optimizer, history)) => {
+                let model = model.try_load_record(of_model).context(path.display())?;
+                let optimizer = optimizer.load_record(of_optimizer);
+                return Ok(Checkpoint { model, optimizer, history, passed });
+            }
+            Err(problem) => passed.push(problem),
+        }
+    }
+    match passed.is_empty() {
+        true => Ok(Checkpoint::begin(model, optimizer)),
+        false => Err(format!(
+            "{}, and there is no other checkpoint; begin anew with --force",
+            passed.join("; ")
+        )),
+    }
+}
+
+type ModelRecord = <Model as Module<Train>>::Record;
+
+/// The parts of the checkpoint in `dir`.
+fn read<R: Record<Train>>(dir: &Path) -> Result<(ModelRecord, R, History)> {
+    let history = dir.join(HISTORY);
+    let text = fs::read(&history).context(history.display())?;
+    let history = serde_json::from_slice(&text).map_err(|error| cut(&history, error))?;
+    Ok((record(dir.join(MODEL))?, record(dir.join(OPTIMIZER))?, history))
+}
+
+fn record<R: Record<Train>>(path: PathBuf) -> Result<R> {
+    let file = path.with_extension("mpk");
+    let read = || Recorder::<Train>::load(&MessagePack::default(), path, &Default::default());
+    read().map_err(|error| match error {
+        RecorderError::FileNotFound(problem) => format!("{}: {problem}", file.display()),
+        RecorderError::DeserializeError(problem) | RecorderError::Unknown(problem) => {
+            // More lines are about records of Burn's old versions.
+            cut(&file, problem.lines().next().unwrap_or_default())
+        }
+    })
+}
+
+fn cut(file: &Path, error: impl Display) -> String {
+    format!("{} is cut off or damaged ({error})", file.display())
 }
 
 /// All checkpoints, by the number of steps that were done.

@@ -10,7 +10,7 @@ use burn_lora_llm::{
     chat::{Chat, Message},
     cli::replicas::Counted,
     config::LlamaConfig,
-    data::{self, Reading},
+    data::{Texts, conversation},
     files::write_atomically,
     merged,
 };
@@ -153,13 +153,10 @@ pub fn write_model(dir: &Path, seed: u64, stop: &AtomicBool) -> Result<()> {
     let texts = (0..CONVERSATIONS).map(|i| {
         let pairs = known.sample(&mut rng, 1 + i % 3);
         let messages: Vec<_> = pairs.flat_map(messages).collect();
-        data::conversation(&messages, &chat, &Reading { max_length: LONGEST, mask_prompt: false })
+        conversation(&messages, &chat, false)
     });
-    let texts = texts.collect::<Result<Vec<_>>>()?;
-    let answers = known.iter().map(|pair| {
-        let reading = Reading { max_length: LONGEST, mask_prompt: true };
-        data::conversation(&messages(pair), &chat, &reading)
-    });
+    let Texts { texts, .. } = Texts::new(texts.collect::<Result<_>>()?, LONGEST)?;
+    let answers = known.iter().map(|pair| conversation(&messages(pair), &chat, true));
     let answers = answers.collect::<Result<Vec<_>>>()?;
 
     let device = Default::default();

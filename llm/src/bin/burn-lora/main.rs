@@ -18,13 +18,17 @@
 
 mod args;
 mod backend;
+mod base;
 mod checkpoint;
 mod generated;
+mod remembered;
 mod report;
+mod results;
 mod reviews;
 mod serve;
 #[cfg(test)]
 mod tests;
+mod texts;
 mod train;
 
 use std::{
@@ -45,8 +49,9 @@ use burn_lora::{
 use burn_lora_llm::{
     Context, Result,
     chat::Chat,
-    cli::{self, arguments, hub, live::during, relatives::Relative, replicas::Counted},
-    data::{self, Batch, Reading, Text, pack},
+    cli::{self, hub, live::during, relatives::Relative, replicas::Counted},
+    config::LlamaConfig,
+    data::{self, Batch, Reading, pack},
     generate::{Sampling, generate},
     llama::Llama,
     loss,
@@ -57,10 +62,16 @@ use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
 use serde_json::json;
 
-use args::{Args, Command, EvaluateArgs, GenerateArgs, MergeArgs, ServeArgs, TrainArgs};
+use args::{
+    Args, Command, EvaluateArgs, GenerateArgs, MAX_LENGTH, MergeArgs, ServeArgs, TrainArgs,
+};
 use backend::{Plain, Train};
+use base::Base;
+use remembered::Remembered;
 use report::report;
-use train::{CHECKPOINTS, Recipe};
+use results::Start;
+use texts::Material;
+use train::{Keeping, Recipe};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -78,12 +89,11 @@ const SMOLLM2: hub::Model = hub::Model {
     ],
 };
 
-/// Directories of what was generated, in that of the run.
+/// The directory of the model that was generated, in that of the run.
 const MODEL: &str = "model";
-const DATA: &str = "data";
 
-/// The number of reviews to evaluate on during a training.
-const WATCHED: usize = 64;
+/// What adapters of language models are for, in PEFT's files.
+const TASK: &str = "CAUSAL_LM";
 
 /// The number of texts that EVA sees.
 const SEEN: usize = 512;
@@ -103,15 +113,16 @@ fn find(given: &Option<PathBuf>) -> Result<PathBuf> {
     given.clone().map_or_else(|| SMOLLM2.find(), Ok)
 }
 
-/// The model and its tokens.
+/// The model.
 fn read<B: Backend>(
-    dir: &Path,
+    path: &Path,
     quantize: Option<Quantization>,
     device: &B::Device,
-) -> Result<(Llama<B>, Chat)> {
+) -> Result<Llama<B>> {
     let start = Instant::now();
-    let doing = format!("reading {}", dir.display());
-    let (llama, chat, stored) = during(&doing, || read_silently::<B>(dir, quantize, device))?;
+    let doing = format!("reading {}", path.display());
+    let loaded = during(&doing, || pretrained::load::<B>(path, quantize, device))?;
+    let (llama, stored) = (loaded.llama, loaded.stored.unwrap_or("F32".to_owned()));
     match quantized_bytes(&llama) {
         0 if stored == "F32" => {}
         0 => println!("The weights are {stored} in the file, and F32 here."),
@@ -122,18 +133,7 @@ fn read<B: Backend>(
     }
     let millions = llama.parameters().total as f64 / 1e6;
     println!("{millions:.1} million parameters, read in {:.1} s", start.elapsed().as_secs_f64());
-    Ok((llama, chat))
-}
-
-/// The same without a word, and how the weights are stored.
-fn read_silently<B: Backend>(
-    dir: &Path,
-    quantize: Option<Quantization>,
-    device: &B::Device,
-) -> Result<(Llama<B>, Chat, String)> {
-    let chat = Chat::read(dir)?;
-    let loaded = pretrained::load::<B>(dir, quantize, device)?;
-    Ok((loaded.llama, chat, loaded.stored.unwrap_or("F32".to_owned())))
+    Ok(llama)
 }
 
 /// The bytes of the weights that are quantized.
@@ -143,22 +143,42 @@ fn quantized_bytes<B: Backend>(llama: &Llama<B>) -> usize {
 }
 
 /// How texts are read. None is longer than those that the model learned to read.
-fn reading<B: Backend>(max_length: usize, mask_prompt: bool, llama: &Llama<B>) -> Reading {
-    Reading { max_length: max_length.min(llama.max_positions), mask_prompt }
+fn reading(max_length: usize, mask_prompt: bool, config: &LlamaConfig) -> Reading {
+    Reading { max_length: max_length.min(config.max_position_embeddings), mask_prompt }
 }
 
-fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
+/// Hexadecimal digits that distinguish what was hashed from others.
+fn hex(hash: &[u8]) -> String {
+    hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+}
+
+fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {
     LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
+}
+
+/// Adapters, and what is remembered of their training. If they are those of another base, or of another way to write
+/// conversations, a warning is printed.
+fn adapters(
+    dir: &Path,
+    base: &Base,
+    chat: &Chat,
+) -> Result<(LoraAdapters<Plain>, Option<Remembered>)> {
+    let (set, remembered) = (load(dir)?, Remembered::read(dir)?);
+    let other = base.other(dir, &set, remembered.as_ref());
+    let template = remembered.as_ref().and_then(|it| it.other_template(dir, chat));
+    for problem in other.into_iter().chain(template) {
+        eprintln!("warning: {problem}");
+    }
+    Ok((set, remembered))
 }
 
 fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     let device = Default::default();
     let is_first = replicas.is_first();
-    let arguments = json!({
+    let mut arguments = json!({
         "model": args.base.model, "quantize": args.base.quantize.map(|it| format!("{it:?}")),
-        "generated": args.generated, "data": args.data, "sst2": args.sst2,
-        "rank": args.rank, "alpha": args.alpha,
-        "targets": args.targets, "relative": args.relative.map(Relative::name), "full": args.full,
+        "generated": args.generated, "data": args.data, "valid_share": args.valid_share, "sst2": args.sst2,
+        "adapter": args.adapter, "relative": args.relative.map(Relative::name), "full": args.full,
         "iters": args.iters, "batch": args.batch,
         "accumulate": args.accumulate, "max_length": args.max_length,
         "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
@@ -166,36 +186,61 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         "segments": args.segments, "workers": args.workers.count(backend::cores()), "seed": args.seed,
         "backend": backend::NAME,
     });
-    if args.resume {
-        arguments::resume(&args.out, &arguments)?;
+    if let Some(fields) = arguments.as_object_mut() {
+        fields.extend(args.shape());
     }
+    let start = match (args.resume, args.force) {
+        (true, _) => Start::Resume,
+        (_, true) => Start::Force,
+        _ => Start::New,
+    };
+    results::check(&args.out, start, &arguments)?;
+    texts::check(args)?;
     let stop = stopper()?;
-    let model = replicas.first_then_others(|| match args.generated {
+    let path = replicas.first_then_others(|| match args.generated {
         true => generated(args, is_first, &stop),
         false => find(&args.base.model),
     })?;
-    let quantize = args.base.quantization();
-    let (llama, chat) = match is_first {
-        true => read::<Train>(&model, quantize, &device)?,
-        false => read_silently::<Train>(&model, quantize, &device).map(|it| (it.0, it.1))?,
-    };
-    let reading = reading(args.max_length, args.mask_prompt, &llama);
-    let (texts, valid) = replicas.first_then_others(|| texts(args, is_first, &chat, &reading))?;
+    // What is read quickly is checked before the model is read.
+    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
+    let reading = reading(args.max_length, args.mask_prompt, &pretrained::config(&path)?);
+    let Material { texts, valid, files } =
+        replicas.first_then_others(|| texts::read(args, is_first, &chat, &reading))?;
+    let adapted = args.adapter.as_ref().map(|dir| match is_first {
+        true => started(dir, args, &base, &chat),
+        false => load(dir),
+    });
+    let adapted = adapted.transpose()?;
+    let mut fingerprints: Vec<_> =
+        files.into_iter().map(|(path, hash)| (path.display().to_string(), hash)).collect();
+    fingerprints.extend(base.fingerprint.clone().map(|it| (path.display().to_string(), it)));
+    if let (Some(dir), Some(set)) = (&args.adapter, &adapted) {
+        fingerprints.push((dir.display().to_string(), set.fingerprint()));
+    }
+    if start == Start::Resume {
+        results::check_files(&args.out, &fingerprints)?;
+    }
     let mut questions = match &args.sst2 {
         Some(dir) => reviews::questions(&dir.join("test.tsv"), &chat)?,
         None => Vec::new(),
     };
     questions.truncate(args.questions.unwrap_or(usize::MAX));
+    let quantize = args.base.quantization();
+    let llama = match is_first {
+        true => read::<Train>(&path, quantize, &device)?,
+        false => pretrained::load(&path, quantize, &device)?.llama,
+    };
     let config =
         LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
     if args.full && quantized_bytes(&llama) > 0 {
-        let path = model.display();
+        let path = path.display();
         return Err(format!("{path}: `--full` needs weights that are not quantized"));
     }
-    let model = match args.relative {
-        None if args.full => llama.train_only(&[".*"]),
-        None => llama.attach(&config),
-        Some(relative) => {
+    let model = match (&adapted, args.relative) {
+        (Some(set), _) => llama.valid().switch(set).map(Lora::from_inner),
+        (None, None) if args.full => llama.train_only(&[".*"]),
+        (None, None) => llama.attach(&config),
+        (None, Some(relative)) => {
             // What is seen is computed without gradients.
             let see = |llama: &Llama<Plain>| {
                 let seen: Vec<_> = texts.iter().take(SEEN).collect();
@@ -227,9 +272,9 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     // Not before: a wrong path must not remove the checkpoints of an earlier run. Not after, for none of the
     // replicas may find these, in the same directory or in one of its own.
     replicas.first_then_others(|| match is_first {
-        _ if args.resume => Ok(()),
-        true => arguments::begin(&args.out, CHECKPOINTS, &arguments),
-        false => arguments::forget(&args.out, CHECKPOINTS),
+        true => results::begin(&args.out, start, &arguments, &fingerprints),
+        false if start == Start::Resume => Ok(()),
+        false => results::forget(&args.out),
     })?;
     let recipe = Recipe {
         name: match args.relative {
@@ -258,8 +303,18 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         accuracies.push(ask(&model.valid())?);
         println!("before the training, {:.1} % of the answers are right", accuracies[0]);
     }
-    let out = Some(&*args.out);
-    let (model, history) = train::train(model, &texts, &valid, &recipe, out, &stop, replicas)?;
+    let keeping = Keeping {
+        out: &args.out,
+        base: &base.name,
+        remembered: Remembered {
+            base: base.fingerprint.clone(),
+            template: remembered::template(&chat),
+            mask_prompt: args.mask_prompt,
+            max_length: reading.max_length,
+        },
+    };
+    let (model, history) =
+        train::train(model, &texts, &valid, &recipe, Some(&keeping), &stop, replicas)?;
     if asks {
         accuracies.push(ask(&model.valid())?);
     }
@@ -293,46 +348,55 @@ fn generated(args: &TrainArgs, is_first: bool, stop: &AtomicBool) -> Result<Path
     Ok(dir)
 }
 
-/// The texts to learn from, and those to evaluate on.
-fn texts(
-    args: &TrainArgs,
-    is_first: bool,
-    chat: &Chat,
-    reading: &Reading,
-) -> Result<(Vec<Text>, Vec<Text>)> {
-    if let Some(dir) = &args.sst2 {
-        // As many as are learned from, and some to watch.
-        let count = args.iters * args.batch * args.accumulate;
-        let train = reviews::texts(&dir.join("train.tsv"), count, chat, reading)?;
-        return Ok((train, reviews::texts(&dir.join("dev.tsv"), WATCHED, chat, reading)?));
+/// The adapters that the training starts from.
+fn started(dir: &Path, args: &TrainArgs, base: &Base, chat: &Chat) -> Result<LoraAdapters<Plain>> {
+    let out = args.out.canonicalize();
+    if out.is_ok_and(|out| dir.canonicalize().is_ok_and(|dir| dir.starts_with(out))) {
+        let (dir, out) = (dir.display(), args.out.display());
+        return Err(format!(
+            "{dir}: it is in {out}, where the new adapters go; write to another --out"
+        ));
     }
-    let dir = match &args.data {
-        Some(dir) => dir.clone(),
-        None => {
-            let dir = args.out.join(DATA);
-            if is_first {
-                generated::write_texts(&dir)?;
-            }
-            dir
-        }
-    };
-    let read = |name: &str| data::read(&dir.join(name), chat, reading);
-    Ok((read("train.jsonl")?, read("valid.jsonl")?))
+    let (set, _) = adapters(dir, base, chat)?;
+    println!("Starts from the {} adapters in {}", set.len(), dir.display());
+    Ok(set)
 }
 
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
-    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantization(), &device)?;
-    let reading = reading(args.max_length, args.mask_prompt, &llama);
-    let texts = data::read(&args.data, &chat, &reading)?;
+    let path = find(&args.base.model)?;
+    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
+    let adapter =
+        args.adapter.as_ref().map(|dir| Ok::<_, String>((dir, adapters(dir, &base, &chat)?)));
+    let adapter = adapter.transpose()?;
+    let remembered = adapter.as_ref().and_then(|(_, (_, remembered))| remembered.as_ref());
+    let max_length = args.max_length.or(remembered.map(|it| it.max_length)).unwrap_or(MAX_LENGTH);
+    let mask_prompt = args.mask_prompt.or(remembered.map(|it| it.mask_prompt)).unwrap_or_default();
+    let reading = reading(max_length, mask_prompt, &pretrained::config(&path)?);
+    if let (Some((dir, _)), Some(_)) = (&adapter, remembered) {
+        let mut as_there = Vec::new();
+        if args.mask_prompt.is_none() {
+            as_there.push(format!("--mask-prompt={mask_prompt}"));
+        }
+        if args.max_length.is_none() {
+            as_there.push(format!("--max-length {max_length}"));
+        }
+        if !as_there.is_empty() {
+            println!("As in the training of {}: {}", dir.display(), as_there.join(" "));
+        }
+    }
+    let read_texts = data::read(&args.data, &chat, &reading)?;
+    texts::tell(&args.data, &read_texts, max_length, &reading);
+    let texts = read_texts.texts;
+    let llama = read::<Plain>(&path, args.base.quantization(), &device)?;
     let told = |name: &str, llama: &Llama<Plain>| {
         let doing = format!("evaluating {name} on {} texts", texts.len());
         let loss = during(&doing, || loss::evaluate(llama, &texts, args.batch, &device));
         println!("{name:<24} loss {loss:.4}  perplexity {:.3}", loss.exp());
     };
     told("base", &llama);
-    if let Some(dir) = &args.adapter {
-        let adapted = llama.switch(&adapters(dir)?).map_err(|error| error.to_string())?;
+    if let Some((dir, (set, _))) = &adapter {
+        let adapted = llama.switch(set).map_err(|error| error.to_string())?;
         told(&dir.display().to_string(), &adapted);
     }
     Ok(())
@@ -340,9 +404,13 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
 
 fn run_generate(args: &GenerateArgs) -> Result<()> {
     let device = Default::default();
-    let sets = args.adapter.iter().map(|dir| adapters(dir)).collect::<Result<Vec<_>>>()?;
-    let (llama, chat) = read::<Plain>(&find(&args.base.model)?, args.base.quantization(), &device)?;
+    let path = find(&args.base.model)?;
+    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
     let prompt = chat.prompt(&args.prompt)?;
+    let room = room(&prompt, &pretrained::config(&path)?)?;
+    let sets = args.adapter.iter().map(|dir| Ok(adapters(dir, &base, &chat)?.0));
+    let sets = sets.collect::<Result<Vec<_>>>()?;
+    let llama = read::<Plain>(&path, args.base.quantization(), &device)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     let answer = |llama: &Llama<Plain>| {
         let mut rng = StdRng::seed_from_u64(args.seed);
@@ -352,9 +420,14 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
             // Nothing can be done about a closed pipe.
             let _ = std::io::stdout().flush();
         };
-        let new = generate(llama, &chat, &prompt, args.max_tokens, sampling, &mut rng, show)?;
+        let limit = args.max_tokens.min(room);
+        let new = generate(llama, &chat, &prompt, limit, sampling, &mut rng, show)?;
         let speed = new.len() as f64 / start.elapsed().as_secs_f64();
-        println!("\n[{} tokens, {speed:.1} per second]", new.len());
+        let end = match new.len() == room {
+            true => format!("; the context of {} is full", room + prompt.len()),
+            false => String::new(),
+        };
+        println!("\n[{} tokens, {speed:.1} per second{end}]", new.len());
         Ok::<_, String>(())
     };
     if sets.is_empty() {
@@ -371,13 +444,26 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
     Ok(())
 }
 
+/// How many tokens fit after the prompt into what the model can read.
+fn room(prompt: &[u32], config: &LlamaConfig) -> Result<usize> {
+    let (length, most) = (prompt.len(), config.max_position_embeddings);
+    match most.saturating_sub(length) {
+        0 => Err(format!(
+            "the prompt has {length} tokens, and with its answer it may have at most {most}, which is what the \
+             model can read"
+        )),
+        room => Ok(room),
+    }
+}
+
 fn run_merge(args: &MergeArgs) -> Result<()> {
-    let set = adapters(&args.adapter)?;
-    let model = find(&args.base.model)?;
-    let (llama, chat) = read::<Plain>(&model, args.base.quantization(), &Default::default())?;
+    let path = find(&args.base.model)?;
+    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
+    let (set, _) = adapters(&args.adapter, &base, &chat)?;
+    let llama = read::<Plain>(&path, args.base.quantization(), &Default::default())?;
     let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
     let merged = adapted.merge().map_err(|error| error.to_string())?;
-    let saved = merged::save(&merged.dequantize(), &chat, &model, &args.out, args.dtype)?;
+    let saved = merged::save(&merged.dequantize(), &chat, &path, &args.out, args.dtype)?;
     let types: Vec<_> = saved.precisions.iter().map(Precision::to_string).collect();
     println!(
         "The merged model is in {}: {:.1} MB in {}; `--dtype` chooses another type.",
@@ -389,7 +475,9 @@ fn run_merge(args: &MergeArgs) -> Result<()> {
 }
 
 fn run_serve(args: &ServeArgs) -> Result<()> {
-    let model = find(&args.base.model)?;
-    let (llama, chat) = read::<Plain>(&model, args.base.quantization(), &Default::default())?;
-    serve::serve(args, llama, chat)
+    args.adapters.as_deref().map_or(Ok(()), serve::check)?;
+    let path = find(&args.base.model)?;
+    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
+    let llama = read::<Plain>(&path, args.base.quantization(), &Default::default())?;
+    serve::serve(args, llama, chat, base)
 }

@@ -15,6 +15,7 @@ use burn_lora_llm::{
 use crate::{
     args::TrainArgs,
     backend,
+    results::{CURVES, SUMMARY},
     train::{ADAPTER, History},
 };
 
@@ -39,7 +40,7 @@ pub fn report(
         from_zero: false,
         legend: SeriesLabelPosition::UpperRight,
     };
-    let curves = args.out.join("curves.svg");
+    let curves = args.out.join(CURVES);
     draw(&curves, &[panel])?;
 
     let (first, last) = (history.valid[0].1, history.valid[history.valid.len() - 1].1);
@@ -69,18 +70,17 @@ pub fn report(
         println!("peak memory        {:10.0} MiB", bytes as f64 / f64::from(1 << 20));
     }
     if history.losses.len() < args.iters {
-        println!("Stopped early. The same command with --resume goes on.");
+        let instead = if args.force { " in the place of --force" } else { "" };
+        println!("Stopped early. The same command with --resume{instead} goes on.");
     }
     match size {
         Some(_) => println!("Adapters: {}. Curves: {}.", adapter.display(), curves.display()),
         None => println!("Curves: {}.", curves.display()),
     }
-    let summary = json!({
+    let mut summary = json!({
         "backend": backend::NAME,
         "replicas": replicas,
-        "rank": args.rank,
-        "alpha": args.alpha,
-        "targets": args.targets,
+        "adapter": args.adapter,
         "perplexity_before": first.exp(),
         "perplexity_after": last.exp(),
         "accuracies": accuracies,
@@ -88,7 +88,10 @@ pub fn report(
         "peak_memory": peak_memory(),
         "history": history,
     });
-    let path = args.out.join("summary.json");
+    if let Some(fields) = summary.as_object_mut() {
+        fields.extend(args.shape());
+    }
+    let path = args.out.join(SUMMARY);
     let summary = serde_json::to_vec_pretty(&summary).context(path.display())?;
     write_atomically(&path, &summary).context(path.display())
 }

@@ -5,9 +5,9 @@ use std::path::Path;
 use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
 
 use burn_lora_llm::{
-    Result,
+    Context, Result,
     chat::{Chat, Message},
-    data::{Batch, Reading, Text, conversation},
+    data::{Batch, Reading, Text, Texts, conversation},
     llama::Llama,
     sst2,
 };
@@ -33,13 +33,13 @@ fn question(review: &str) -> Message {
 }
 
 /// The first reviews of a file, with their answers, to learn from.
-pub fn texts(path: &Path, count: usize, chat: &Chat, reading: &Reading) -> Result<Vec<Text>> {
+pub fn texts(path: &Path, count: usize, chat: &Chat, reading: &Reading) -> Result<Texts> {
     let samples = sst2::read(path)?.into_iter().take(count);
     let texts = samples.map(|(review, class)| {
         let answer = message("assistant", ANSWERS[class as usize].to_owned());
-        conversation(&[question(&review), answer], chat, reading)
+        conversation(&[question(&review), answer], chat, reading.mask_prompt)
     });
-    texts.collect()
+    Texts::new(texts.collect::<Result<_>>()?, reading.max_length).context(path.display())
 }
 
 /// The reviews of a file as questions.

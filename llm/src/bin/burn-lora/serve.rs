@@ -3,7 +3,7 @@
 //! ```text
 //! request ─► http: read and checked ─► queue ─► engine: one step for all texts at once ─► http: the answer
 //!                      │                            │
-//!                      └── store: the adapters ─────┘
+//!                      └── sets: the adapters ──────┘
 //! ```
 //!
 //! Start reading with [`engine`], which answers, and [`http`], which speaks.
@@ -12,41 +12,45 @@ mod engine;
 mod http;
 mod metrics;
 mod protocol;
+mod sets;
 mod text;
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc, thread};
 
-use burn_lora::serve::AdapterStore;
 use burn_lora_llm::{Context, Result, chat::Chat, llama::Llama};
 
-use crate::{args::ServeArgs, backend::Plain};
+use crate::{args::ServeArgs, backend::Plain, base::Base};
 use sha2::{Digest, Sha256};
 use tokio::{net::TcpListener, runtime::Runtime, signal, sync::mpsc};
 
 use engine::Engine;
 use http::Server;
 use metrics::Metrics;
+use sets::Sets;
+
+pub use sets::check;
 
 /// Serves until the program is told to stop, and then ends the answers that were begun.
-pub fn serve(args: &ServeArgs, llama: Llama<Plain>, chat: Chat) -> Result<()> {
+pub fn serve(args: &ServeArgs, llama: Llama<Plain>, chat: Chat, base: Base) -> Result<()> {
     let token = args.token_file.as_deref().map(read_token).transpose()?;
-    let store = args.adapters.as_ref().map(|dir| {
+    let chat = Arc::new(chat);
+    let sets = args.adapters.as_ref().map(|root| {
         let bytes = args.adapter_memory.saturating_mul(1 << 20);
-        AdapterStore::open(dir, llama.clone(), bytes).map_err(|error| error.to_string())
+        Sets::open(root, bytes, llama.clone(), base, chat.clone())
     });
-    let store = store.transpose()?;
-    let names = store.as_ref().map_or(vec![], AdapterStore::list);
+    let sets = sets.transpose()?;
+    let names = sets.as_ref().map_or(vec![], Sets::names);
 
     let metrics = Arc::new(Metrics::default());
     let (queue, jobs) = mpsc::channel(args.queue);
     let max_length = llama.max_positions.min(args.max_length);
     let vocab_size = llama.vocab_size();
-    let (chat, limit) = (Arc::new(chat), args.max_tokens);
+    let limit = args.max_tokens;
     let engine = Engine::new(llama, chat.clone(), args.batch, metrics.clone())?;
     let engine = thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run(jobs));
     let engine = engine.context("starting a thread")?;
 
-    let server = Server { chat, store, queue, metrics, max_length, vocab_size, limit, token };
+    let server = Server { chat, sets, queue, metrics, max_length, vocab_size, limit, token };
     let runtime = Runtime::new().context("starting the server")?;
     runtime.block_on(async {
         let address = SocketAddr::new(args.host, args.port);

@@ -24,7 +24,7 @@ use burn_lora::{
 use burn_lora_llm::{
     chat::Chat,
     cli::replicas::Counted,
-    data::{self, Batch, Reading, Text, deal, deal_to, pack, tokens},
+    data::{self, Batch, Reading, Text, Texts, deal, deal_to, pack, tokens},
     generate::{Sampling, generate},
     gguf::tokens as tokens_of_gguf,
     llama::Llama,
@@ -34,8 +34,10 @@ use burn_lora_llm::{
 
 use crate::{
     backend::{Plain, Train},
-    generated, reviews,
-    train::{History, Recipe, clip, norm, train},
+    generated,
+    remembered::Remembered,
+    reviews,
+    train::{History, Keeping, Recipe, clip, norm, train},
 };
 use rand::{SeedableRng, rngs::StdRng};
 use serde::Deserialize;

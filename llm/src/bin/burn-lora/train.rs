@@ -29,8 +29,10 @@ use burn_lora_llm::{
 };
 
 use crate::{
+    TASK,
     backend::{Plain, Train},
-    checkpoint,
+    checkpoint::{self, Checkpoint},
+    remembered::Remembered,
 };
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
 use serde::{Deserialize, Serialize};
@@ -99,9 +101,33 @@ pub type Model = Lora<Train, Llama<Train>>;
 pub const ADAPTER: &str = "adapter";
 pub const CHECKPOINTS: &str = "checkpoints";
 
-/// Trains on `texts` from the last checkpoint in `out`, if there is one. After each evaluation it saves the
-/// adapters and a checkpoint there. It does so, too, and ends, when `stop` becomes true. Without `out`,
-/// nothing is saved.
+/// Where a training is kept, and what its adapters say of it.
+#[derive(Clone, Debug)]
+pub struct Keeping<'a> {
+    /// The directory of the run.
+    pub out: &'a Path,
+    /// The name of the model.
+    pub base: &'a str,
+    pub remembered: Remembered,
+}
+
+impl Keeping<'_> {
+    /// Saves the adapters, if there are any: where all weights train there are none.
+    fn save(&self, model: &Model) -> Result<()> {
+        let adapters = model.adapters();
+        if adapters.is_empty() {
+            return Ok(());
+        }
+        let dir = self.out.join(ADAPTER);
+        let adapters = adapters.with_base_model(self.base).with_task_type(TASK);
+        adapters.save(&dir).context("the adapters cannot be saved")?;
+        self.remembered.write(&dir)
+    }
+}
+
+/// Trains on `texts` from the last checkpoint in the directory of `keeping`, if there is one. After each evaluation
+/// it saves the adapters and a checkpoint there. It does so, too, and ends, when `stop` becomes true. Without
+/// `keeping`, nothing is saved.
 ///
 /// Each of the `replicas` knows all texts, and computes its part of each batch, so that any number of them
 /// trains on the same batches. Only the first evaluates, saves, and is heard.
@@ -115,7 +141,7 @@ pub fn train(
     texts: &[Text],
     valid: &[Text],
     recipe: &Recipe,
-    out: Option<&Path>,
+    keeping: Option<&Keeping>,
     stop: &AtomicBool,
     replicas: &Counted,
 ) -> Result<(Model, History)> {
@@ -123,10 +149,11 @@ pub fn train(
     // As PyTorch's.
     let adam = AdamConfig::new().with_epsilon(1e-8);
     let optimizer = adam.init::<Train, Model>();
-    let (mut model, mut optimizer, mut history) = match out {
-        Some(out) => checkpoint::load(&out.join(CHECKPOINTS), model, optimizer)?,
-        None => (model, optimizer, History::default()),
+    let begun = match keeping {
+        Some(it) => checkpoint::load(&it.out.join(CHECKPOINTS), model, optimizer)?,
+        None => Checkpoint::begin(model, optimizer),
     };
+    let Checkpoint { mut model, mut optimizer, mut history, passed } = begun;
     let done = history.losses.len();
     if replicas.count() > 1 {
         let mut hasher = DefaultHasher::new();
@@ -157,6 +184,9 @@ pub fn train(
         history.valid.push((step, loss));
     };
     if let Some(live) = &mut live {
+        for problem in passed {
+            live.warn(format_args!("{problem}; the checkpoint before it is used"));
+        }
         match history.valid.is_empty() {
             true => watch(live, &model, &mut history),
             false => live.line(format_args!("goes on after step {done}/{}", recipe.iters)),
@@ -212,13 +242,9 @@ pub fn train(
             if evaluated {
                 watch(live, &model, &mut history);
             }
-            if let (Some(out), true) = (out, evaluated || stopped) {
-                let (adapter, checkpoints) = (out.join(ADAPTER), out.join(CHECKPOINTS));
-                let adapters = model.adapters();
-                // Where all weights train there are none.
-                if adapters.iter().next().is_some() {
-                    adapters.save(&adapter).context("the adapters cannot be saved")?;
-                }
+            if let (Some(keeping), true) = (keeping, evaluated || stopped) {
+                keeping.save(&model)?;
+                let checkpoints = keeping.out.join(CHECKPOINTS);
                 checkpoint::save(&checkpoints, &model, &optimizer, &history)?;
             }
             if stopped {

@@ -1,6 +1,7 @@
 //! The server's addresses, and what is done at each of them.
 
 use std::{
+    collections::BTreeMap,
     convert::Infallible,
     sync::Arc,
     time::{Duration, Instant},
@@ -17,15 +18,15 @@ use axum::{
     },
     routing::{get, post},
 };
-use burn_lora::{LoraError, serve::AdapterStore};
-use burn_lora_llm::{chat::Chat, llama::Llama};
+use burn_lora::LoraError;
+use burn_lora_llm::chat::Chat;
 
 use super::{
     engine::{Event, Job},
     metrics::Metrics,
     protocol::{self, BASE, Fault, Head, Input, Kind, Request, usage},
+    sets::Sets,
 };
-use crate::backend::Plain;
 use futures_util::stream;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -46,7 +47,7 @@ const GONE: u16 = 499;
 /// What the addresses have in common.
 pub struct Server {
     pub chat: Arc<Chat>,
-    pub store: Option<AdapterStore<Plain, Llama<Plain>>>,
+    pub sets: Option<Sets>,
     pub queue: mpsc::Sender<Job>,
     pub metrics: Arc<Metrics>,
     /// The greatest length of a text that the model reads, in tokens.
@@ -77,7 +78,10 @@ pub fn routes(server: Server) -> Router {
 }
 
 async fn models(State(server): Shared, headers: HeaderMap) -> Response {
-    respond(server.check(&headers).map(|()| protocol::models(&server.names(), protocol::now())))
+    let listed = looked(server, headers, |server| {
+        Ok(protocol::models(&server.names(), &server.problems(), protocol::now()))
+    });
+    respond(listed.await)
 }
 
 async fn model(
@@ -88,23 +92,40 @@ async fn model(
     let Ok(Path(name)) = name else {
         return respond(Err(Fault::unknown_model("there is no such model")));
     };
-    respond(server.check(&headers).and_then(|()| {
+    let found = looked(server, headers, move |server| {
         match server.names().contains(&name) || name == BASE {
-            true => Ok(protocol::model(&name, protocol::now())),
+            true => {
+                let problem = server.problems().remove(&name);
+                Ok(protocol::model(&name, problem.as_deref(), protocol::now()))
+            }
             false => Err(Fault::unknown_model(format!("there is no model `{name}`"))),
         }
-    }))
+    });
+    respond(found.await)
 }
 
 async fn metrics(State(server): Shared, headers: HeaderMap) -> Response {
-    if let Err(fault) = server.check(&headers) {
-        return respond(Err(fault));
+    let text = looked(server, headers, |server| {
+        let queue = server.queue.max_capacity() - server.queue.capacity();
+        let [resident, bytes] = server.sets.as_ref().map_or([0; 2], Sets::resident);
+        Ok(server.metrics.text(queue, resident, bytes, server.problems().len()))
+    });
+    match text.await {
+        Ok(text) => ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response(),
+        Err(fault) => respond(Err(fault)),
     }
-    let resident = server.store.as_ref().map_or(vec![], AdapterStore::resident_bytes);
-    let bytes = resident.iter().map(|(_, bytes)| bytes).sum();
-    let queue = server.queue.max_capacity() - server.queue.capacity();
-    let text = server.metrics.text(queue, resident.len(), bytes);
-    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4")], text).into_response()
+}
+
+/// The result of the work for a client that has the token. Looking at files takes its time, in which other requests
+/// are served.
+async fn looked<T: Send + 'static>(
+    server: Arc<Server>,
+    headers: HeaderMap,
+    work: impl FnOnce(&Server) -> Result<T, Fault> + Send + 'static,
+) -> Result<T, Fault> {
+    server.check(&headers)?;
+    let done = tokio::task::spawn_blocking(move || work(&server)).await;
+    done.unwrap_or_else(|_| Err(Fault::new(500, "this request made us panic")))
 }
 
 async fn chat(server: Shared, headers: HeaderMap, request: extract::Request) -> Response {
@@ -182,18 +203,19 @@ impl Server {
     }
 
     fn names(&self) -> Vec<String> {
-        let mut names = self.store.as_ref().map_or(vec![], AdapterStore::list);
-        // The base answers under this name, whatever is in the directory.
-        names.retain(|name| name != BASE);
-        names
+        self.sets.as_ref().map_or(vec![], Sets::names)
+    }
+
+    fn problems(&self) -> BTreeMap<String, String> {
+        self.sets.as_ref().map_or(BTreeMap::new(), Sets::problems)
     }
 
     /// Reads a request, and puts it into the queue.
     fn prepare(&self, body: &[u8], kind: Kind) -> Result<Answering, Fault> {
         let request = Request::parse(kind, body)?;
-        let set = match (&*request.model, &self.store) {
+        let set = match (&*request.model, &self.sets) {
             (BASE, _) => None,
-            (name, Some(store)) => Some(store.get(name).map_err(|error| match error {
+            (name, Some(sets)) => Some(sets.get(name).map_err(|error| match error {
                 LoraError::UnknownAdapters { .. } => Fault::unknown_model(error.to_string()),
                 // Not one of the server's own: clients repeat those.
                 error => Fault::new(422, error.to_string()),

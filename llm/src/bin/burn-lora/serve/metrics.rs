@@ -53,8 +53,8 @@ impl Metrics {
         }
     }
 
-    /// All numbers, with those of the queue and of the adapters in memory.
-    pub fn text(&self, queue: usize, adapters: usize, adapter_bytes: usize) -> String {
+    /// All numbers, with those of the queue, of the adapters in memory, and of those with problems.
+    pub fn text(&self, queue: usize, adapters: usize, bytes: usize, problems: usize) -> String {
         let mut text = String::new();
         let counters = [
             ("requests", "Requests that were answered or refused", &self.requests),
@@ -71,7 +71,8 @@ impl Metrics {
             ("batch_size", "Texts that are under way", self.batch.get() as f64),
             ("tokens_per_second", "In the last step", self.speed.get() as f64 / 1000.0),
             ("adapters_resident", "Sets of adapters in memory", adapters as f64),
-            ("adapter_bytes", "Bytes of their parameters", adapter_bytes as f64),
+            ("adapter_bytes", "Bytes of their parameters", bytes as f64),
+            ("adapter_problems", "Sets that cannot be loaded, or not again", problems as f64),
         ];
         for (name, help, value) in gauges {
             push(&mut text, name, "gauge", help, value);

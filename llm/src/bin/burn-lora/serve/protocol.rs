@@ -1,6 +1,9 @@
 //! The requests and answers of OpenAI's protocol, as far as they mean something here.
 
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::{
+    collections::BTreeMap,
+    time::{SystemTime, UNIX_EPOCH},
+};
 
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -330,17 +333,22 @@ pub fn usage(prompt: usize, new: usize) -> Value {
     json!({ "prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new })
 }
 
-/// The models that can be asked.
-pub fn models(names: &[String], created: u64) -> Value {
-    let model = |name: &str| model(name, created);
+/// The models that can be asked, with what is wrong with some of them.
+pub fn models(names: &[String], problems: &BTreeMap<String, String>, created: u64) -> Value {
+    let model = |name: &str| model(name, problems.get(name).map(String::as_str), created);
     let data: Vec<_> =
         [BASE].into_iter().chain(names.iter().map(String::as_str)).map(model).collect();
     json!({ "object": "list", "data": data })
 }
 
-/// One model that can be asked.
-pub fn model(name: &str, created: u64) -> Value {
-    json!({ "id": name, "object": "model", "created": created, "owned_by": "burn-lora" })
+/// One model that can be asked. `problem` is a field that the protocol does not have.
+pub fn model(name: &str, problem: Option<&str>, created: u64) -> Value {
+    let mut model =
+        json!({ "id": name, "object": "model", "created": created, "owned_by": "burn-lora" });
+    if let Some(problem) = problem {
+        model["problem"] = problem.into();
+    }
+    model
 }
 
 /// Seconds since 1970.

@@ -9,7 +9,7 @@ fn read(lines: &str, reading: &Reading) -> burn_lora_llm::Result<Vec<Text>> {
     let (dir, chat) = chat();
     let path = dir.path().join("train.jsonl");
     fs::write(&path, lines).unwrap();
-    data::read(&path, &chat, reading)
+    data::read(&path, &chat, reading).map(|it| it.texts)
 }
 
 #[test]
@@ -41,17 +41,26 @@ fn a_bad_line_is_an_error_with_its_number() {
         (r#"{"messages": [{"role": "user"}]}"#, ALL, "line 3: `messages`: missing field `content`"),
         (r#"{"messages": []}"#, ANSWERS, "line 3: `messages` is empty"),
         (r#"{"messages": [{"role": "user", "content": "a"}]}"#, ANSWERS, "must be the assistant's"),
-        (r#"{"text": ""}"#, ALL, "line 3: within the greatest length, there is no token to learn"),
-        (
-            r#"{"prompt": "a b c d", "completion": "e"}"#,
-            Reading { max_length: 6, mask_prompt: true },
-            "line 3: within the greatest length",
-        ),
     ] {
         let error = read(&format!("{{\"text\": \"a b\"}}\n\n{line}\n"), &reading).unwrap_err();
         assert!(error.contains(expected), "{error}");
     }
     assert!(read("\n", &ALL).unwrap_err().contains("it holds no text"));
+}
+
+#[test]
+fn d2_texts_without_a_token_to_learn_are_counted() {
+    let text = |length, given| Text { ids: vec![7; length], given };
+    // Whole, cut off, whole; and cut off within what is given, empty, of one token, given as a whole.
+    let learned = [text(4, 1), text(9, 3), text(5, 4)];
+    let skipped = [text(9, 5), text(0, 0), text(1, 0), text(3, 3)];
+    let all = learned.iter().chain(&skipped).cloned().collect();
+    let found = Texts::new(all, 5).unwrap();
+    assert_eq!((found.cut, found.skipped), (1, 4));
+    assert_eq!(found.texts.iter().map(Text::targets).collect::<Vec<_>>(), [3, 2, 1]);
+    let error = Texts::new(skipped.to_vec(), 5).unwrap_err();
+    assert!(error.contains("none of its 4 texts") && error.contains("5 tokens"), "{error}");
+    assert_eq!(Texts::new(vec![], 5).unwrap_err(), "it holds no text");
 }
 
 #[test]
@@ -135,7 +144,8 @@ fn rows_are_filled_with_texts_in_their_order() {
 #[test]
 fn no_text_is_longer_than_the_model_reads() {
     let llama = tiny::<Plain>("llama3");
-    let cut = |given| crate::reading(given, true, &llama).max_length;
+    let config = pretrained::config(&fixture("llama3")).unwrap();
+    let cut = |given| crate::reading(given, true, &config).max_length;
     assert_eq!([cut(3), cut(usize::MAX)], [3, llama.max_positions]);
     assert!(llama.max_positions > 3);
 }

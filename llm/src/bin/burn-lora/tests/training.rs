@@ -66,6 +66,10 @@ fn trained_in(
     trained_as(&Alone, dir, recipe, stops)
 }
 
+fn keeping(out: &Path) -> Keeping<'_> {
+    Keeping { out, base: "org/base", remembered: Remembered::default() }
+}
+
 /// The same as one of several replicas.
 fn trained_as(
     replicas: &dyn Replicas,
@@ -80,7 +84,8 @@ fn trained_as(
     // One is enough to stop all.
     let stop = AtomicBool::new(stops && replicas.index() + 1 == replicas.count());
     let replicas = Counted::new(replicas);
-    let (model, history) = train(model, &texts, &texts, recipe, Some(dir), &stop, &replicas)?;
+    let keeping = keeping(dir);
+    let (model, history) = train(model, &texts, &texts, recipe, Some(&keeping), &stop, &replicas)?;
     let adapters = model.valid().adapters();
     let (_, adapter) = adapters.iter().next().unwrap();
     Ok((history, adapter.b.val().into_data()))
@@ -217,6 +222,18 @@ fn a_training_that_is_stopped_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn d4_more_steps_go_on_along_the_longer_schedule() {
+    // The learning rate grows in all of the first part, which it does alike for any number of steps.
+    let of = |iters| Recipe { iters, warmup: 3, eval_every: 3, ..recipe() };
+    let (straight, expected) = trained(&of(6)).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    trained_in(dir.path(), &of(3), false).unwrap();
+    let (longer, b) = trained_in(dir.path(), &of(6), false).unwrap();
+    assert_eq!((b.as_bytes(), longer.losses), (expected.as_bytes(), straight.losses));
+    assert_eq!(longer.valid, straight.valid);
+}
+
+#[test]
 fn a_checkpoint_of_another_rank_is_an_error_that_names_it() {
     let dir = tempfile::tempdir().unwrap();
     trained_in(dir.path(), &recipe(), false).unwrap();
@@ -224,10 +241,37 @@ fn a_checkpoint_of_another_rank_is_an_error_that_names_it() {
     let model = tiny::<Train>("llama3").attach(&config).unwrap();
     let (texts, _) = texts_of("llama3");
     let (stop, replicas) = (AtomicBool::new(false), Counted::new(&Alone));
-    let result = train(model, &texts, &texts, &recipe(), Some(dir.path()), &stop, &replicas);
+    let keeping = keeping(dir.path());
+    let result = train(model, &texts, &texts, &recipe(), Some(&keeping), &stop, &replicas);
     let Err(error) = result else { panic!("it is refused") };
     assert!(error.contains("checkpoints/6: "), "{error}");
     assert!(error.contains("rank 3") && error.contains("rank 2"), "{error}");
+}
+
+#[test]
+fn u4_a_checkpoint_that_is_cut_off_gives_way_to_the_one_before_it() {
+    let recipe = Recipe { batch: 1, eval_every: 2, ..recipe() };
+    let (straight, expected) = trained(&recipe).unwrap();
+    for file in ["model.mpk", "optimizer.mpk", "history.json"] {
+        let dir = tempfile::tempdir().unwrap();
+        trained_in(dir.path(), &recipe, false).unwrap();
+        let cut = |step: &str, length: fn(usize) -> usize| {
+            let path = dir.path().join("checkpoints").join(step).join(file);
+            let bytes = fs::read(&path).unwrap();
+            fs::write(&path, &bytes[..length(bytes.len())]).unwrap();
+            path.display().to_string()
+        };
+        // The steps after the whole one are done again, to the same bits.
+        cut("6", |length| length - 1);
+        let (again, b) = trained_in(dir.path(), &recipe, false).unwrap();
+        assert_eq!((b.as_bytes(), again.losses), (expected.as_bytes(), straight.losses.clone()));
+
+        let paths = [cut("6", |_| 0), cut("4", |length| length / 2)];
+        let error = trained_in(dir.path(), &recipe, false).expect_err("none is whole");
+        assert!(paths.iter().all(|path| error.contains(&format!("{path} is cut off"))), "{error}");
+        assert!(error.contains("no other checkpoint") && error.contains("--force"), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+    }
 }
 
 #[test]
