@@ -29,6 +29,7 @@ use crate::{
 
 use training::Training;
 
+pub(crate) use dora::Factor;
 pub(crate) use eva::{Observer, Principal};
 pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
