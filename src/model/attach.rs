@@ -252,8 +252,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
 ) -> Result<Lora<B, M>, LoraError> {
     let layers = layers::<B, _>(bare);
     let set = &*untied(set, &layers);
-    let mut params =
-        if set.extras.is_empty() { vec![] } else { traverse::params::<B, M>(&*bare.model) };
+    // A walk is most of the time that this takes.
+    let needs_params = !set.extras.is_empty() || set.names_modules();
+    let mut params = if needs_params { traverse::params::<B, M>(&*bare.model) } else { vec![] };
     params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
@@ -296,6 +297,16 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             trains.insert(param.path.clone());
         }
     }
+    // What the base holds there is not what was trained.
+    let left_out = params.iter().filter(|param| {
+        !param.is_statistic
+            && !param.is_base_of(|path| set.get(path).is_some())
+            && set.must_hold(&param.torch_name)
+            && !set.extras.contains_key(&param.torch_name)
+    });
+    mismatch
+        .missing
+        .extend(left_out.map(|param| format!("{} (modules_to_save)", param.torch_name)));
     let unknown = set.adapters.keys().filter(|path| !layers.iter().any(|it| it.path == **path));
     let unknown: Vec<_> = unknown.cloned().collect();
     if !unknown.is_empty() {
@@ -318,7 +329,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             Some(adapter) if adapter.bias.is_some() && !capabilities.bias => {
                 mismatch.unexpected.push(format!("{} (a bias)", named(path)));
             }
-            None if set.is_target(path) => mismatch.missing.push(named(path).to_owned()),
+            None if set.is_target(path, layout) => mismatch.missing.push(named(path).to_owned()),
             _ => {}
         }
     }

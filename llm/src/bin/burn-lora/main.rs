@@ -146,7 +146,11 @@ fn reading<B: Backend>(max_length: usize, mask_prompt: bool, llama: &Llama<B>) -
 }
 
 fn adapters(dir: &Path) -> Result<LoraAdapters<Plain>> {
-    LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
+    let set = LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())?;
+    for key in set.unused() {
+        eprintln!("{}: `{}` is not used, as in PEFT", dir.display(), key.escape_debug());
+    }
+    Ok(set)
 }
 
 fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
