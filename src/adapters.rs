@@ -11,7 +11,7 @@ use burn::tensor::{ElementConversion, Tensor, TensorData, backend::Backend};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    adapter::{LoraAdapter, WeightLayout},
+    adapter::LoraAdapter,
     error::{shown, some_of},
     table::{grouped, table},
 };
@@ -105,9 +105,9 @@ impl<B: Backend> LoraAdapters<B> {
     }
 
     /// Whether the file that the set was loaded from targets the layer at `path`, so that its tensors must be there.
-    pub(crate) fn is_target(&self, path: &str, layout: &WeightLayout) -> bool {
+    pub(crate) fn is_target(&self, path: &str, is_linear: bool) -> bool {
         let targets = self.targets.as_ref();
-        targets.is_some_and(|targets| targets.require(&self.name_in_file(path), layout))
+        targets.is_some_and(|targets| targets.require(&self.name_in_file(path), is_linear))
     }
 
     /// Whether the file that the set was loaded from must hold the parameter `name`, because a module that it is in was
@@ -116,9 +116,10 @@ impl<B: Backend> LoraAdapters<B> {
         self.targets.as_ref().is_some_and(|targets| targets.saves(&self.name_in_file(name)))
     }
 
-    /// Whether the file that the set was loaded from names modules that were trained in full.
-    pub(crate) fn names_modules(&self) -> bool {
-        self.targets.as_ref().is_some_and(Targets::saves_any)
+    /// Whether it takes the parameters of a model to find out whether anything is missing in the file that the set was
+    /// loaded from.
+    pub(crate) fn asks_for_parameters(&self) -> bool {
+        self.targets.as_ref().is_some_and(Targets::ask_for_parameters)
     }
 
     /// The targets in the file that the set was loaded from that match none of the layers at `paths`.

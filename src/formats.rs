@@ -121,7 +121,7 @@ impl<B: Backend> LoraAdapters<B> {
 
 /// The configuration of either format.
 enum Config {
-    Peft(PeftConfig),
+    Peft(Box<PeftConfig>),
     Mlx(MlxConfig),
 }
 
@@ -132,7 +132,7 @@ impl Config {
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
         match mlx::parse(text, file) {
             Some(config) => config.map(Self::Mlx),
-            None => config::parse(text, file).map(Self::Peft),
+            None => config::parse(text, file).map(|config| Self::Peft(Box::new(config))),
         }
     }
 
@@ -159,7 +159,7 @@ impl Config {
         find::check_tensors(&start, file)?;
         let weights = start.as_slice().chain(weights);
         match self {
-            Self::Peft(config) => tensors::read(config, weights, length, file, device),
+            Self::Peft(config) => tensors::read(*config, weights, length, file, device),
             Self::Mlx(config) => mlx::read(config, weights, length, file, device),
         }
     }

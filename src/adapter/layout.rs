@@ -32,11 +32,6 @@ pub(crate) enum WeightLayout {
 }
 
 impl WeightLayout {
-    /// Whether the layer is a linear one.
-    pub fn is_linear(&self) -> bool {
-        *self == Self::Matrix
-    }
-
     /// The shape of the matrix, `[d_input, d_output]`, for a weight of shape `dims`.
     pub fn matrix_shape(&self, dims: &[usize]) -> [usize; 2] {
         let rest = |dims: &[usize]| dims.iter().product::<usize>();

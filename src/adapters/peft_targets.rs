@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::Deserialize;
 
-use crate::{adapter::WeightLayout, error::shown, pattern::python::Expression};
+use crate::{error::shown, pattern::python::Expression};
 
 #[derive(Clone, Debug, Deserialize)]
 #[serde(untagged)]
@@ -160,27 +160,27 @@ impl Matcher {
         }
     }
 
-    fn matches(&self, path: &str, layout: &WeightLayout) -> bool {
+    fn matches(&self, path: &str, is_linear: bool) -> bool {
         match self {
             Self::Expression(expression, _) => expression.matches(path),
             Self::Paths(paths) => paths.iter().any(|it| it == path),
             Self::Names(names) => is_or_ends_with(names, path),
-            Self::Linear => layout.is_linear(),
+            Self::Linear => is_linear,
         }
     }
 }
 
 impl Targets {
     /// Whether PEFT puts an adapter on the layer, or may do so.
-    pub fn allow(&self, path: &str, layout: &WeightLayout) -> bool {
-        self.targets.is_none() || self.matches(path, layout)
+    pub fn allow(&self, path: &str, is_linear: bool) -> bool {
+        self.targets.is_none() || self.matches(path, is_linear)
     }
 
     /// Whether PEFT puts an adapter on the layer in any case.
-    pub fn require(&self, path: &str, layout: &WeightLayout) -> bool {
+    pub fn require(&self, path: &str, is_linear: bool) -> bool {
         let is_head = || is_or_ends_with(&HEADS, path);
         let may_be_left_out = matches!(self.targets, Some(Matcher::Linear)) && is_head();
-        self.matches(path, layout) && !may_be_left_out
+        self.matches(path, is_linear) && !may_be_left_out
     }
 
     /// Whether PEFT saves the parameter `name` with a module that was trained in full.
@@ -188,16 +188,16 @@ impl Targets {
         module_in_full(&self.modules_to_save, name).is_some()
     }
 
-    /// Whether any modules are trained in full.
-    pub fn saves_any(&self) -> bool {
-        !self.modules_to_save.is_empty()
+    /// Whether modules are trained in full, or all linear layers are meant: a model's parameters tell which these are.
+    pub fn ask_for_parameters(&self) -> bool {
+        !self.modules_to_save.is_empty() || matches!(self.targets, Some(Matcher::Linear))
     }
 
-    fn matches(&self, path: &str, layout: &WeightLayout) -> bool {
+    fn matches(&self, path: &str, is_linear: bool) -> bool {
         let Some(targets) = &self.targets else { return false };
-        if self.excludes.as_ref().is_some_and(|excludes| excludes.matches(path, layout))
+        if self.excludes.as_ref().is_some_and(|excludes| excludes.matches(path, is_linear))
             || within_any(&self.modules_to_save, path)
-            || !targets.matches(path, layout)
+            || !targets.matches(path, is_linear)
         {
             return false;
         }

@@ -139,7 +139,7 @@ impl<'a> Keys<'a> {
             }
             check(path, parts, config, &mut mismatch);
             // PEFT would not put an adapter on this layer.
-            let is_target = targets.allow(path, &parts.layout());
+            let is_target = targets.allow(path, parts.layout() == WeightLayout::Matrix);
             let is_tied =
                 config.ties_head && keys.layers.values().any(|table| parts.repeats(table));
             if !is_target && !is_tied {

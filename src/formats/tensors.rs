@@ -92,7 +92,7 @@ pub(super) fn read<Bk: Backend>(
         adapter.magnitude = magnitudes.remove(path).map(Param::from_tensor);
         adapters.insert(path.to_owned(), Box::new(adapter));
     }
-    let not_meant = |path: &str| !config.targets.allow(path, &WeightLayout::Matrix);
+    let not_meant = |path: &str| !config.targets.allow(path, true);
     if let Some(path) = tie(&mut adapters, config.ties_head, not_meant) {
         let problem = format!(
             "`{}` is not a target, and its factors are not those of the embedding that \
@@ -171,7 +171,7 @@ fn culprit(header: &[u8]) -> Option<String> {
         };
         return Some(format!("`{}` is described wrongly in the header: {problem}", shown(&key)));
     }
-    tensors.sort_by(|(one, ..), (other, ..)| one.cmp(other));
+    tensors.sort_by_key(|(offsets, ..)| *offsets);
     let mut expected = 0;
     for ((start, end), key, info) in tensors {
         let key = shown(&key);

@@ -253,7 +253,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     let layers = layers::<B, _>(bare);
     let set = &*untied(set, &layers);
     // A walk is most of the time that this takes.
-    let needs_params = !set.extras.is_empty() || set.names_modules();
+    let needs_params = !set.extras.is_empty() || set.asks_for_parameters();
     let mut params = if needs_params { traverse::params::<B, M>(&*bare.model) } else { vec![] };
     params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
@@ -318,6 +318,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             false => named(&path).to_owned(),
         }));
     }
+    // PyTorch has the weights of linear layers transposed.
+    let linear: BTreeSet<_> =
+        params.iter().filter(|it| it.transposed).map(|it| it.module.as_str()).collect();
     for Layer { path, shape, layout, capabilities, .. } in &layers {
         match set.get(path) {
             Some(adapter) if adapter.shape() != *shape => {
@@ -329,7 +332,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             Some(adapter) if adapter.bias.is_some() && !capabilities.bias => {
                 mismatch.unexpected.push(format!("{} (a bias)", named(path)));
             }
-            None if set.is_target(path, layout) => mismatch.missing.push(named(path).to_owned()),
+            None if set.is_target(path, linear.contains(path.as_str())) => {
+                mismatch.missing.push(named(path).to_owned())
+            }
             _ => {}
         }
     }

@@ -3,12 +3,12 @@
 use std::{collections::BTreeMap, fs};
 
 use burn::{
-    module::Module,
-    nn::{EmbeddingConfig, LinearConfig, conv::Conv2dConfig},
-    tensor::{Tensor, TensorData, backend::Backend},
+    module::{Module, Param},
+    nn::{EmbeddingConfig, Linear, LinearConfig, conv::Conv2dConfig},
+    tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    LoraAdapter, LoraAdapters, LoraError, LoraLinear, LoraModule, Scaling,
+    Lora, LoraAdapter, LoraAdapters, LoraError, LoraLinear, LoraModule, Scaling,
     nn::{LoraConv2d, LoraEmbedding},
 };
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -232,6 +232,25 @@ fn s6_all_linear_means_the_layers_that_it_means_in_peft() {
         [("table.lora_embedding_A", &[1, 5]), ("table.lora_embedding_B", &[2, 1])];
     let result = parse(all, &file(&[A, B, table[0], table[1]]));
     assert_error(result, "unexpected: base_model.model.table (not a target)");
+}
+
+/// In an overlay, any matrix can carry an adapter. That alone does not make a layer of it.
+#[test]
+fn s6_all_linear_does_not_mean_matrices_that_are_no_layers() {
+    #[derive(Module, Debug)]
+    struct Stock<B: Backend> {
+        a: Linear<B>,
+        matrix: Param<Tensor<B, 2>>,
+    }
+    let device = device::<Plain>();
+    let a = LinearConfig::new(2, 3).init(&device);
+    let overlay = || {
+        let matrix = Param::from_tensor(Tensor::ones([4, 5], &device));
+        Lora::overlay(Stock::<Plain> { a: a.clone(), matrix })
+    };
+    let set = |targets: Value| parse(json!({"target_modules": targets}), &file(&[A, B])).unwrap();
+    overlay().switch(&set(json!("all-linear"))).unwrap();
+    assert_error(overlay().switch(&set(json!("a|(?!x)matrix"))).map(drop), "missing: matrix");
 }
 
 #[test]
