@@ -262,6 +262,11 @@ impl PeftConfig {
         module_in_full(&self.modules_to_save, name).or_else(|| is_named().then_some(name))
     }
 
+    /// Whether biases of the base were trained, and are in the file.
+    pub fn trains_biases(&self) -> bool {
+        self.bias != BiasMode::None
+    }
+
     /// Whether the file may hold the parameter `name`, trained in full. `of_target` says whether the
     /// parameter belongs to the base of an adapted layer.
     pub fn saves(&self, name: &str, of_target: bool) -> bool {

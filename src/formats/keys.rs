@@ -24,7 +24,7 @@ const MAGNITUDE_IN_MEMORY: &str = ".lora_magnitude_vector.weight";
 const TOKENS: &str = ".token_adapter.trainable_tokens_delta";
 
 /// The longest key, in bytes. Names of layers are far shorter, and the file may come from anywhere.
-const LONGEST: usize = 1000;
+const LONGEST: usize = 500;
 
 /// The most whole tables that PEFT saves unasked: those of the embeddings and of the head.
 const MOST_TABLES: usize = 2;
@@ -216,8 +216,11 @@ impl<'a> Keys<'a> {
                 && ["weight", "bias"].contains(&parameter)
                 && config.module_to_save(name).is_none()
             {
+                // Versions of PEFT before 0.7 wrote trained biases so. Those must not be lost without a word.
+                let is_trained = parameter == "bias" && config.trains_biases();
+                let list = if is_trained { &mut mismatch.unexpected } else { &mut self.unused };
+                list.push((*key).to_owned());
                 *role = Role::Unused;
-                self.unused.push((*key).to_owned());
                 continue;
             }
             let of_base = name.rsplit_once(".base_layer.").filter(|(path, parameter)| {

@@ -14,7 +14,7 @@ use set::{Set, is_word};
 const LONGEST: usize = 20_000;
 
 /// The most work of an expression, in steps for each place of a name.
-const MOST_WORK: usize = 1 << 18;
+const MOST_WORK: usize = 1 << 21;
 
 /// How many times an unbounded repetition, or a look around, counts as work.
 const ROUNDS: usize = 64;

@@ -37,7 +37,10 @@ EXPRESSIONS = [
     r"^model\.layers\.0\.self_attn\.q_proj", r"q_proj", r"layers.0.q_proj", r".*lm_head", r"(?!lm_head).*", r"[^.]+_proj",
     r"model\.(?!layers\.11).*", r"(?i)(?s)A", r"(?i)(?:a|B)", r"[A-Z](?i:B)?", r"(?i)[^a]", r"a&&b", r"a||b", r"a\|b", r"é",
     r"[à-ÿ]", r"(?i)É", "a\nb", r"(?:a$|b)", r"(?:^a|b)c?", r"{", r"}", r"]", r"a{1,2}b?", r"(?:)", r"(?:){5}", r"(?:a?){3}",
-    r"a{99999999999}", r"(?P<1>a)", r"(?P<>a)", r"((((((a))))))", "\\",
+    r"a{99999999999}",
+    r"(?:(?!visual|vision_tower|multi_modal_projector|audio_tower|embed_tokens|merger).)*\.(?:q|k|gate)_proj",
+    r"(?:.*?(?:language|layers).*?(?:self_attn|attn|mlp).*?(?:k_proj|q_proj|gate_proj).*?)|(?:\blm_head)",
+    r"(?P<1>a)", r"(?P<>a)", r"((((((a))))))", "\\",
 ]  # fmt: skip
 ATOMS = ["a", "b", ".", "\\.", "[ab]", "[^a]", "(a|b)", "(?:ab)", "(?!a)", "(?=b)", "^", "$", "\\b", "\\w", "\\d", "x", "(?<=a)"]
 

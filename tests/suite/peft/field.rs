@@ -117,11 +117,15 @@ fn s3_a_plain_weight_beside_an_adapter_is_not_used() {
     let [plain, more] = [plain, more].map(|set| base.switch(&set).unwrap());
     assert_identical(more.a.base.weight.val(), base.a.base.weight.val());
     assert_identical(more.a.forward(x()), plain.a.forward(x()));
-    // The same of a bias, which PEFT has as `a.base_layer.bias`.
-    let bias = parse(json!({"bias": "all"}), &file(&[A, B, ("a.bias", &[3])])).unwrap();
+    // The same of a bias, which PEFT has as `a.base_layer.bias`; but if it was trained, it must not be lost.
+    let weights = file(&[A, B, ("a.bias", &[3])]);
+    let bias = parse(json!({}), &weights).unwrap();
     assert_eq!(bias.unused(), ["base_model.model.a.bias"]);
-    let bias = base.switch(&bias).unwrap();
-    assert_identical(bias.a.forward(x()), plain.a.forward(x()));
+    assert_identical(base.switch(&bias).unwrap().a.forward(x()), plain.a.forward(x()));
+    for mode in ["all", "lora_only"] {
+        let result = parse(json!({"bias": mode}), &weights);
+        assert_error(result, "does not fit; unexpected: base_model.model.a.bias");
+    }
 }
 
 #[test]
