@@ -29,6 +29,7 @@ use crate::{
 
 use training::Training;
 
+pub(crate) use dora::Factor;
 pub(crate) use eva::{Observer, Principal};
 pub(crate) use layout::WeightLayout;
 pub(crate) use mixed::Mixed;
@@ -110,6 +111,10 @@ impl<B: Backend> LoraAdapter<B> {
     /// An adapter with the factors `a: [d_input, rank]` and `b: [rank, d_output]`, without bias or
     /// dropout.
     ///
+    /// The shapes do not tell whether it is for a linear layer, a convolution or an embedding. The layer that it is put
+    /// on decides. To be saved before that, it must be said: [`of_linear`](Self::of_linear),
+    /// [`of_convolution`](Self::of_convolution), [`of_embedding`](Self::of_embedding).
+    ///
     /// # Panics
     ///
     /// If A and B have different ranks, or the rank is 0.
@@ -124,9 +129,36 @@ impl<B: Backend> LoraAdapter<B> {
         assert!(rank > 0, "the rank must be at least 1, got 0");
         let dropout = DropoutConfig::new(0.0).init();
         let (a, b) = (trainable(a), trainable(b));
-        let (layout, tie) = (WeightLayout::Matrix, Tie::default());
+        let (layout, tie) = (WeightLayout::Unknown, Tie::default());
         let (bias, magnitude, training) = (None, None, Training::default());
         Self { a, b, bias, alpha, scaling, dropout, magnitude, training, layout, tie }
+    }
+
+    /// The adapter as one of a linear layer, as files hold it: A reads the layer's input, and B writes its output.
+    pub fn of_linear(self) -> Self {
+        Self { layout: WeightLayout::Matrix, ..self }
+    }
+
+    /// The adapter as one of a convolution without groups, whose kernel has this size in each spatial dimension:
+    /// `[length]` or `[height, width]`. The weight `[channels_out, channels_in, ..kernel]` is seen as the matrix
+    /// `[channels_in · kernel, channels_out]`.
+    ///
+    /// # Panics
+    ///
+    /// If the kernel has no dimensions, or if `d_input` is not a multiple of its size.
+    pub fn of_convolution(self, kernel: impl Into<Vec<usize>>) -> Self {
+        let (kernel, [d_input, _]) = (kernel.into(), self.shape());
+        let size: usize = kernel.iter().product();
+        assert!(
+            !kernel.is_empty() && size > 0 && d_input.is_multiple_of(size),
+            "A must have as many rows for each input channel as a kernel of {kernel:?} has elements, got {d_input} rows"
+        );
+        Self { layout: WeightLayout::Conv { kernel, groups: 1 }, ..self }
+    }
+
+    /// The adapter as one of an embedding, whose weight is the table `[n_embedding, d_model]`.
+    pub fn of_embedding(self) -> Self {
+        Self { layout: WeightLayout::Embedding, ..self }
     }
 
     /// The update of the output, `s·((x·A)·B + bias)`: `[batch, d_input]` to `[batch, d_output]`. What

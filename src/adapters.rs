@@ -12,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     adapter::LoraAdapter,
+    error::{shown, some_of},
     table::{grouped, table},
 };
 use peft_targets::{Targets, within_any};
@@ -61,6 +62,8 @@ pub struct LoraAdapters<B: Backend> {
     pub(crate) names_in_file: Vec<Renaming>,
     /// The fields of a file's configuration that this crate does not use. They are saved again.
     pub(crate) config: BTreeMap<String, serde_json::Value>,
+    /// The keys in the file that were not used.
+    pub(crate) unused: Vec<String>,
 }
 
 /// A tensor of any rank.
@@ -84,6 +87,7 @@ impl<B: Backend> LoraAdapters<B> {
             targets: None,
             names_in_file: Vec::new(),
             config: BTreeMap::new(),
+            unused: Vec::new(),
         }
     }
 
@@ -121,9 +125,29 @@ impl<B: Backend> LoraAdapters<B> {
         self.adapters.iter().map(|(path, adapter)| (path.as_str(), adapter.as_ref()))
     }
 
-    /// Whether the file that the set was loaded from targets the layer at `path`.
-    pub(crate) fn is_target(&self, path: &str) -> bool {
-        self.targets.as_ref().is_some_and(|targets| targets.matches(&self.name_in_file(path)))
+    /// The keys in the file that the set was loaded from that are not used, because PEFT does not use them either: the
+    /// weight or the bias of an adapted layer under its plain name, `base_model.model.fc.weight`. PEFT knows an adapted
+    /// layer's own parameters as `fc.base_layer.weight` only.
+    pub fn unused(&self) -> &[String] {
+        &self.unused
+    }
+
+    /// Whether the file that the set was loaded from targets the layer at `path`, so that its tensors must be there.
+    pub(crate) fn is_target(&self, path: &str, is_linear: bool) -> bool {
+        let targets = self.targets.as_ref();
+        targets.is_some_and(|targets| targets.require(&self.name_in_file(path), is_linear))
+    }
+
+    /// Whether the file that the set was loaded from must hold the parameter `name`, because a module that it is in was
+    /// trained in full.
+    pub(crate) fn must_hold(&self, name: &str) -> bool {
+        self.targets.as_ref().is_some_and(|targets| targets.saves(&self.name_in_file(name)))
+    }
+
+    /// Whether it takes the parameters of a model to find out whether anything is missing in the file that the set was
+    /// loaded from.
+    pub(crate) fn asks_for_parameters(&self) -> bool {
+        self.targets.as_ref().is_some_and(Targets::ask_for_parameters)
     }
 
     /// The targets in the file that the set was loaded from that match none of the layers at `paths`.
@@ -234,7 +258,7 @@ impl<B: Backend> fmt::Display for LoraAdapters<B> {
         let mut rows = Vec::new();
         for (path, adapter) in &self.adapters {
             rows.push([
-                path.clone(),
+                shown(path),
                 shape(&adapter.shape()),
                 adapter.rank().to_string(),
                 format!("{:.4}", adapter.scale()),
@@ -243,11 +267,15 @@ impl<B: Backend> fmt::Display for LoraAdapters<B> {
         }
         for (name, extra) in &self.extras {
             let (shape, parameters) = (shape(&extra.shape), grouped(extra.num_elements()));
-            rows.push([name.clone(), shape, "full".to_owned(), String::new(), parameters]);
+            rows.push([shown(name), shape, "full".to_owned(), String::new(), parameters]);
         }
         let headers = ["layer", "weight", "rank", "scale", "parameters"];
         let (parameters, bytes) = (grouped(self.num_params()), grouped(self.num_bytes()));
         writeln!(f, "{}", table(&headers, &rows))?;
-        write!(f, "{} adapters, {parameters} parameters, {bytes} bytes", self.len())
+        write!(f, "{} adapters, {parameters} parameters, {bytes} bytes", self.len())?;
+        match self.unused.as_slice() {
+            [] => Ok(()),
+            unused => write!(f, "\nnot used, as in PEFT: {}", some_of(unused)),
+        }
     }
 }

@@ -16,7 +16,7 @@ use thiserror::Error;
 #[non_exhaustive]
 pub enum LoraError {
     /// A field of [`LoraConfig`](crate::LoraConfig) has a value that cannot work.
-    #[error("invalid LoraConfig: `{field}` {problem}")]
+    #[error("invalid LoraConfig: `{field}` {}", text(.problem))]
     InvalidConfig {
         /// The field's name.
         field: &'static str,
@@ -25,7 +25,7 @@ pub enum LoraError {
     },
 
     /// An argument of a function has a value that cannot work.
-    #[error("invalid argument: `{argument}` {problem}")]
+    #[error("invalid argument: `{argument}` {}", text(.problem))]
     InvalidArgument {
         /// The argument's name.
         argument: &'static str,
@@ -34,7 +34,7 @@ pub enum LoraError {
     },
 
     /// A pattern is not a valid regular expression.
-    #[error("`{pattern}` is not a valid pattern: {source}")]
+    #[error("`{}` is not a valid pattern: {source}", shown(.pattern))]
     InvalidPattern {
         /// The pattern as it was given.
         pattern: String,
@@ -78,7 +78,7 @@ pub enum LoraError {
     },
 
     /// The backend cannot compute with a layer's weight as it is.
-    #[error("`{path}` cannot carry an adapter: {problem}")]
+    #[error("{} cannot carry an adapter: {}", quote(.path), text(.problem))]
     Unusable {
         /// The layer's path.
         path: String,
@@ -87,7 +87,7 @@ pub enum LoraError {
     },
 
     /// The weight of a layer cannot be quantized.
-    #[error("`{path}` cannot be quantized: {problem}")]
+    #[error("{} cannot be quantized: {}", quote(.path), text(.problem))]
     NotQuantizable {
         /// The layer's path.
         path: String,
@@ -96,7 +96,7 @@ pub enum LoraError {
     },
 
     /// A model or a set of adapters cannot be used in a batch of several sets.
-    #[error("{what} cannot be part of a mixed batch: {problem}")]
+    #[error("{} cannot be part of a mixed batch: {}", text(.what), text(.problem))]
     NotMixable {
         /// The model, or the part of the set.
         what: String,
@@ -135,7 +135,7 @@ pub enum LoraError {
 
     /// Adapters do not fit a model, or a file's tensors do not fit its configuration. Everything
     /// that is wrong is listed.
-    #[error("{what} does not fit{}", .mismatch)]
+    #[error("{} does not fit{}", text(.what), .mismatch)]
     Mismatch {
         /// What does not fit: a file, or adapters.
         what: String,
@@ -144,7 +144,7 @@ pub enum LoraError {
     },
 
     /// A file or directory could not be read or written.
-    #[error("{}: {source}", .path.display())]
+    #[error("{}: {source}", text(&.path.to_string_lossy()))]
     Io {
         /// The file or directory.
         path: PathBuf,
@@ -153,7 +153,7 @@ pub enum LoraError {
     },
 
     /// A file is not what it should be: truncated, corrupt, or of another format.
-    #[error("{file}: {problem}")]
+    #[error("{}: {}", text(.file), text(.problem))]
     InvalidFile {
         /// The file.
         file: String,
@@ -163,7 +163,7 @@ pub enum LoraError {
 
     /// A file, or adapters to be saved, need something that is not supported, and that must not be
     /// ignored since it would change the result.
-    #[error("{file}: `{field}` is not supported{}", after_colon(.reason))]
+    #[error("{}: {} is not supported{}", text(.file), quote(.field), after_colon(.reason))]
     Unsupported {
         /// The file, or what was to become one.
         file: String,
@@ -174,14 +174,14 @@ pub enum LoraError {
     },
 
     /// A record cannot be loaded into a model: it is one of another model, or of other adapters.
-    #[error("{problem}")]
+    #[error("{}", text(.problem))]
     InvalidRecord {
         /// In what they differ.
         problem: String,
     },
 
     /// Sets of adapters cannot be combined or renamed.
-    #[error("sets of adapters: {}: {problem}", quote(.path))]
+    #[error("sets of adapters: {}: {}", quote(.path), text(.problem))]
     Incompatible {
         /// The layer or the parameter.
         path: String,
@@ -190,7 +190,7 @@ pub enum LoraError {
     },
 
     /// What trains together is not the same everywhere, see [`Replicas::agree`](crate::train::Replicas::agree).
-    #[error("replica {replica} has `{found}` where replica 0 has `{expected}`")]
+    #[error("replica {replica} has `{}` where replica 0 has `{}`", text(.found), text(.expected))]
     ReplicasDiffer {
         /// The first replica that differs from replica 0.
         replica: usize,
@@ -293,7 +293,7 @@ impl fmt::Display for Mismatch {
             }
         }
         match &self.hint {
-            Some(hint) => write!(f, "; {hint}"),
+            Some(hint) => write!(f, "; {}", text(hint)),
             None => Ok(()),
         }
     }
@@ -306,29 +306,70 @@ pub(crate) fn named(path: &str) -> &str {
 
 /// The first names of a list that may be long, and how many more there are.
 pub(crate) fn some_of(names: &[String]) -> String {
+    first_of(names, shown)
+}
+
+fn first_of(names: &[String], show: fn(&str) -> String) -> String {
     const SHOWN: usize = 8;
-    let shown = names.iter().take(SHOWN).cloned().collect::<Vec<_>>().join(", ");
+    let first = names.iter().take(SHOWN).map(|name| show(name)).collect::<Vec<_>>().join(", ");
     match names.len().saturating_sub(SHOWN) {
-        0 => shown,
-        more => format!("{shown}, and {more} more"),
+        0 => first,
+        more => format!("{first}, and {more} more"),
     }
+}
+
+/// A name from outside the program, as a message shows it: without characters that would control a terminal, and without
+/// its middle if it is long.
+pub(crate) fn shown(name: &str) -> String {
+    const LONGEST: usize = 400;
+    const BEGINNING: usize = 200;
+    const END: usize = 100;
+    if name.len() <= LONGEST {
+        return escaped(name, |_| false);
+    }
+    let start = name.char_indices().nth(BEGINNING).map_or(name.len(), |(at, _)| at);
+    let end = name.char_indices().rev().nth(END).map_or(0, |(at, _)| at);
+    if end <= start {
+        return escaped(name, |_| false);
+    }
+    let [start, end] = [&name[..start], &name[end..]].map(|part| escaped(part, |_| false));
+    format!("{start}[..]{end} ({} bytes)", name.len())
+}
+
+/// A part of a message that may have several lines.
+fn text(message: &str) -> String {
+    escaped(message, |it| it == '\n' || it == '\t')
+}
+
+/// The text with escapes for characters that would control a terminal, or that it would not show.
+fn escaped(text: &str, is_kept: impl Fn(char) -> bool) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for character in text.chars() {
+        // These are the marks that turn the direction of text, and those of no width.
+        let is_hidden = matches!(character, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+        match (character.is_control() || is_hidden) && !is_kept(character) {
+            true => escaped.extend(character.escape_default()),
+            false => escaped.push(character),
+        }
+    }
+    escaped
 }
 
 /// The path in quotes, or what a layer without one is called.
 fn quote(path: &str) -> String {
-    if path.is_empty() { named(path).to_owned() } else { format!("`{path}`") }
+    if path.is_empty() { named(path).to_owned() } else { format!("`{}`", shown(path)) }
 }
 
 /// The end of a message that may have a reason.
 fn after_colon(reason: &Option<String>) -> String {
-    reason.as_ref().map(|reason| format!(": {reason}")).unwrap_or_default()
+    reason.as_ref().map(|reason| format!(": {}", text(reason))).unwrap_or_default()
 }
 
 /// The first names of a list that may be long, in quotes.
 pub(crate) fn quoted(names: &[String]) -> String {
     match names {
         [] => "nothing".to_owned(),
-        names => some_of(&names.iter().map(|name| quote(name)).collect::<Vec<_>>()),
+        names => first_of(names, quote),
     }
 }
 
@@ -420,6 +461,29 @@ mod tests {
         assert!(message(&["hid.*n|tail", "haed"]).ends_with(expected));
         assert!(message(&["head"]).ends_with("; excludes and modules_to_save leave out `head`"));
         assert!(message(&[]).ends_with("leave out `hidden.0`, `hidden.1`, `head`"));
+    }
+
+    #[test]
+    fn s11_names_are_shown_without_what_controls_a_terminal_and_short() {
+        let file = |problem: &str| LoraError::InvalidFile {
+            file: "a\u{1b}[2J/adapter_config.json".to_owned(),
+            problem: problem.to_owned(),
+        };
+        let expected = "a\\u{1b}[2J/adapter_config.json: bad\\r\nline";
+        assert_eq!(file("bad\r\nline").to_string(), expected);
+        let unknown = |name: &str| LoraError::UnknownAdapters {
+            names: vec![name.to_owned()],
+            available: vec!["\u{202e}é\n".to_owned()],
+        };
+        let expected = "there are no adapters called `a\\u{0}b`; there are `\\u{202e}é\\n`";
+        assert_eq!(unknown("a\0b").to_string(), expected);
+        let long = unknown(&format!("begin{}end", "é".repeat(60_000))).to_string();
+        assert!(long.starts_with("there are no adapters called `begin") && long.len() < 1000);
+        assert!(long.contains("éend (120008 bytes)`; there are"), "{long}");
+        let mismatch = Mismatch { missing: vec!["x".repeat(100_000)], ..Mismatch::default() };
+        let error = mismatch.into_result("the file\x07").unwrap_err().to_string();
+        assert!(error.starts_with(r"the file\u{7} does not fit; missing: xxx"), "{error}");
+        assert!(error.len() < 500, "{error}");
     }
 
     #[test]

@@ -43,7 +43,13 @@ impl<B: Backend> LoraAdapters<B> {
     /// If a file is missing, is malformed, or holds NaN or infinite values. If others save to `dir` so
     /// often that the two files of one set are never met. If the tensors are not
     /// exactly those that the configuration requires; the error lists all differences. If the
-    /// configuration sets an unsupported field that would change the result.
+    /// configuration sets an unsupported field that would change the result, or has an expression that Python's `re`
+    /// refuses or that is not supported here: a reference to a group, a condition, an atomic or a possessive group, a
+    /// character by name, or one of the flags `a`, `L`, `m` and `x`.
+    ///
+    /// Whether every layer that the configuration targets has an adapter, and every module in `modules_to_save` its
+    /// parameters, is known when the set is put on a model, and an error there. What PEFT does not use of a file is not
+    /// used here: see [`unused`](Self::unused).
     pub fn load(dir: impl AsRef<Path>, device: &B::Device) -> Result<Self, LoraError> {
         let dir = dir.as_ref();
         let named = |name: &str| dir.join(name).display().to_string();
@@ -95,6 +101,9 @@ impl<B: Backend> LoraAdapters<B> {
     /// base. Weights are written as PyTorch's `Linear` has them: in Python,
     /// transpose one that belongs to a `Conv1D`.
     ///
+    /// A set that was put together by hand or read from a file of mlx-lm, and was on no model yet, must say what its
+    /// adapters are for: see [`LoraAdapter::new`](crate::LoraAdapter::new).
+    ///
     /// # Errors
     ///
     /// If something cannot be expressed in PEFT's format, or a file cannot be written. An existing
@@ -140,7 +149,7 @@ impl<B: Backend> LoraAdapters<B> {
 
 /// The configuration of either format.
 enum Config {
-    Peft(PeftConfig),
+    Peft(Box<PeftConfig>),
     Mlx(MlxConfig),
 }
 
@@ -151,7 +160,7 @@ impl Config {
         let text = text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text);
         match mlx::parse(text, file) {
             Some(config) => config.map(Self::Mlx),
-            None => config::parse(text, file).map(Self::Peft),
+            None => config::parse(text, file).map(|config| Self::Peft(Box::new(config))),
         }
     }
 
@@ -175,10 +184,10 @@ impl Config {
         // The first bytes tell whether this is the file itself.
         let mut start = Vec::new();
         weights.by_ref().take(64).read_to_end(&mut start).map_err(io)?;
-        find::check_start(&start, file)?;
+        find::check_tensors(&start, file)?;
         let weights = start.as_slice().chain(weights);
         match self {
-            Self::Peft(config) => tensors::read(config, weights, length, file, device),
+            Self::Peft(config) => tensors::read(*config, weights, length, file, device),
             Self::Mlx(config) => mlx::read(config, weights, length, file, device),
         }
     }

@@ -1,4 +1,7 @@
-//! Patterns that match paths in a model.
+//! Patterns that match paths in a model: those of this crate's configurations, by the syntax of the crate `regex`; and
+//! in [`python`] those of PEFT's files.
+
+pub(crate) mod python;
 
 use regex::{Regex, RegexBuilder};
 
@@ -14,8 +17,8 @@ pub(crate) fn compile(expression: &str) -> Result<Regex, regex::Error> {
 /// A regular expression that matches a whole dotted path, or whole segments at the end of the path:
 /// `query`, `layers\.[0-3]\.query` and `.*query` all match `layers.0.query`.
 ///
-/// So plain names match as in PEFT's list of target modules, and other expressions match as PEFT's rank
-/// and alpha patterns do.
+/// So plain names match as in PEFT's list of target modules, and other expressions match the ends of paths, as PEFT's
+/// rank and alpha patterns do.
 #[derive(Clone, Debug)]
 pub(crate) struct Pattern {
     source: String,

@@ -32,7 +32,7 @@ impl<B: Backend> LoraAdapter<B> {
             !config.reads_weight(),
             "the initial values depend on the weight: use `LoraConfig::init`, or attach the adapter to a model"
         );
-        Self::drawn(&config.into(), WeightLayout::Matrix, shape, device)
+        Self::drawn(&config.into(), WeightLayout::Unknown, shape, device)
     }
 
     /// A fresh adapter for the given weight, which is read only if the initial values depend on it.

@@ -7,6 +7,8 @@ use crate::tensors::{transposed, with_rank};
 /// How a layer stores the weight that its adapter sees as a matrix `[d_input, d_output]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum WeightLayout {
+    /// Not known: of an adapter that was put together by hand, and was on no layer yet.
+    Unknown,
     /// As the matrix itself, `[d_input, d_output]`, like [`Linear`](burn::nn::Linear). A weight with
     /// more dimensions is seen as `[first, all others]`.
     Matrix,
@@ -34,7 +36,7 @@ impl WeightLayout {
     pub fn matrix_shape(&self, dims: &[usize]) -> [usize; 2] {
         let rest = |dims: &[usize]| dims.iter().product::<usize>();
         match self {
-            Self::Matrix | Self::Embedding => [dims[0], rest(&dims[1..])],
+            Self::Unknown | Self::Matrix | Self::Embedding => [dims[0], rest(&dims[1..])],
             Self::Conv { .. } => [rest(&dims[1..]), dims[0]],
             Self::ConvTranspose { .. } => [dims[0] * rest(&dims[2..]), dims[1]],
         }
@@ -45,8 +47,8 @@ impl WeightLayout {
         let dims = weight.dims();
         let [d_input, d_output] = self.matrix_shape(&dims);
         match self {
-            Self::Matrix | Self::Embedding if D == 2 => with_rank(weight),
-            Self::Matrix | Self::Embedding => weight.reshape([d_input, d_output]),
+            Self::Unknown | Self::Matrix | Self::Embedding if D == 2 => with_rank(weight),
+            Self::Unknown | Self::Matrix | Self::Embedding => weight.reshape([d_input, d_output]),
             Self::Conv { .. } => transposed(weight.reshape([d_output, d_input])),
             Self::ConvTranspose { .. } => {
                 let places = d_input / dims[0];
@@ -63,8 +65,8 @@ impl WeightLayout {
     ) -> Tensor<B, D> {
         let [d_input, d_output] = matrix.dims();
         match self {
-            Self::Matrix | Self::Embedding if D == 2 => with_rank(matrix),
-            Self::Matrix | Self::Embedding => matrix.reshape(dims),
+            Self::Unknown | Self::Matrix | Self::Embedding if D == 2 => with_rank(matrix),
+            Self::Unknown | Self::Matrix | Self::Embedding => matrix.reshape(dims),
             // Reshaped last, so that it is not a permuted view: of such kernels Burn's wgpu backend
             // computes wrong gradients of the input.
             Self::Conv { .. } => transposed(matrix.reshape([1, d_input, d_output])).reshape(dims),
@@ -85,11 +87,11 @@ impl WeightLayout {
         }
     }
 
-    /// Whether an adapter with this layout can be put on a layer with the layout `layer`. A plain matrix
-    /// fits every layout, and the number of groups does not matter.
+    /// Whether an adapter with this layout can be put on a layer with the layout `layer`. A plain matrix, and what is
+    /// not known, fits every layout, and the number of groups does not matter.
     pub fn fits(&self, layer: &Self) -> bool {
         match (self, layer) {
-            (Self::Matrix, _) => true,
+            (Self::Unknown | Self::Matrix, _) => true,
             (Self::Conv { kernel, .. }, Self::Conv { kernel: other, .. }) => kernel == other,
             (adapter, layer) => adapter == layer,
         }

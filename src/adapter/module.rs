@@ -171,7 +171,7 @@ impl<B: Backend> LoraAdapter<B> {
             dropout: Dropout { prob: record.dropout },
             magnitude: record.magnitude.map(|it| trainable_param(it, device)),
             training: Training { freezes_a: record.freezes_a, start, observer: None }.fork(device),
-            layout: WeightLayout::Matrix,
+            layout: WeightLayout::Unknown,
             tie: if record.leaves_head { Tie::Leaves } else { Tie::default() },
         }
     }

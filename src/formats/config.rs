@@ -6,16 +6,16 @@ use burn::tensor::backend::Backend;
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::{Value, json};
 
-use super::json::{Entries, check_object};
+use super::json::{Entries, check_object, explained};
 use crate::{
     adapter::{LoraAdapter, Tie, WeightLayout},
     adapters::{
         BASE_MODEL, LoraAdapters, TASK_TYPE,
-        peft_targets::{Indices, Modules, Names, Targets, within_any},
+        peft_targets::{Indices, Modules, Names, Targets, module_in_full, unreadable, within_any},
     },
     config::Scaling,
-    error::{LoraError, named},
-    pattern::Pattern,
+    error::{LoraError, named, shown},
+    pattern::python::Expression,
 };
 
 /// Unsupported fields that change what an adapter computes. A field that is null, false or empty is off,
@@ -47,16 +47,13 @@ pub(crate) struct PeftConfig {
     pub use_dora: bool,
     use_rslora: bool,
     /// The patterns of the ranks, compiled.
-    ranks: Vec<(Pattern, usize)>,
+    ranks: Vec<(Expression, usize)>,
     /// The patterns of the alphas, compiled.
-    alphas: Vec<(Pattern, f64)>,
+    alphas: Vec<(Expression, f64)>,
     pub lora_bias: bool,
     bias: BiasMode,
     modules_to_save: Vec<String>,
-    target_modules: Option<Modules>,
-    exclude_modules: Option<Modules>,
-    layers_to_transform: Option<Indices>,
-    layers_pattern: Option<Names>,
+    pub targets: Targets,
     /// Whether weights in the file may be those of Hugging Face's `Conv1D`.
     pub fan_in_fan_out: bool,
     /// Whether the adapter of an embedding moves a head that is the same table, too.
@@ -93,7 +90,7 @@ impl Fields {
 }
 
 fn typed<T: DeserializeOwned>(field: &str, value: Value, expected: &str) -> Result<T, String> {
-    let problem = format!("`{field}` is {value}; {expected} is expected");
+    let problem = format!("`{field}` is {}; {expected} is expected", shown(&value.to_string()));
     serde_json::from_value(without_fraction(value)).map_err(|_| problem)
 }
 
@@ -109,18 +106,19 @@ fn without_fraction(value: Value) -> Value {
 /// The patterns of a field, compiled, in the order of the file. A key matches a whole path or the end of
 /// a path.
 ///
-/// Patterns that this crate cannot compile are an error, because PEFT may accept them: to ignore them
-/// would give a wrong rank or alpha.
+/// Patterns that cannot be read here are an error, because PEFT may accept them: to ignore them would give a wrong rank
+/// or alpha.
 fn patterns<V: DeserializeOwned>(
     field: &str,
     entries: Option<Entries<Value>>,
     expected: &str,
-) -> Result<Vec<(Pattern, V)>, String> {
-    let compile = |(key, value): (String, Value)| {
-        let pattern = Pattern::new(&key).map_err(|error| error.to_string())?;
-        Ok((pattern, typed(&format!("{field}.{key}"), value, expected)?))
+) -> Result<Vec<(Expression, V)>, String> {
+    let read = |(key, value): (String, Value)| {
+        let pattern = Expression::part(&key);
+        let pattern = pattern.map_err(|problem| unreadable(field, &key, problem))?;
+        Ok((pattern, typed(&format!("{field}.{}", shown(&key)), value, expected)?))
     };
-    entries.unwrap_or_default().0.into_iter().map(compile).collect()
+    entries.unwrap_or_default().0.into_iter().map(read).collect()
 }
 
 /// The fields whose order matters.
@@ -190,7 +188,7 @@ pub(crate) fn parse(text: &[u8], file: &str) -> Result<PeftConfig, LoraError> {
 /// The fields of the object that the text is.
 fn object(text: &[u8]) -> Result<BTreeMap<String, Value>, String> {
     check_object(text)?;
-    serde_json::from_slice(text).map_err(|error| error.to_string())
+    serde_json::from_slice(text).map_err(|error| explained(text, &error))
 }
 
 impl Fields {
@@ -203,6 +201,16 @@ impl Fields {
             self.take::<BTreeMap<String, Value>>(field, "an object of numbers")?;
         }
         let ordered: Ordered = serde_json::from_slice(text).map_err(|error| error.to_string())?;
+        let modules_to_save: Vec<String> =
+            self.take("modules_to_save", "a list of strings")?.unwrap_or_default();
+        let targets = Targets::new(
+            self.take::<Modules>("target_modules", NAMES)?.as_ref(),
+            self.take::<Modules>("exclude_modules", NAMES)?.as_ref(),
+            self.take::<Indices>("layers_to_transform", "a whole number or a list of these")?
+                .as_ref(),
+            self.take::<Names>("layers_pattern", NAMES)?.as_ref(),
+            &modules_to_save,
+        )?;
         Ok(PeftConfig {
             r: self.take("r", WHOLE)?.unwrap_or(8),
             lora_alpha: self.take("lora_alpha", NUMBER)?.unwrap_or(8.0),
@@ -212,12 +220,8 @@ impl Fields {
             alphas: patterns("alpha_pattern", ordered.alpha_pattern, NUMBER)?,
             lora_bias: self.take("lora_bias", BOOL)?.unwrap_or_default(),
             bias: self.take("bias", r#""none", "all" or "lora_only""#)?.unwrap_or_default(),
-            modules_to_save: self.take("modules_to_save", "a list of strings")?.unwrap_or_default(),
-            target_modules: self.take("target_modules", NAMES)?,
-            exclude_modules: self.take("exclude_modules", NAMES)?,
-            layers_to_transform: self
-                .take("layers_to_transform", "a whole number or a list of these")?,
-            layers_pattern: self.take("layers_pattern", NAMES)?,
+            modules_to_save,
+            targets,
             fan_in_fan_out: self.0.get("fan_in_fan_out").is_some_and(is_on),
             use_dora: self.0.get("use_dora").is_some_and(is_on),
             ties_head: self.0.get("ensure_weight_tying").is_some_and(is_on),
@@ -235,8 +239,8 @@ fn is_on(value: &Value) -> bool {
     }
 }
 
-fn first_match<V: Copy>(patterns: &[(Pattern, V)], path: &str) -> Option<V> {
-    patterns.iter().find(|(key, _)| key.matches(path)).map(|(_, value)| *value)
+fn first_match<V: Copy>(patterns: &[(Expression, V)], path: &str) -> Option<V> {
+    patterns.iter().find(|(key, _)| key.matches_end(path)).map(|(_, value)| *value)
 }
 
 impl PeftConfig {
@@ -252,23 +256,15 @@ impl PeftConfig {
         if self.use_rslora { Scaling::AlphaOverSqrtRank } else { Scaling::AlphaOverRank }
     }
 
-    /// The layers that the configuration targets, as [`Targets::new`] reads them.
-    pub fn targets(&self) -> Option<Targets> {
-        Targets::new(
-            self.target_modules.as_ref(),
-            self.exclude_modules.as_ref(),
-            self.layers_to_transform.as_ref(),
-            self.layers_pattern.as_ref(),
-            &self.modules_to_save,
-        )
+    /// The module that the parameter `name` was trained in full with, or the parameter, if it was by itself.
+    pub fn module_to_save<'n>(&self, name: &'n str) -> Option<&'n str> {
+        let is_named = || self.modules_to_save.iter().any(|it| name.ends_with(it.as_str()));
+        module_in_full(&self.modules_to_save, name).or_else(|| is_named().then_some(name))
     }
 
-    /// The module that the parameter `name` was trained in full with. PEFT compares the ends of modules'
-    /// names as mere text: `norm` also means `input_layernorm`.
-    pub fn module_to_save<'n>(&self, name: &'n str) -> Option<&'n str> {
-        let ends = name.match_indices('.').map(|(end, _)| end).chain([name.len()]);
-        ends.map(|end| &name[..end])
-            .find(|module| self.modules_to_save.iter().any(|it| module.ends_with(it.as_str())))
+    /// Whether biases of the base were trained, and are in the file.
+    pub fn trains_biases(&self) -> bool {
+        self.bias != BiasMode::None
     }
 
     /// Whether the file may hold the parameter `name`, trained in full. `of_target` says whether the
@@ -305,6 +301,12 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
             return Err(unsupported(path, &format!("{reason}; {remedy}")));
         }
         let reason = match &adapter.layout {
+            WeightLayout::Unknown => {
+                "it was put together by hand, and files hold adapters of linear layers, convolutions and \
+                 embeddings in different ways; put the set on its model and save \
+                 `model.switch(&set)?.adapters()`, or say what it is for by `of_linear`, `of_convolution` or \
+                 `of_embedding`"
+            }
             WeightLayout::Embedding if set.adapters.values().any(|it| it.bias.is_some()) => {
                 "PEFT has no adapters of embeddings in a set with biases"
             }

@@ -7,8 +7,7 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use super::config::PeftConfig;
 use crate::{
     adapter::WeightLayout,
-    adapters::peft_targets::Targets,
-    error::{LoraError, Mismatch},
+    error::{LoraError, Mismatch, shown},
 };
 
 pub(super) const PREFIX: &str = "base_model.model.";
@@ -18,17 +17,14 @@ pub(super) const B_BIAS: &str = ".lora_B.bias";
 pub(super) const EMBEDDING_A: &str = ".lora_embedding_A";
 pub(super) const EMBEDDING_B: &str = ".lora_embedding_B";
 pub(super) const MAGNITUDE: &str = ".lora_magnitude_vector";
+/// The same, as PEFT calls the parameter in memory.
+const MAGNITUDE_IN_MEMORY: &str = ".lora_magnitude_vector.weight";
 
-/// Parts of tensor names by which unsupported adapters are recognized, and the reasons to report.
-const UNSUPPORTED: [(&str, &str); 3] = [
-    // PEFT 0.21 applies the update of the output projection twice.
-    (
-        ".base_layer.out_proj.",
-        "adapters of PyTorch's `MultiheadAttention` cannot be read; use four `Linear`s instead",
-    ),
-    (".token_adapter.", "trainable tokens cannot be read"),
-    (".lora_ga_", "LoRA-GA cannot be read"),
-];
+/// What the keys of trainable tokens end with.
+const TOKENS: &str = ".token_adapter.trainable_tokens_delta";
+
+/// The longest key, in bytes. Names of layers are far shorter, and the file may come from anywhere.
+const LONGEST: usize = 500;
 
 /// A batch norm's count of batches, which PyTorch needs for a momentum that Burn's norms do not have.
 const BATCHES: &str = ".num_batches_tracked";
@@ -95,6 +91,8 @@ pub(super) struct Keys<'a> {
     pub roles: Vec<(&'a str, &'a TensorInfo, Role<'a>)>,
     /// The modules that were trained in full.
     pub modules_to_save: Vec<String>,
+    /// The keys of parameters of adapted layers that PEFT does not use either.
+    pub unused: Vec<String>,
 }
 
 impl<'a> Keys<'a> {
@@ -103,19 +101,23 @@ impl<'a> Keys<'a> {
         names: &'a [String],
         header: &'a Metadata,
         config: &PeftConfig,
-        targets: Option<&Targets>,
         file: &str,
     ) -> Result<Self, LoraError> {
+        let targets = &config.targets;
         let unsupported = |field: &str, reason: &str| LoraError::Unsupported {
             file: file.to_owned(),
             field: field.to_owned(),
             reason: Some(reason.to_owned()),
         };
-        let (modules_to_save, layers) = (Vec::new(), BTreeMap::new());
-        let mut keys = Self { layers, roles: Vec::new(), modules_to_save };
+        let (modules_to_save, unused) = (Vec::new(), Vec::new());
+        let mut keys = Self { layers: BTreeMap::new(), roles: Vec::new(), modules_to_save, unused };
         let mut mismatch = Mismatch::default();
         for key in names {
-            if let Some((_, reason)) = UNSUPPORTED.iter().find(|(part, _)| key.contains(part)) {
+            if key.len() > LONGEST {
+                let problem = format!("the name `{}` is longer than any layer's", shown(key));
+                return Err(LoraError::InvalidFile { file: file.to_owned(), problem });
+            }
+            if let Some(reason) = unreadable(key, names) {
                 return Err(unsupported(key, reason));
             }
             let info = header.info(key).expect("the header has its keys");
@@ -139,15 +141,14 @@ impl<'a> Keys<'a> {
             }
             check(path, parts, config, &mut mismatch);
             // PEFT would not put an adapter on this layer.
-            let is_target = targets.is_none_or(|targets| targets.matches(path));
+            let is_target = targets.allow(path, parts.layout() == WeightLayout::Matrix);
             let is_tied =
                 config.ties_head && keys.layers.values().any(|table| parts.repeats(table));
             if !is_target && !is_tied {
                 mismatch.unexpected.push(format!("{PREFIX}{path} (not a target)"));
             }
         }
-        mismatch.unmatched_targets =
-            targets.map_or(vec![], |it| it.unmatched(keys.layers.keys().copied()));
+        mismatch.unmatched_targets = targets.unmatched(keys.layers.keys().copied());
         mismatch.into_result(file)?;
         Ok(keys)
     }
@@ -157,11 +158,15 @@ impl<'a> Keys<'a> {
             return Role::Count;
         }
         let of = |suffix| name.strip_suffix(suffix);
-        let ends = [A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE];
+        let ends = [A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, MAGNITUDE, MAGNITUDE_IN_MEMORY];
         let Some((end, path)) = ends.iter().find_map(|end| Some((*end, of(end)?))) else {
             return Role::Extra(name.to_owned());
         };
         let parts = self.layers.entry(path).or_default();
+        if end.starts_with(MAGNITUDE) && parts.magnitude.is_some() {
+            // The file holds it twice.
+            return Role::Extra(name.to_owned());
+        }
         let (part, role) = match end {
             A => (&mut parts.a, Role::A(path)),
             EMBEDDING_A => (&mut parts.embedding_a, Role::A(path)),
@@ -174,6 +179,25 @@ impl<'a> Keys<'a> {
         role
     }
 
+    /// The modules that are tables, trained or not, which PEFT saves without a word in the configuration
+    /// (`save_embedding_layers`): those of the embeddings and of the head.
+    fn unasked_tables<'e>(
+        &self,
+        extras: &'e BTreeMap<String, usize>,
+        config: &PeftConfig,
+    ) -> BTreeSet<&'e str> {
+        let tables = extras.iter().filter_map(|(name, dims)| {
+            let path = name.strip_suffix(".weight").filter(|_| *dims == 2)?;
+            let is_known = path.ends_with(".base_layer")
+                || self.layers.contains_key(path)
+                || is_repeated(name, extras)
+                || config.module_to_save(name).is_some();
+            (!is_known).then_some(path)
+        });
+        let tables: BTreeSet<_> = tables.collect();
+        if tables.len() <= MOST_TABLES { tables } else { BTreeSet::new() }
+    }
+
     /// Names the parameters that were trained in full as the model does, and leaves out what the file
     /// holds twice.
     fn check_extras(&mut self, config: &PeftConfig, mismatch: &mut Mismatch) {
@@ -182,7 +206,7 @@ impl<'a> Keys<'a> {
             _ => None,
         });
         let extras: BTreeMap<_, _> = extras.collect();
-        let tables = unasked_tables(&extras, config);
+        let tables = self.unasked_tables(&extras, config);
         let (mut seen, mut modules) = (BTreeSet::new(), BTreeSet::new());
         let mut roles = std::mem::take(&mut self.roles);
         for (key, _, role) in &mut roles {
@@ -191,7 +215,19 @@ impl<'a> Keys<'a> {
                 *role = Role::Unused;
                 continue;
             }
-            // PEFT names the parameters of an adapted layer's base `base_layer.*`.
+            // PEFT names the parameters of an adapted layer's base `base_layer.*`, and does not use others.
+            let (path, parameter) = name.rsplit_once('.').unwrap_or_default();
+            if self.layers.contains_key(path)
+                && ["weight", "bias"].contains(&parameter)
+                && config.module_to_save(name).is_none()
+            {
+                // Versions of PEFT before 0.7 wrote trained biases so. Those must not be lost without a word.
+                let is_trained = parameter == "bias" && config.trains_biases();
+                let list = if is_trained { &mut mismatch.unexpected } else { &mut self.unused };
+                list.push((*key).to_owned());
+                *role = Role::Unused;
+                continue;
+            }
             let of_base = name.rsplit_once(".base_layer.").filter(|(path, parameter)| {
                 self.layers.contains_key(path) && ["weight", "bias"].contains(parameter)
             });
@@ -213,26 +249,33 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// Whether PEFT wrote the parameter a second time, next to that of the module trained in full.
-fn is_repeated(name: &str, extras: &BTreeMap<String, usize>) -> bool {
-    [".modules_to_save.", ".original_module."]
-        .iter()
-        .any(|part| name.contains(part) && extras.contains_key(&name.replacen(part, ".", 1)))
+/// Why an adapter with this key cannot be read, if its kind is not supported. Layers may have any names, so that only
+/// the end of a key tells.
+fn unreadable(key: &str, names: &[String]) -> Option<&'static str> {
+    if key.ends_with(TOKENS) {
+        return Some("trainable tokens cannot be read");
+    }
+    if key.rsplit('.').take(2).any(|name| name.starts_with("lora_ga_")) {
+        return Some("LoRA-GA cannot be read");
+    }
+    // PEFT 0.21 applies the update of the output projection twice.
+    let (attention, _) = key.split_once(".base_layer.out_proj.")?;
+    let is_attention = names.iter().any(|name| *name == format!("{attention}{A}"));
+    is_attention.then_some(
+        "adapters of PyTorch's `MultiheadAttention` cannot be read; use four `Linear`s instead",
+    )
 }
 
-/// The modules that are tables, trained or not, which PEFT saves without a word in the configuration
-/// (`save_embedding_layers`): those of the embeddings and of the head.
-fn unasked_tables<'e>(
-    extras: &'e BTreeMap<String, usize>,
-    config: &PeftConfig,
-) -> BTreeSet<&'e str> {
-    let tables = extras.iter().filter_map(|(name, dims)| {
-        let path = name.strip_suffix(".weight").filter(|_| *dims == 2)?;
-        let unasked = !path.ends_with(".base_layer") && !is_repeated(name, extras);
-        (unasked && config.module_to_save(name).is_none()).then_some(path)
+/// Whether PEFT wrote the parameter a second time, next to that of the module trained in full. In a module that holds
+/// others, the name of the adapter comes before their names.
+fn is_repeated(name: &str, extras: &BTreeMap<String, usize>) -> bool {
+    let is_there = |module: &str, rest: &str| extras.contains_key(&format!("{module}.{rest}"));
+    let trained = name.split_once(".modules_to_save.").is_some_and(|(module, rest)| {
+        let within = rest.split_once('.');
+        is_there(module, rest) || within.is_some_and(|(_, rest)| is_there(module, rest))
     });
-    let tables: BTreeSet<_> = tables.collect();
-    if tables.len() <= MOST_TABLES { tables } else { BTreeSet::new() }
+    let original = name.split_once(".original_module.");
+    trained || original.is_some_and(|(module, rest)| is_there(module, rest))
 }
 
 /// Whether the layer is a convolution with groups. PEFT's B then has fewer columns than the rank.
@@ -307,7 +350,9 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
 /// What a key that is not PEFT's looks like, and what to do.
 fn foreign(key: &str) -> Option<String> {
     let ends = |ends: &[&str]| ends.iter().any(|end| key.ends_with(end));
-    let is = |format: &str, remedy: &str| Some(format!("`{key}` looks like {format}: {remedy}"));
+    let is = |format: &str, remedy: &str| {
+        Some(format!("`{}` looks like {format}: {remedy}", shown(key)))
+    };
     let save = "save the adapter by `save_pretrained` of its `PeftModel`";
     if ends(&[".lora_down.weight", ".lora_up.weight"]) {
         return is("kohya's format", "convert it to PEFT's, as the examples of PEFT show");

@@ -20,7 +20,7 @@ use crate::{
     adapter::LoraAdapter,
     adapters::LoraAdapters,
     config::Scaling,
-    error::{LoraError, Mismatch},
+    error::{LoraError, Mismatch, shown},
 };
 
 pub(super) const WEIGHTS: &str = "adapters.safetensors";
@@ -123,7 +123,7 @@ pub(super) fn read<Bk: Backend>(
     for key in &keys {
         let info = header.info(key).expect("the header has its keys");
         let values = read_values(&mut source, info);
-        let values = values.map_err(|problem| invalid(format!("`{key}` {problem}")))?;
+        let values = values.map_err(|problem| invalid(format!("`{}` {problem}", shown(key))))?;
         let (path, part) = part_of(key).expect("the other keys are an error");
         let values = TensorData::new(values, info.shape.clone());
         if part == MAGNITUDE {

@@ -33,7 +33,7 @@ use super::{
 use crate::{
     adapter::{LoraAdapter, Tie, WeightLayout},
     adapters::{Extra, LoraAdapters},
-    error::LoraError,
+    error::{LoraError, shown},
     tensors::frozen,
 };
 
@@ -49,8 +49,7 @@ pub(super) fn read<Bk: Backend>(
     let invalid = |problem: String| LoraError::InvalidFile { file: file.to_owned(), problem };
     let header = read_header(&mut source, length).map_err(invalid)?;
     let names = header.offset_keys();
-    let targets = config.targets();
-    let keys = Keys::read(&names, &header, &config, targets.as_ref(), file)?;
+    let keys = Keys::read(&names, &header, &config, file)?;
     if keys.layers.is_empty() {
         return Err(invalid("there is no adapter in it".to_owned()));
     }
@@ -66,7 +65,7 @@ pub(super) fn read<Bk: Backend>(
             continue;
         }
         let values = read_values(&mut source, info);
-        let values = values.map_err(|problem| invalid(format!("`{key}` {problem}")))?;
+        let values = values.map_err(|problem| invalid(format!("`{}` {problem}", shown(key))))?;
         let flat = |values: Vec<f32>| {
             let shape = [values.len()];
             Tensor::<Bk, 1>::from_data(TensorData::new(values, shape), device)
@@ -102,17 +101,18 @@ pub(super) fn read<Bk: Backend>(
         adapter.magnitude = magnitudes.remove(path).map(Param::from_tensor);
         adapters.insert(path.to_owned(), Box::new(adapter));
     }
-    let not_meant = |path: &str| targets.as_ref().is_some_and(|targets| !targets.matches(path));
+    let not_meant = |path: &str| !config.targets.allow(path, true);
     if let Some(path) = tie(&mut adapters, config.ties_head, not_meant) {
         let problem = format!(
-            "`{path}` is not a target, and its factors are not those of the embedding that \
-             `ensure_weight_tying` ties it to"
+            "`{}` is not a target, and its factors are not those of the embedding that \
+             `ensure_weight_tying` ties it to",
+            shown(&path)
         );
         return Err(invalid(problem));
     }
-    let Keys { modules_to_save, .. } = keys;
-    let (config, names_in_file) = (config.others, Vec::new());
-    Ok(LoraAdapters { adapters, extras, modules_to_save, targets, names_in_file, config })
+    let Keys { modules_to_save, unused, .. } = keys;
+    let (config, targets, names_in_file) = (config.others, Some(config.targets), Vec::new());
+    Ok(LoraAdapters { adapters, extras, modules_to_save, targets, names_in_file, config, unused })
 }
 
 /// Notes what the adapters of embeddings, and of a head tied to one, do to the head. The result is a
@@ -156,13 +156,54 @@ pub(super) fn read_header(source: &mut impl Read, length: u64) -> Result<Metadat
     let mut header = vec![0; announced as usize];
     source.read_exact(&mut header).map_err(|error| format!("header: {error}"))?;
     check_object(&header).map_err(|error| format!("header: {error}"))?;
-    let header: Metadata =
-        serde_json::from_slice(&header).map_err(|error| format!("header: {error}"))?;
+    let header: Metadata = serde_json::from_slice(&header)
+        .map_err(|error| culprit(&header).unwrap_or_else(|| format!("header: {error}")))?;
     let (announced, rest) = (header.data_len() as u64, rest - announced);
     if announced != rest {
         return Err(format!("the tensors should have {announced} bytes, but {rest} follow"));
     }
     Ok(header)
+}
+
+/// The tensor for which the header is not accepted, and what is wrong with it.
+fn culprit(header: &[u8]) -> Option<String> {
+    let mut entries: BTreeMap<String, serde_json::Value> = serde_json::from_slice(header).ok()?;
+    entries.remove("__metadata__");
+    let mut tensors = Vec::new();
+    for (key, entry) in entries {
+        let problem = match serde_json::from_value::<TensorInfo>(entry) {
+            Ok(info) => {
+                tensors.push((info.data_offsets, key, info));
+                continue;
+            }
+            Err(error) => error,
+        };
+        return Some(format!("`{}` is described wrongly in the header: {problem}", shown(&key)));
+    }
+    tensors.sort_by_key(|(offsets, ..)| *offsets);
+    let mut expected = 0;
+    for ((start, end), key, info) in tensors {
+        let key = shown(&key);
+        if start != expected || end < start {
+            return Some(format!(
+                "`{key}` is at bytes {start} to {end} by the header, and should begin at {expected}"
+            ));
+        }
+        let sizes = info.shape.iter().copied();
+        let count =
+            sizes.map(Some).reduce(|one, other| one?.checked_mul(other?)).unwrap_or(Some(1));
+        let bits = count.and_then(|count| count.checked_mul(info.dtype.bitsize()));
+        if bits != (end - start).checked_mul(8) {
+            return Some(format!(
+                "`{key}` has {} bytes by the header, and its shape {:?} in {:?} needs another number",
+                end - start,
+                info.shape,
+                info.dtype
+            ));
+        }
+        expected = end;
+    }
+    None
 }
 
 /// Reads the next tensor's elements as `f32`. It is an error if one of them is not finite.

@@ -9,10 +9,10 @@ use burn::{
 
 use super::{LoraLayer, constant, fixed, module::lora_layer};
 use crate::{
-    adapter::{LoraAdapter, Mixed, WeightLayout},
+    adapter::{Factor, LoraAdapter, Mixed, WeightLayout},
     burn_faults::repeated,
     ops::{Conv, Convolve, run, runs_on},
-    tensors::{add, frozen},
+    tensors::{add, cast, frozen},
 };
 
 /// A drop-in for Burn's [`Conv1d`] that can carry an adapter. It works like [`LoraConv2d`], with one
@@ -88,9 +88,10 @@ impl<B: Backend> LoraConv1d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        let normalized = normalized(self, &self.base.bias, &input, |x, adapter| {
-            let base = Conv1d { bias: None, ..self.base.clone() };
-            Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+        let normalized = normalized(self, &self.base.bias, &input, |x, factor| {
+            let (weight, adapter) = factor_of(self, &self.base.weight, factor);
+            let base = Conv1d { weight, bias: None, ..self.base.clone() };
+            Self { base, adapter, mixed: None }.forward(x)
         });
         if let Some(y) = normalized {
             return y;
@@ -154,9 +155,10 @@ impl<B: Backend> LoraConv2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        let normalized = normalized(self, &self.base.bias, &input, |x, adapter| {
-            let base = Conv2d { bias: None, ..self.base.clone() };
-            Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+        let normalized = normalized(self, &self.base.bias, &input, |x, factor| {
+            let (weight, adapter) = factor_of(self, &self.base.weight, factor);
+            let base = Conv2d { weight, bias: None, ..self.base.clone() };
+            Self { base, adapter, mixed: None }.forward(x)
         });
         if let Some(y) = normalized {
             return y;
@@ -193,9 +195,10 @@ impl<B: Backend> LoraConvTranspose2d<B> {
             let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
-        let normalized = normalized(self, &self.base.bias, &input, |x, adapter| {
-            let base = ConvTranspose2d { bias: None, ..self.base.clone() };
-            Self { base, adapter: adapter.cloned(), mixed: None }.forward(x)
+        let normalized = normalized(self, &self.base.bias, &input, |x, factor| {
+            let (weight, adapter) = factor_of(self, &self.base.weight, factor);
+            let base = ConvTranspose2d { weight, bias: None, ..self.base.clone() };
+            Self { base, adapter, mixed: None }.forward(x)
         });
         if let Some(y) = normalized {
             return y;
@@ -219,16 +222,32 @@ impl<B: Backend> LoraConvTranspose2d<B> {
 }
 
 /// The output of a layer whose adapter has magnitudes; `None` if it has none. `forward` applies the layer
-/// without its bias, with an adapter or without.
+/// without its bias, with the factor that it is given.
 fn normalized<B: Backend, const D: usize>(
     layer: &dyn LoraLayer<B>,
     bias: &Option<Param<Tensor<B, 1>>>,
     input: &Tensor<B, D>,
-    forward: impl Fn(Tensor<B, D>, Option<&LoraAdapter<B>>) -> Tensor<B, D>,
+    forward: impl Fn(Tensor<B, D>, Factor<B>) -> Tensor<B, D>,
 ) -> Option<Tensor<B, D>> {
     let adapter = layer.adapter().filter(|it| it.magnitude.is_some())?;
     let (weight, bias) = (layer.weight_matrix(), bias.as_ref().map(frozen));
     Some(adapter.forward_normalized(input.clone(), weight, bias, forward))
+}
+
+/// The kernel and the adapter of a layer that multiplies by `factor`.
+fn factor_of<B: Backend, const D: usize>(
+    layer: &dyn LoraLayer<B>,
+    kernel: &Param<Tensor<B, D>>,
+    factor: Factor<B>,
+) -> (Param<Tensor<B, D>>, Option<LoraAdapter<B>>) {
+    match factor {
+        Factor::Base => (fixed(kernel), None),
+        Factor::Updated(adapter) => (kernel.clone(), Some(adapter.clone())),
+        Factor::Matrix(matrix) => {
+            let sum = layer.weight_layout().to_weight(matrix, kernel.dims());
+            (constant(cast(sum, kernel.dtype())), None)
+        }
+    }
 }
 
 /// The parameter with its values. A clone of one that was never used would draw its own.

@@ -100,26 +100,22 @@ impl<B: Backend> LoraEmbedding<B> {
             return Tensor::zeros([batch, length, n_embedding], &hidden.device());
         }
         let hidden = hidden.reshape([batch * length, d_model]);
-        let update = |base, adapter: &LoraAdapter<B>, hidden| match adapter.tie {
-            Tie::Leaves => base,
-            _ => add(base, adapter.forward_transposed(hidden)),
-        };
+        let base = |hidden| self.projected(hidden, frozen(&self.base.weight));
         let logits = match (&self.mixed, &self.adapter) {
             (None, None) => self.projected(hidden, self.base.weight.val()),
             (Some(mixed), _) => {
                 mixed.check(batch);
-                let base = self.projected(hidden.clone(), frozen(&self.base.weight));
-                mixed.change(base, &hidden, update)
+                mixed.change(base(hidden.clone()), &hidden, |base, adapter, hidden| {
+                    match adapter.tie {
+                        Tie::Leaves => base,
+                        _ => add(base, adapter.forward_transposed(hidden)),
+                    }
+                })
             }
-            (None, Some(adapter)) => {
-                // The table's columns are what is summed over here.
-                let hidden = match adapter.tie {
-                    Tie::Leaves => hidden,
-                    _ => adapter.normalized(hidden, 1, || self.weight_matrix()),
-                };
-                let base = self.projected(hidden.clone(), frozen(&self.base.weight));
-                update(base, adapter, hidden)
-            }
+            (None, Some(adapter)) => match adapter.tie {
+                Tie::Leaves => base(hidden),
+                _ => adapter.projected(hidden, || self.weight_matrix(), base),
+            },
         };
         logits.reshape([batch, length, n_embedding])
     }

@@ -285,8 +285,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
 ) -> Result<Lora<B, M>, LoraError> {
     let layers = layers::<B, _>(bare);
     let set = &*untied(set, &layers);
-    let mut params =
-        if set.extras.is_empty() { vec![] } else { traverse::params::<B, M>(&*bare.model) };
+    // A walk is most of the time that this takes.
+    let needs_params = !set.extras.is_empty() || set.asks_for_parameters();
+    let mut params = if needs_params { traverse::params::<B, M>(&*bare.model) } else { vec![] };
     params.retain(|it| !it.in_adapter);
     let mut mismatch = Mismatch::default();
     let misshapen = |name: &str, expected: &dyn std::fmt::Debug, found: &dyn std::fmt::Debug| {
@@ -329,6 +330,16 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             trains.insert(param.path.clone());
         }
     }
+    // What the base holds there is not what was trained.
+    let left_out = params.iter().filter(|param| {
+        !param.is_statistic
+            && !param.is_base_of(|path| set.get(path).is_some())
+            && set.must_hold(&param.torch_name)
+            && !set.extras.contains_key(&param.torch_name)
+    });
+    mismatch
+        .missing
+        .extend(left_out.map(|param| format!("{} (modules_to_save)", param.torch_name)));
     let unknown = set.adapters.keys().filter(|path| !layers.iter().any(|it| it.path == **path));
     let unknown: Vec<_> = unknown.cloned().collect();
     if !unknown.is_empty() {
@@ -341,6 +352,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             false => named(&path).to_owned(),
         }));
     }
+    // PyTorch has the weights of linear layers transposed.
+    let linear: BTreeSet<_> =
+        params.iter().filter(|it| it.transposed).map(|it| it.module.as_str()).collect();
     for Layer { path, shape, layout, capabilities, .. } in &layers {
         match set.get(path) {
             Some(adapter) if adapter.shape() != *shape => {
@@ -352,7 +366,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             Some(adapter) if adapter.bias.is_some() && !capabilities.bias => {
                 mismatch.unexpected.push(format!("{} (a bias)", named(path)));
             }
-            None if set.is_target(path) => mismatch.missing.push(named(path).to_owned()),
+            None if set.is_target(path, linear.contains(path.as_str())) => {
+                mismatch.missing.push(named(path).to_owned())
+            }
             _ => {}
         }
     }

@@ -32,6 +32,7 @@ const ALPHA: f64 = 1.7;
 struct Dora {
     plain: Problem,
     magnitude: Matrix,
+    alpha: f64,
     /// The norms, if they are to stay as they are while other values move.
     norms: Option<Matrix>,
 }
@@ -61,7 +62,23 @@ impl Dora {
             scale: ALPHA / rank as f64,
         };
         let magnitude = Matrix::random(1, d_output, 6).map(|it| 1.5 + it);
-        Self { plain, magnitude, norms: None }
+        Self { plain, magnitude, alpha: ALPHA, norms: None }
+    }
+
+    /// A problem whose update leaves the share `e` of every other column. In `f32` the sum of the weight and the update
+    /// is exact there, while their sums of squares are not.
+    fn canceling(shape: [usize; 2], e: f64) -> Self {
+        let [d_input, d_output] = shape;
+        let mut dora = Self::new([4, d_input, 1, d_output], true);
+        let plain = &mut dora.plain;
+        plain.a = Matrix::from_fn(d_input, 1, |row, _| [1.0, -0.5, 2.0][row % 3]);
+        let (a, b) = (&plain.a, &mut plain.b);
+        for column in (0..d_output).step_by(2) {
+            b.data[column] = f64::from((e - 1.0) as f32 / 2.0);
+            (0..d_input).for_each(|row| plain.w.data[row * d_output + column] = a.data[row]);
+        }
+        (plain.scale, dora.alpha) = (2.0, 2.0);
+        dora
     }
 
     fn gain(&self) -> Matrix {
@@ -86,7 +103,7 @@ impl Dora {
     fn adapter<B: Backend>(&self) -> LoraAdapter<B> {
         let (device, Problem { a, b, .. }) = (device::<B>(), &self.plain);
         let [a, b] = [a, b].map(|it| it.tensor([it.rows, it.cols], &device));
-        let mut adapter = LoraAdapter::new(a, b, ALPHA, Scaling::AlphaOverRank);
+        let mut adapter = LoraAdapter::new(a, b, self.alpha, Scaling::AlphaOverRank);
         let magnitude = self.magnitude.tensor([self.magnitude.cols], &device);
         adapter.magnitude = Some(Param::from_tensor(magnitude));
         adapter
@@ -136,6 +153,71 @@ fn outputs_and_gradients_of_linear_layers() {
             check::<1>(&Dora::new([1, 7, rank, 5], bias), [7]);
         }
     }
+}
+
+const SHARES: [f64; 5] = [1e-2, 1e-3, 1e-4, 1e-5, 1e-6];
+
+/// On a GPU, where the library does not ask whether a column cancels, the product of an input with the weight is rounded
+/// before that with the update is added, as in PEFT. There the inputs are such that nothing is rounded.
+fn asks() -> bool {
+    crate::backend::NAME != "wgpu" && std::env::var_os("BURN_LORA_PORTABLE").is_none()
+}
+
+#[test]
+fn s1_what_an_update_leaves_of_a_column_keeps_its_digits() {
+    for e in SHARES {
+        let mut dora = Dora::canceling([7, 5], e);
+        if asks() {
+            check::<2>(&dora, [4, 7]);
+            check::<3>(&dora, [2, 2, 7]);
+        }
+        let merged = Lora::new(dora.layer::<Plain>()).merge().unwrap();
+        assert_close(merged.base.weight.val(), &dora.weight(), TOLERANCE);
+        dora.plain.x = Matrix::from_fn(7, 7, |row, column| f64::from(u8::from(row == column)));
+        let x = dora.plain.x.tensor::<Plain, 2>([7, 7], &device::<Plain>());
+        assert_close(dora.layer::<Plain>().forward(x), &dora.output(), TOLERANCE);
+    }
+}
+
+#[test]
+fn s1_dropout_leaves_the_digits_of_a_canceled_column() {
+    let dora = Dora::canceling([7, 5], 1e-6);
+    let mut layer = dora.layer::<Train>();
+    let mut adapter = layer.adapter().unwrap().clone();
+    // So rarely drops anything that these inputs are whole.
+    adapter.dropout.prob = 1e-9;
+    layer.set_adapter(Some(adapter));
+    let x = dora.plain.x.tensor::<Train, 2>([4, 7], &device::<Train>());
+    if asks() {
+        assert_close(layer.forward(x), &dora.output(), TOLERANCE);
+    }
+}
+
+#[test]
+fn s1_a_canceled_column_of_a_quantized_base_keeps_its_digits() {
+    let signs =
+        Matrix::from_fn(32, 4, |row, column| if (row + column) % 3 == 0 { -1.0 } else { 1.0 });
+    let device = device::<Plain>();
+    let weight = Param::from_tensor(signs.tensor([32, 4], &device));
+    let base = LoraLinear::from(Linear::<Plain> { weight, bias: None });
+    let (base, _) = base.quantize(Quantization::Int8).unwrap();
+    let held = values(base.quantized().unwrap().dense());
+    let mut dora = Dora::new([5, 32, 4, 4], false);
+    (dora.alpha, dora.plain.scale) = (4.0, 1.0);
+    dora.plain.w = Matrix { rows: 4, cols: 32, data: held }.transpose();
+    dora.plain.a = signs;
+    let left = |row| dora.plain.w.at(0, row).abs() * (1e-6 - 1.0);
+    let b = Matrix::from_fn(4, 4, |row, column| if row == column { left(row) } else { 0.0 });
+    dora.plain.b = b.map(|it| f64::from(it as f32));
+    if !asks() {
+        dora.plain.x = Matrix::from_fn(5, 32, |row, column| f64::from(u8::from(row == column)));
+    }
+    let mut layer = base;
+    layer.set_adapter(Some(dora.adapter()));
+    let x = dora.plain.x.tensor::<Plain, 2>([5, 32], &device);
+    assert_close(layer.forward(x), &dora.output(), TOLERANCE);
+    let merged = Lora::new(layer).merge().unwrap();
+    assert_close(merged.base.weight.val(), &dora.weight(), TOLERANCE);
 }
 
 #[test]
@@ -418,4 +500,98 @@ fn what_cannot_be_mixed_or_added_is_refused() {
     assert!(error.to_string().contains("magnitudes"), "{error}");
     let error = base.attach(&config.with_bias(true)).unwrap_err();
     assert!(error.to_string().contains("`bias` is set, and adapters with DoRA's"), "{error}");
+}
+
+/// A kernel of this shape, seen as the matrix of a problem that cancels columns, and its adapter.
+fn canceling(shape: [usize; 2]) -> (Tensor<Train, 2>, LoraAdapter<Train>) {
+    let dora = Dora::canceling(shape, 1e-6);
+    (dora.plain.w.tensor(shape, &device::<Train>()), dora.adapter())
+}
+
+#[test]
+fn s1_canceled_columns_of_convolutions_keep_their_digits() {
+    if !asks() {
+        return;
+    }
+    let device = device::<Train>();
+    for groups in [1, 2] {
+        let d_input = 4 / groups * 6;
+        let (matrix, adapter) = canceling([d_input, 6]);
+        let mut base: Conv2d<Train> =
+            filled(Conv2dConfig::new([4, 6], [3, 2]).with_groups(groups).init(&device)).no_grad();
+        base.weight =
+            Param::from_tensor(matrix.clone().transpose().reshape([6, 4 / groups, 3, 2])).no_grad();
+        let mut layer = LoraConv2d::from(base.clone());
+        layer.set_adapter(Some(adapter));
+        let adapter = layer.adapter().unwrap();
+        let kernel = composed(adapter, matrix).transpose().reshape([6, 4 / groups, 3, 2]);
+        let x = input([2, 4, 5, 6]);
+        let options = burn::tensor::ops::ConvOptions::new([1, 1], [0, 0], [1, 1], groups);
+        let bias = base.bias.as_ref().map(|it| it.val());
+        let expected = burn::tensor::module::conv2d(x.clone(), kernel, bias, options);
+        assert_same(adapter, layer.forward(x), expected);
+    }
+}
+
+#[test]
+fn s1_canceled_columns_in_one_dimension_keep_their_digits() {
+    if !asks() {
+        return;
+    }
+    let device = device::<Train>();
+    let (matrix, adapter) = canceling([6, 5]);
+    let mut base: Conv1d<Train> = filled(Conv1dConfig::new(3, 5, 2).init(&device)).no_grad();
+    base.weight = Param::from_tensor(matrix.clone().transpose().reshape([5, 3, 2])).no_grad();
+    let mut layer = LoraConv1d::from(base.clone());
+    layer.set_adapter(Some(adapter));
+    let adapter = layer.adapter().unwrap();
+    let kernel = composed(adapter, matrix).transpose().reshape([5, 3, 2]);
+    let options = burn::tensor::ops::ConvOptions::new([1], [0], [1], 1);
+    let bias = base.bias.as_ref().map(|it| it.val());
+    let expected = burn::tensor::module::conv1d(input([2, 3, 7]), kernel, bias, options);
+    assert_same(adapter, layer.forward(input([2, 3, 7])), expected);
+}
+
+#[test]
+fn s1_canceled_columns_of_transposed_convolutions_keep_their_digits() {
+    if !asks() {
+        return;
+    }
+    let device = device::<Train>();
+    let (matrix, adapter) = canceling([24, 3]);
+    let as_kernel =
+        |it: Tensor<Train, 2>| it.reshape([4, 6, 3]).swap_dims(1, 2).reshape([4, 3, 2, 3]);
+    let mut base: ConvTranspose2d<Train> =
+        filled(ConvTranspose2dConfig::new([4, 3], [2, 3]).init(&device)).no_grad();
+    base.weight = Param::from_tensor(as_kernel(matrix.clone())).no_grad();
+    let mut layer = LoraConvTranspose2d::from(base.clone());
+    layer.set_adapter(Some(adapter));
+    let adapter = layer.adapter().unwrap();
+    let kernel = as_kernel(composed(adapter, matrix));
+    let options = burn::tensor::ops::ConvTransposeOptions::new([1, 1], [0, 0], [0, 0], [1, 1], 1);
+    let bias = base.bias.as_ref().map(|it| it.val());
+    let x = input([2, 4, 3, 4]);
+    let expected = burn::tensor::module::conv_transpose2d(x.clone(), kernel, bias, options);
+    assert_same(adapter, layer.forward(x), expected);
+}
+
+#[test]
+fn s1_canceled_columns_of_tables_keep_their_digits() {
+    if !asks() {
+        return;
+    }
+    let device = device::<Train>();
+    let (matrix, adapter) = canceling([9, 5]);
+    let weight = Param::from_tensor(matrix.clone()).no_grad();
+    let mut layer = LoraEmbedding::from(Embedding { weight });
+    layer.set_adapter(Some(adapter));
+    let adapter = layer.adapter().unwrap();
+    let table = || composed(adapter, matrix.clone());
+    let indices = TensorData::new(vec![3i64, 1, 4, 1, 5, 0], [2, 3]);
+    let indices: Tensor<Train, 2, Int> = Tensor::from_data(indices, &device);
+    let rows = table().select(0, indices.clone().reshape([6])).reshape([2, 3, 5]);
+    assert_same(adapter, layer.forward(indices), rows);
+    let hidden = input([2, 3, 5]);
+    let logits = hidden.clone().reshape([6, 5]).matmul(table().transpose()).reshape([2, 3, 9]);
+    assert_same(adapter, layer.project(hidden), logits);
 }

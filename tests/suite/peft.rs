@@ -2,6 +2,7 @@
 //! everything.
 
 mod cases;
+mod field;
 mod layers;
 mod mlx;
 mod refused;

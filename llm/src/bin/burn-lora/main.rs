@@ -153,7 +153,11 @@ fn hex(hash: &[u8]) -> String {
 }
 
 fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {
-    LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())
+    let set = LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())?;
+    for key in set.unused() {
+        eprintln!("{}: `{}` is not used, as in PEFT", dir.display(), key.escape_debug());
+    }
+    Ok(set)
 }
 
 /// Adapters, and what is remembered of their training. If they are those of another base, or of another way to write
