@@ -9,7 +9,7 @@ use burn::{
 };
 use rand::{RngExt, SeedableRng, rngs::StdRng};
 
-use super::{Approximation, LoraAdapters, low_rank};
+use super::{Approximation, LoraAdapters, low_rank, peft_targets::Targets};
 use crate::{
     adapter::LoraAdapter,
     config::{Scaling, fnv1a},
@@ -106,14 +106,16 @@ impl<B: Backend> LoraAdapters<B> {
 
     /// The adapters alone, without the parameters that were trained in full, such as a new head.
     pub fn without_modules_to_save(&self) -> Self {
-        Self { extras: Default::default(), modules_to_save: Vec::new(), ..self.clone() }
+        let targets = self.targets.clone().map(Targets::without_modules_to_save);
+        let (extras, modules_to_save) = Default::default();
+        Self { extras, modules_to_save, targets, ..self.clone() }
     }
 
     /// These adapters with the parameters that were trained in full along with `other`, in place of those that they
     /// have.
     pub fn with_modules_to_save_of(&self, other: &Self) -> Self {
         let (extras, modules_to_save) = (other.extras.clone(), other.modules_to_save.clone());
-        Self { extras, modules_to_save, ..self.clone() }
+        Self { extras, modules_to_save, ..self.without_modules_to_save() }
     }
 
     /// Combines several sets, each with a weight, into one: for each layer the weighted sum of the

@@ -183,6 +183,11 @@ impl Targets {
         self.matches(path, is_linear) && !may_be_left_out
     }
 
+    /// The same without modules that are trained in full.
+    pub fn without_modules_to_save(self) -> Self {
+        Self { modules_to_save: Vec::new(), ..self }
+    }
+
     /// Whether PEFT saves the parameter `name` with a module that was trained in full.
     pub fn saves(&self, name: &str) -> bool {
         module_in_full(&self.modules_to_save, name).is_some()

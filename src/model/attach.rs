@@ -332,8 +332,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     }
     // What the base holds there is not what was trained.
     let left_out = params.iter().filter(|param| {
-        !param.is_statistic
-            && !param.is_base_of(|path| set.get(path).is_some())
+        !param.is_base_of(|path| set.get(path).is_some())
             && set.must_hold(&param.torch_name)
             && !set.extras.contains_key(&param.torch_name)
     });

@@ -437,3 +437,19 @@ fn b3_segments_take_a_frozen_norm() {
     assert!((step.loss - expected.loss).abs() < 1e-5);
     assert_eq!(step.gradients.len(), 4);
 }
+
+#[test]
+fn b2_statistics_that_a_file_lacks_are_missing() {
+    let base = Own::<Train>::new();
+    let set = base.attach(&config().with_modules_to_save(["norm"])).unwrap().adapters();
+    let dir = TempDir::new("norms-lacking");
+    set.save(dir.0.join("set")).unwrap();
+    let path = dir.0.join("set/adapter_model.safetensors");
+    let file = fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&file).unwrap();
+    let others = tensors.iter().filter(|(name, _)| !name.ends_with("running_var"));
+    fs::write(&path, safetensors::serialize(others, None).unwrap()).unwrap();
+    let set = LoraAdapters::load(dir.0.join("set"), &device::<Train>()).unwrap();
+    let error = base.switch(&set).unwrap_err().to_string();
+    assert!(error.contains("missing: norm.running_var"), "{error}");
+}
