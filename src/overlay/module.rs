@@ -92,7 +92,7 @@ impl<B: Backend, M: Module<B>> Module<B> for Overlay<B, M> {
             names.iter().rev().for_each(|(name, container)| mapper.exit_module(name, container));
             slots.push(slot);
         }
-        Self { model, slots, composed: OnceLock::new(), ..self }
+        Self { model, slots, composed: OnceLock::new() }
     }
 
     /// Takes over the recorded model, and the recorded adapters.
