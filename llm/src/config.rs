@@ -176,6 +176,11 @@ impl LlamaConfig {
         Ok(self)
     }
 
+    /// What it says, one field in a line, for replicas that have to agree on it: no parameter tells these constants.
+    pub fn to_lines(&self) -> String {
+        format!("{self:?}").replace(", ", "\n")
+    }
+
     /// The number of heads of keys, and of values.
     pub fn key_value_heads(&self) -> usize {
         self.num_key_value_heads.unwrap_or(self.num_attention_heads)

@@ -13,6 +13,8 @@ mod conv_sizes;
 mod correctness;
 mod dora;
 mod dropout;
+#[cfg(feature = "ndarray")]
+mod element;
 mod embedding;
 mod empty;
 mod eva;

@@ -17,8 +17,9 @@ use crate::{
 /// of each float parameter its path, shape and type, whether it trains, and 16 hexadecimal digits that distinguish
 /// its bits (the beginning of a SHA-256). Weights that are quantized have such digits, too.
 ///
-/// Constants, such as the number of heads or the epsilon of a norm, are not in it, and neither are the running
-/// statistics of batch norms, which replicas need not have in common.
+/// Constants, such as the number of heads or the epsilon of a norm, are not in it: have replicas agree on the
+/// configuration of the model, too. Neither are the running statistics of batch norms, which replicas need not have
+/// in common.
 ///
 /// All values are read once, which takes about a second for a gigabyte on a CPU.
 pub fn fingerprint<B: Backend, M: Module<B>>(model: &M) -> String {

@@ -207,7 +207,10 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     })?;
     // What is read quickly is checked before the model is read.
     let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
-    let reading = reading(args.max_length, args.mask_prompt, &pretrained::config(&path)?);
+    let config = pretrained::config(&path)?;
+    // No parameter tells the constants of a model, such as RoPE's.
+    replicas.agree(&config.to_lines()).context("the replicas' models differ")?;
+    let reading = reading(args.max_length, args.mask_prompt, &config);
     let Material { texts, valid, files } =
         replicas.first_then_others(|| texts::read(args, is_first, &chat, &reading))?;
     let adapted = args.adapter.as_ref().map(|dir| match is_first {

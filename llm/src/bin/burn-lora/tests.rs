@@ -24,6 +24,7 @@ use burn_lora::{
 use burn_lora_llm::{
     chat::Chat,
     cli::replicas::Counted,
+    config::LlamaConfig,
     data::{self, Batch, Reading, Text, Texts, deal, deal_to, pack, tokens},
     generate::{Sampling, generate},
     gguf::tokens as tokens_of_gguf,

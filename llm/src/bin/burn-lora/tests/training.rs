@@ -154,6 +154,26 @@ fn replicas_share_a_step_with_workers_and_batches() {
     }
 }
 
+#[test]
+fn replicas_whose_models_differ_in_a_constant_are_refused() {
+    let config = |rope_theta: f64, epsilon: f64| {
+        let json = serde_json::json!({
+            "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 16,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32,
+            "hidden_act": "silu", "rms_norm_eps": epsilon, "rope_theta": rope_theta,
+        });
+        LlamaConfig::from_json(json).unwrap()
+    };
+    for (other, name) in [(config(2e4, 1e-5), "rope_theta"), (config(1e4, 1e-6), "rms_norm_eps")] {
+        let configs = [config(1e4, 1e-5), other];
+        let agreed =
+            ThreadReplica::run(2, |replica| replica.agree(&configs[replica.index()].to_lines()));
+        for error in agreed.into_iter().map(Result::unwrap_err) {
+            assert!(error.to_string().contains(name), "{error}");
+        }
+    }
+}
+
 /// B is a part of what is sent.
 fn b_bytes(b: &TensorData) -> usize {
     b.as_bytes().len()
