@@ -15,6 +15,7 @@ mod plain;
 mod quantize;
 mod record;
 mod report;
+mod saved;
 
 use std::collections::BTreeMap;
 

@@ -147,7 +147,7 @@ mod tests {
     /// To compile a pattern takes as long as to match thousands of paths. Compiled for each layer, these took 4 and
     /// 39 seconds in an optimized build, and many times as long in this one.
     #[test]
-    fn many_patterns_of_a_large_model_take_no_time() {
+    fn s12_many_patterns_of_a_large_model_take_no_time() {
         let paths: Vec<_> = (0..500)
             .flat_map(|layer| {
                 ["q_proj", "k_proj", "v_proj", "o_proj"]

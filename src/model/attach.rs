@@ -1,18 +1,13 @@
 //! Putting adapters on a model: fresh ones, those of a set, or into the weights for good.
 
-use std::{
-    borrow::Cow,
-    cell::RefCell,
-    collections::{BTreeMap, BTreeSet},
-    rc::Rc,
-};
+use std::{borrow::Cow, cell::RefCell, collections::BTreeSet, rc::Rc};
 
 use burn::{
     module::{Module, Param},
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{Lora, fully_trained, names, norms, quantize, record};
+use super::{Lora, fully_trained, names, norms, quantize, record, saved};
 use crate::{
     adapter::{Tie, WeightLayout, is_part},
     adapters::LoraAdapters,
@@ -245,8 +240,7 @@ pub(super) fn train_in_full<B: Backend, M: Module<B>>(
     // The base under an adapter is a constant, whatever its flags say.
     let covered = params.iter().filter_map(|param| {
         let module = patterns.iter().find_map(|pattern| pattern.covering(&param.path))?;
-        // Statistics that are shared are remembered where they move at all.
-        (!param.is_shared && !param.is_base_of(is_adapted)).then_some((param, module))
+        (!param.is_base_of(is_adapted)).then_some((param, module))
     });
     let mut covered: Vec<_> = covered.collect();
     let is_covered = |path: &str| covered.iter().any(|(param, _)| param.path == path);
@@ -257,24 +251,7 @@ pub(super) fn train_in_full<B: Backend, M: Module<B>>(
         return Err(cannot_train(&param.path));
     }
     let trains: BTreeSet<_> = covered.iter().map(|(param, _)| param.path.clone()).collect();
-    // PEFT compares the ends of modules' names as mere text. A name in its file must not mean a module
-    // whose parameters are not all in the file, so their parameters are named one by one then.
-    let means_more = |module: &str| {
-        params.iter().any(|param| {
-            let mut within = param.path.match_indices('.').map(|(end, _)| &param.path[..end]);
-            within.any(|it| it.ends_with(module)) && !trains.contains(&param.path)
-        })
-    };
-    let mut more = BTreeMap::new();
-    for (param, module) in covered {
-        // A norm's parameters by themselves go by PyTorch's names.
-        let by_itself =
-            module == param.path || *more.entry(module).or_insert_with(|| means_more(module));
-        let name = if by_itself { &param.torch_name } else { module };
-        if !lora.modules.iter().any(|it| it == name) {
-            lora.modules.push(name.to_owned());
-        }
-    }
+    saved::note(&mut lora.modules, &params, &covered);
     Ok(lora.training(&trains))
 }
 
@@ -296,6 +273,7 @@ pub(super) fn set<B: Backend, M: Module<B>>(
     // The parameters that the set brings along, and whether they train: not those under an adapter.
     let mut brought = BTreeSet::new();
     let mut trains = BTreeSet::new();
+    let stays = norms::staying(bare, set, &params);
     // Those that are stored as a `Conv1D` of Hugging Face.
     let mut conv1d = BTreeSet::new();
     for (name, extra) in &set.extras {
@@ -309,6 +287,9 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             continue;
         };
         if param.is_shared && bare.own.is_none() {
+            if stays.contains(&param.path) {
+                continue;
+            }
             return Err(LoraError::SharedStatistics { paths: vec![param.module.clone()] });
         }
         let mut shape = extra.shape.clone();
@@ -326,7 +307,8 @@ pub(super) fn set<B: Backend, M: Module<B>>(
             continue;
         }
         brought.insert(param.path.clone());
-        if set.trains_in_full(name) && !param.is_base_of(|path| set.get(path).is_some()) {
+        let is_base = param.is_base_of(|path| set.get(path).is_some());
+        if set.trains_in_full(name) && !is_base && !stays.contains(&param.path) {
             trains.insert(param.path.clone());
         }
     }

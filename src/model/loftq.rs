@@ -7,7 +7,7 @@ use burn::{
     tensor::{ElementConversion, Tensor, backend::Backend},
 };
 
-use super::{Lora, LoraModule, QuantizeConfig};
+use super::{Lora, LoraModule, QuantizeConfig, norms};
 use crate::{
     adapter::LoraAdapter,
     config::{Init, LoraConfig},
@@ -24,14 +24,16 @@ pub(super) fn attach<B: Backend, M: Module<B>>(
     iterations: usize,
 ) -> Result<Lora<B, M>, LoraError> {
     assert!(iterations > 0, "LoftQ needs at least one iteration, got 0");
-    let base = lora.bare().into_inner();
+    norms::require_frozen(lora)?;
+    let bare = lora.bare();
+    let base = bare.clone().into_inner();
     // The updates alone: what trains in full is put on by `attach`.
     let alone = LoraConfig { modules_to_save: Vec::new(), ..config.clone() };
     let (adapted, _) = lora.quantize(to.clone())?;
     let mut quantized = adapted.bare().into_inner();
     let mut updates = quantized.extract(&base, &alone)?.adapters;
     for _ in 1..iterations {
-        let rest: M = base.switch(&updates.scaled(-1.0))?.merge()?;
+        let rest: M = bare.switch(&updates.scaled(-1.0))?.merge()?;
         quantized = rest.quantize(to.clone())?.0;
         updates = quantized.extract(&base, &alone)?.adapters;
     }

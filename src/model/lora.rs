@@ -90,7 +90,8 @@ use crate::{
 /// move in each pass on an autodiff backend, and all clones of a model share them, so that adapters on such a model
 /// would change the base. `attach` and its kin refuse it there. With
 /// [`with_own_statistics`](Self::with_own_statistics) the statistics move in the adapted model alone, and are part
-/// of its set of adapters.
+/// of its set of adapters. A clone of that model shares them, as clones do in Burn; with
+/// [`with_own_statistics`](Self::with_own_statistics) once more it does not.
 ///
 /// # Records
 ///
@@ -126,9 +127,17 @@ pub struct Lora<B: Backend, M> {
 impl<B: Backend, M: Module<B>> Lora<B, M> {
     /// The model as it is, with everything frozen but the adapters that it has already. Nothing is
     /// copied.
+    ///
+    /// # Panics
+    ///
+    /// If the model has adapters and batch norms of Burn's, on a backend with autodiff: keep the `Lora` that it was in.
     pub fn new(model: M) -> Self {
         let statistics = traverse::draw(&model);
-        Self::unmarked(model, statistics).training(&BTreeSet::new())
+        let lora = Self::unmarked(model, statistics).training(&BTreeSet::new());
+        if let (false, Err(error)) = (lora.trains.is_empty(), norms::require_frozen(&lora)) {
+            panic!("{error}");
+        }
+        lora
     }
 
     /// A copy of the model that shares every value with it. What trains in it is still to be marked.

@@ -74,11 +74,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
     ///
     /// [`LoraError::InvalidRecord`] if the record is one of another model. If this model has adapters, or
     /// something that trains in full: unless the record has the same, of the same ranks and scales.
-    /// [`LoraError::SharedStatistics`] as for [`attach`](crate::LoraModule::attach).
-    ///
-    /// Running statistics in the record go into the cells of the model, as in Burn's own
-    /// [`load_record`](Module::load_record): clones of it share them, unless it has its
-    /// [own](Self::with_own_statistics).
+    /// [`LoraError::SharedStatistics`] as for [`switch`](crate::LoraModule::switch).
     pub fn try_load_record(self, record: LoraRecord<B>) -> Result<Self, LoraError> {
         norms::require_frozen(&self)?;
         let adapters = record::adapters(&self);
@@ -95,6 +91,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
             record::invalid(format!("the record's description of the adapters is no JSON: {error}"))
         })?;
         let device = self.devices().first().cloned().unwrap_or_default();
+        norms::require_same(&self, &record.parameters)?;
         let parameters = record.parameters.iter().map(|it| it.path.clone());
         let in_full: BTreeSet<_> = parameters.filter(|it| !self.statistics.contains(it)).collect();
         let known = traverse::layer_paths::<B, _>(&self);
@@ -234,9 +231,12 @@ impl<B: AutodiffBackend, M: AutodiffModule<B>> AutodiffModule<B> for Lora<B, M> 
             described: module.described,
             conv1d: module.conv1d,
             statistics: module.statistics,
-            own: module.own.map(|_| norms::own::<B, M> as fn(&M) -> _),
+            own: None,
         };
-        lora.refrozen()
+        // Nobody else has these cells.
+        let own = module.own.is_some() || !lora.statistics.is_empty();
+        let own = own.then_some(norms::own::<B, M> as fn(&M) -> M);
+        norms::remembered(Self { own, ..lora }.refrozen())
     }
 }
 

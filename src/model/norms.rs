@@ -7,8 +7,9 @@ use burn::{
     tensor::backend::{AutodiffBackend, Backend},
 };
 
-use super::Lora;
+use super::{Lora, ParameterRecord, fully_trained, record, saved};
 use crate::{
+    adapters::LoraAdapters,
     error::LoraError,
     traverse::{self, Seen},
 };
@@ -42,22 +43,61 @@ fn parent(path: &str) -> &str {
     path.rsplit_once('.').map_or("", |(module, _)| module)
 }
 
+/// An error if records would change running statistics that clones of the model share.
+pub(super) fn require_same<B: Backend, M: Module<B>>(
+    lora: &Lora<B, M>,
+    records: &[ParameterRecord<B>],
+) -> Result<(), LoraError> {
+    if lora.statistics.is_empty() || lora.own.is_some() {
+        return Ok(());
+    }
+    let here = record::save::<B, M>(&lora.model, &lora.statistics);
+    let value = |record: &ParameterRecord<B>| record.values.val().into_data();
+    let others = here.iter().filter(|here| {
+        let recorded = records.iter().find(|it| it.path == here.path);
+        recorded.is_some_and(|it| value(it) != value(here))
+    });
+    let paths: BTreeSet<_> = others.map(|it| parent(&it.path).to_owned()).collect();
+    match paths.is_empty() {
+        true => Ok(()),
+        false => Err(LoraError::SharedStatistics { paths: paths.into_iter().collect() }),
+    }
+}
+
+/// The parameters of norms with shared statistics that are in the set as they are in the model: they are there for the
+/// statistics, and were not trained.
+pub(super) fn staying<B: Backend, M: Module<B>>(
+    lora: &Lora<B, M>,
+    set: &LoraAdapters<B>,
+    params: &[Seen],
+) -> BTreeSet<String> {
+    let norms: BTreeSet<_> = params.iter().filter(|it| it.is_shared).map(|it| &it.module).collect();
+    let brought =
+        |it: &&Seen| norms.contains(&it.module) && set.extras.contains_key(&it.torch_name);
+    let brought: Vec<_> = params.iter().filter(brought).collect();
+    let paths = brought.iter().map(|it| it.path.clone()).collect();
+    let here = fully_trained::read::<B, M>(&lora.model, &paths);
+    let stays = brought.into_iter().filter(|it| {
+        let (here, brought) = (&here[&it.torch_name], &set.extras[&it.torch_name]);
+        here.values.to_data().convert::<f32>() == brought.values.to_data().convert::<f32>()
+    });
+    stays.map(|it| it.path.clone()).collect()
+}
+
 /// The model, which remembers what its norms are now if their statistics are going to move, so that it can be given
 /// back and is saved.
 pub(super) fn remembered<B: Backend, M: Module<B>>(mut lora: Lora<B, M>) -> Lora<B, M> {
     if lora.own.is_none() || lora.statistics.is_empty() {
         return lora;
     }
-    let modules: BTreeSet<_> = lora.statistics.iter().map(|path| parent(path).to_owned()).collect();
-    let params = traverse::params::<B, M>(&*lora.model).into_iter();
-    let params = params.filter(|it| modules.contains(&it.module)).map(|it| it.path);
-    let new: BTreeSet<_> = params.filter(|path| !lora.originals.contains_key(path)).collect();
+    let params = traverse::params::<B, M>(&*lora.model);
+    let norms: BTreeSet<_> = params.iter().filter(|it| it.is_shared).map(|it| &it.module).collect();
+    let of_norms = params.iter().filter(|it| norms.contains(&it.module));
+    let covered: Vec<_> = of_norms.map(|it| (it, it.module.as_str())).collect();
+    let new = covered.iter().map(|(it, _)| it.path.clone());
+    let new: BTreeSet<_> = new.filter(|path| !lora.originals.contains_key(path)).collect();
     lora.originals.extend(traverse::values(&*lora.model, &new));
-    for module in modules {
-        if !lora.modules.contains(&module) {
-            lora.modules.push(module);
-        }
-    }
+    saved::note(&mut lora.modules, &params, &covered);
     lora
 }
 

@@ -122,8 +122,9 @@ where
 ///
 /// # Panics
 ///
-/// If a block gives another output the second time, which would make the gradients wrong: it has dropout, or
-/// batch norms that train. A frozen [`nn::BatchNorm`](crate::nn::BatchNorm) computes the same twice. Or if the model has no parameters.
+/// If a block, or the begin, gives another output the second time, which would make the gradients wrong: it has
+/// dropout, or batch norms that train. A frozen [`nn::BatchNorm`](crate::nn::BatchNorm) computes the same twice. Or
+/// if the model has no parameters.
 pub fn segments<B, M, I, const D: usize>(model: &M, input: &I) -> Backward
 where
     B: AutodiffBackend,
@@ -168,14 +169,16 @@ where
         let Some(dy) = gradient else { break };
         let x = leaf(values.clone());
         let y = model.block(index, x.clone(), &context);
-        check_same(index, &output, y.clone().inner());
+        check_same(&format!("block {index}"), &output, y.clone().inner());
         gradient = sum.backward(along(y, dy), &x);
         output = values;
     }
     if let Some(dy) = gradient {
         // Without parameters that train, there would be no graph.
         let zero = Tensor::zeros([1], &device).require_grad();
-        sum.backward(along(model.begin(&context), dy) + zero.clone(), &zero);
+        let y = model.begin(&context);
+        check_same("the begin", &output, y.clone().inner());
+        sum.backward(along(y, dy) + zero.clone(), &zero);
     }
     Backward { loss, gradients: sum.gradients.grads() }
 }
@@ -216,16 +219,12 @@ impl<M> Sum<'_, M> {
 /// by far more, and another order of additions by far less.
 const ROUNDING: f64 = 1e-2;
 
-fn check_same<B: Backend, const D: usize>(
-    block: usize,
-    first: &Tensor<B, D>,
-    second: Tensor<B, D>,
-) {
+fn check_same<B: Backend, const D: usize>(part: &str, first: &Tensor<B, D>, second: Tensor<B, D>) {
     let largest = |x: Tensor<B, D>| x.abs().max().into_data().iter::<f64>().sum::<f64>();
     let changed = largest(first.clone() - second) > ROUNDING * largest(first.clone());
     assert!(
         !changed,
-        "a block that computes the same twice expected, but block {block} gave another output the second \
+        "a model that computes the same twice expected, but {part} gave another output the second \
          time: segments allow neither dropout nor batch norms that train",
     );
 }

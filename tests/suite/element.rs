@@ -1,13 +1,15 @@
 //! Backends whose numbers are not in `f32` unless something else is said: here in `f64`, on ndarray. Adapters and files
 //! stay in `f32`.
 
+use std::{env, process::Command};
+
 use burn::{
     backend::{Autodiff, NdArray},
     module::{AutodiffModule, Module, Param},
     nn::{BatchNormConfig, LinearConfig, conv::Conv2dConfig},
     optim::{AdamConfig, GradientsParams, Optimizer},
     record::{DoublePrecisionSettings, NamedMpkBytesRecorder, Recorder},
-    tensor::{DType, Tensor, TensorData, backend::Backend},
+    tensor::{DType, FloatDType, Tensor, TensorData, backend::Backend},
 };
 use burn_lora::{
     Init, Lora, LoraAdapters, LoraConfig, LoraLinear, LoraModule, Scaling,
@@ -59,7 +61,19 @@ fn values<B: Backend, const D: usize>(tensor: Tensor<B, D>) -> Matrix {
     Matrix { rows: 1, cols: data.len(), data }
 }
 
+/// The type that a device uses unless something else is said belongs to the whole process.
 #[test]
+fn a_backend_in_f64_works() {
+    let tests = Command::new(env::current_exe().expect("the tests are a program"))
+        .args(["--ignored", "element::"])
+        .output()
+        .expect("it can be started again");
+    let output = String::from_utf8_lossy(&tests.stdout);
+    assert!(tests.status.success() && output.contains("3 passed"), "{output}");
+}
+
+#[test]
+#[ignore = "run by `a_backend_in_f64_works`"]
 fn a_base_in_f64_is_computed_in_f64() {
     let problem = Problem {
         x: Matrix::random(4, 7, 1),
@@ -70,7 +84,9 @@ fn a_base_in_f64_is_computed_in_f64() {
         adapter_bias: None,
         scale: 1.5,
     };
-    let layer: LoraLinear<Train> = layer(&problem, 3.0, Scaling::AlphaOverRank);
+    let mut layer: LoraLinear<Train> = layer(&problem, 3.0, Scaling::AlphaOverRank);
+    layer.base.weight = layer.base.weight.map(|weight| weight.cast(FloatDType::F64));
+    layer.base.bias = layer.base.bias.map(|bias| bias.map(|it| it.cast(FloatDType::F64)));
     let x = Tensor::<Train, 2>::from_data(
         TensorData::new(problem.x.data.clone(), [4, 7]),
         &Default::default(),
@@ -88,6 +104,7 @@ fn a_base_in_f64_is_computed_in_f64() {
 }
 
 #[test]
+#[ignore = "run by `a_backend_in_f64_works`"]
 fn a_model_in_f64_trains_and_makes_all_trips() {
     let base = Net::<Train>::new();
     let before = values(base.valid().forward(base.valid().input(9)));
@@ -107,6 +124,8 @@ fn a_model_in_f64_trains_and_makes_all_trips() {
         values(model.forward(model.input(9)))
     };
     let expected = y(&model);
+    let valid = model.valid();
+    assert_eq!(valid.forward(valid.input(0)).dtype(), DType::F64);
     assert_ne!(expected, before);
     let same = |found: Matrix, tolerance: f64| {
         let found = Tensor::<Plain, 1>::from_data(&*found.data, &Default::default());
@@ -130,6 +149,7 @@ fn a_model_in_f64_trains_and_makes_all_trips() {
 }
 
 #[test]
+#[ignore = "run by `a_backend_in_f64_works`"]
 fn gradients_in_f64_are_added_up_by_replicas() {
     let base = Net::<Train>::new();
     let model = base.attach(&LoraConfig::new(2, 3.0).with_init(Init::RandomBoth)).unwrap();

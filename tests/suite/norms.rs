@@ -147,17 +147,18 @@ fn b1_norms_of_burns_are_refused_by_name() {
     refused(Lora::overlay(base.clone()).attach(&config()).map(drop));
     assert_eq!(evaluated(&base), before);
 
-    // Without autodiff nothing moves; but a set's statistics would be those of all clones.
+    // Without autodiff nothing moves; but statistics that moved would be those of all clones.
     let plain = Stock::<Plain>::new();
     assert!(plain.attach(&config()).is_ok());
-    refused(plain.switch(&set_of_plain(&set)).map(drop));
+    assert!(plain.switch(&set_of_plain(&set)).is_ok());
+    let moved = train(base.with_own_statistics().attach(&config()).unwrap(), |it, x| it.forward(x));
+    refused(plain.switch(&set_of_plain(&moved.adapters())).map(drop));
 }
 
 /// The same set without autodiff, by way of its file.
 fn set_of_plain(set: &LoraAdapters<Train>) -> LoraAdapters<Plain> {
-    let dir = TempDir::new("norms-plain");
-    set.save(dir.0.join("set")).unwrap();
-    LoraAdapters::load(dir.0.join("set"), &device::<Plain>()).unwrap()
+    let (config, weights) = set.to_bytes().unwrap();
+    LoraAdapters::from_bytes(&config, &weights, &device::<Plain>()).unwrap()
 }
 
 #[test]
@@ -436,6 +437,111 @@ fn b3_segments_take_a_frozen_norm() {
     let expected = Backward::new(&model, model.forward(input(3)).sin().sum());
     assert!((step.loss - expected.loss).abs() < 1e-5);
     assert_eq!(step.gradients.len(), 4);
+}
+
+/// The way of a model that was adapted without autodiff: it has statistics of its own, too.
+#[test]
+fn b1_a_model_adapted_without_autodiff_trains_on_its_own() {
+    let plain = Stock::<Plain>::new();
+    let before = bits(plain.forward(input(9)));
+    let start = Lora::<Train, Stock<Train>>::from_inner(plain.attach(&config()).unwrap());
+    let model = train(start, |model, x| model.forward(x));
+    let file = assert_kept!(
+        Stock,
+        "inner",
+        &model,
+        Stock::<Train>::from_inner(plain.clone()).with_own_statistics()
+    );
+    assert!(
+        SafeTensors::deserialize(&file)
+            .unwrap()
+            .tensor("base_model.model.norm.running_var")
+            .is_ok()
+    );
+    assert_eq!(bits(plain.forward(input(9))), before);
+    assert_eq!(bits(model.detach::<Stock<Train>>().valid().forward(input(9))), before);
+}
+
+/// A norm whose name is the end of another's.
+#[derive(Module, Debug)]
+struct Two<B: Backend> {
+    fc: LoraLinear<B>,
+    prenorm: nn::LayerNorm<B>,
+    norm: nn::BatchNorm<B>,
+}
+
+#[test]
+fn b2_norms_that_came_along_for_their_statistics_do_not_train() {
+    let device = device::<Train>();
+    let base = Two::<Train> {
+        fc: LinearConfig::new(3, 4).init(&device).into(),
+        prenorm: nn::LayerNormConfig::new(3).init(&device),
+        norm: BatchNormConfig::new(4).init(&device),
+    };
+    let blank = base.with_own_statistics();
+    let model = train(blank.attach(&config()).unwrap(), |model, x| {
+        model.norm.forward(model.fc.forward(model.prenorm.forward(x)))
+    });
+    let dir = TempDir::new("norms-two");
+    let switched = blank.switch(&saved(&model.adapters(), &dir.0.join("set"))).unwrap();
+    assert_eq!(switched.parameters(), model.parameters());
+    // The one takes records of the other.
+    let record = switched.clone().into_record();
+    assert_eq!(record.trains, model.clone().into_record().trains);
+    model.try_load_record(record).unwrap();
+}
+
+#[test]
+fn b1_loftq_rounds_a_base_with_statistics_of_its_own() {
+    let base = Stock::<Train>::new();
+    let before = evaluated(&base);
+    let config = LoraConfig::new(2, 3.0);
+    let model = base.with_own_statistics().attach_loftq(Quantization::Int8, &config, 2).unwrap();
+    let _ = model.forward(input(1));
+    assert_eq!(evaluated(&base), before);
+}
+
+#[test]
+fn b1_a_record_does_not_move_what_clones_share() {
+    let trained = Stock::<Train>::new().with_own_statistics().attach(&config()).unwrap();
+    let plain = Stock::<Plain>::new();
+    // Nothing moved yet.
+    let record = trained.valid().into_record();
+    assert!(Lora::new(plain.clone()).try_load_record(record).is_ok());
+    let before = bits(plain.forward(input(9)));
+    let record = train(trained, |model, x| model.forward(x)).valid().into_record();
+    let error = Lora::new(plain.clone()).try_load_record(record).unwrap_err();
+    assert!(
+        matches!(&error, LoraError::SharedStatistics { paths } if paths == &["norm"]),
+        "{error}"
+    );
+    assert_eq!(bits(plain.forward(input(9))), before);
+}
+
+#[test]
+fn b2_statistics_are_taken_from_a_tuned_model() {
+    let config = LoraConfig::new(2, 3.0).with_modules_to_save(["norm"]);
+    let base = Stock::<Train>::new().with_own_statistics();
+    let all = base.train_only(&[".*"]).unwrap();
+    let tuned = train(all, |model, x| model.forward(x));
+    let set = base.extract(&tuned, &config).unwrap().adapters;
+    let model = base.switch(&set).unwrap();
+    assert_eq!(
+        bits(model.norm.running_mean.value_sync()),
+        bits(tuned.norm.running_mean.value_sync())
+    );
+
+    let base = Lora::new(Own::<Train>::new());
+    let tuned = train(base.train_only(&[".*"]).unwrap(), |model, x| model.forward(x));
+    let model = base.switch(&base.extract(&tuned, &config).unwrap().adapters).unwrap();
+    assert_eq!(moments(&model.norm), moments(&tuned.norm));
+}
+
+#[test]
+#[should_panic = "Burn's batch norms share their running statistics"]
+fn b1_a_model_that_lost_its_own_statistics_is_refused() {
+    let model = Stock::<Train>::new().with_own_statistics().attach(&config()).unwrap();
+    Lora::<Train, _>::new(model.into_inner());
 }
 
 #[test]

@@ -124,3 +124,19 @@ impl<B: AutodiffBackend> ModuleVisitor<B> for Reader<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::backend::Flex;
+
+    use super::*;
+
+    #[test]
+    fn s18_all_tensors_are_fetched_as_one() {
+        let device = Default::default();
+        let part = |values: &[f32]| Tensor::<Flex, 1>::from_floats(values, &device);
+        let parts = vec![part(&[1.0, 2.0]), part(&[]), part(&[3.0]), part(&[4.0, 5.0, 6.0])];
+        assert_eq!(fetched(parts), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert!(fetched::<Flex>(vec![]).is_empty());
+    }
+}
