@@ -59,6 +59,36 @@ fn d4_a_run_is_resumed_with_more_steps() {
 }
 
 #[test]
+fn d4_a_longer_run_on_reviews_sees_each_of_them_as_often() {
+    let place = Place::new();
+    let reviews =
+        ["a\t0", "b c\t1", "c d a\t1", "d\t0", "a a a\t1", "b d\t0", "c c c\t0", "d a\t1"];
+    for file in ["train", "dev", "test"] {
+        let lines: Vec<_> = ["sentence\tlabel"].into_iter().chain(reviews).collect();
+        place.write(&format!("sst2/{file}.tsv"), lines.join("\n") + "\n");
+    }
+    // The model stays as it is, so that a loss tells which review it is of.
+    let run = |more: &str| {
+        place.done(&format!(
+            "train --model model --sst2 sst2 --questions 1 --workers 1 --rank 2 --batch 1 --learning-rate 1e-12 --out \
+             out {more}"
+        ));
+        let losses = place.json("out/summary.json")["history"]["losses"].clone();
+        let losses: Vec<f64> = serde_json::from_value(losses).unwrap();
+        let rounds = losses.chunks(3).map(|round| {
+            let mut round: Vec<_> = round.iter().map(|it| (it * 1e4).round()).collect();
+            round.sort_by(f64::total_cmp);
+            round
+        });
+        rounds.collect::<Vec<_>>()
+    };
+    let first = run("--iters 3");
+    assert!(first[0].is_sorted_by(|one, next| one < next), "{first:?}");
+    assert_eq!(run("--iters 6 --resume"), [&first[..], &first].concat());
+    assert_eq!(run("--iters 9 --resume"), [&first[..], &first, &first].concat());
+}
+
+#[test]
 fn d4_a_training_starts_from_existing_adapters() {
     let place = Place::new();
     place.done(&train(
