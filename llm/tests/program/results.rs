@@ -218,3 +218,32 @@ fn d6_files_say_which_base_they_are_for() {
     place.write("of_hub/adapter/adapter_config.json", config.to_string());
     assert_eq!(uses("changed", "of_hub/adapter"), ["", "", ""]);
 }
+
+#[test]
+fn d6_files_of_weights_that_are_not_read_make_no_other_base() {
+    let place = Place::new();
+    place.done(&train(""));
+    // A merge into the directory of a model in several files leaves these.
+    let shard = fs::read(place.path("model/model.safetensors")).unwrap();
+    place.write("merged/model-00001-of-00002.safetensors", &shard[..100]);
+    place.done("merge --model model --adapter out/adapter --out merged");
+    place.done(&train("--model merged --out more"));
+    place.model("elsewhere", "llama3");
+    let merged = fs::read(place.path("merged/model.safetensors")).unwrap();
+    place.write("elsewhere/model.safetensors", &merged);
+    let generate = "generate --model elsewhere --adapter more/adapter --prompt a --max-tokens 1";
+    assert_eq!(place.done(generate).1, "");
+    // Those that an index lists are read, whatever their names are.
+    let header = u64::from_le_bytes(merged[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&merged[8..8 + header]).unwrap();
+    let names = header.as_object().unwrap().keys().filter(|it| *it != "__metadata__");
+    let map: serde_json::Map<_, _> =
+        names.map(|it| (it.clone(), json!("part.safetensors"))).collect();
+    fs::rename(place.path("elsewhere/model.safetensors"), place.path("elsewhere/part.safetensors"))
+        .unwrap();
+    let index = json!({ "weight_map": map }).to_string();
+    place.write("elsewhere/model.safetensors.index.json", index);
+    assert_eq!(place.done(generate).1, "");
+    place.write("elsewhere/part.safetensors", shard);
+    assert!(place.done(generate).1.contains("`elsewhere` has other weights"));
+}
