@@ -110,7 +110,8 @@ impl Files {
     }
 }
 
-/// The files that the weights of the model at `path` are read from, a directory or a GGUF file, as far as they are there.
+/// The files that the weights of the model at `path`, a directory or a GGUF file, are read from, as far as they are
+/// there.
 ///
 /// # Errors
 ///

@@ -123,7 +123,8 @@ where
 /// # Panics
 ///
 /// If a block gives another output the second time, which would make the gradients wrong: it has dropout, or
-/// batch norms that train. A frozen [`nn::BatchNorm`](crate::nn::BatchNorm) computes the same twice. Or if the model has no parameters.
+/// batch norms that train. A frozen [`nn::BatchNorm`](crate::nn::BatchNorm) computes the same twice. Or if the model
+/// has no parameters.
 pub fn segments<B, M, I, const D: usize>(model: &M, input: &I) -> Backward
 where
     B: AutodiffBackend,
