@@ -105,7 +105,7 @@ pub enum LoraError {
     },
 
     /// There are no sets of adapters of these names.
-    #[error("there are no adapters called {}; there are {}", quoted(.names), quoted(.available))]
+    #[error("there are no adapters called {}; there are {}", in_quotes(.names), in_quotes(.available))]
     UnknownAdapters {
         /// The names.
         names: Vec<String>,
@@ -373,6 +373,14 @@ pub(crate) fn quoted(names: &[String]) -> String {
     }
 }
 
+/// The first of names that are no paths, and that may be empty, in quotes.
+fn in_quotes(names: &[String]) -> String {
+    match names {
+        [] => "none".to_owned(),
+        names => first_of(names, |name| format!("`{}`", shown(name))),
+    }
+}
+
 /// Why patterns match nothing that they could mean, and what they most likely should be.
 fn remedy(patterns: &[String], available: &[String]) -> String {
     if patterns.is_empty() && !available.is_empty() {
@@ -484,6 +492,16 @@ mod tests {
         let error = mismatch.into_result("the file\x07").unwrap_err().to_string();
         assert!(error.starts_with(r"the file\u{7} does not fit; missing: xxx"), "{error}");
         assert!(error.len() < 500, "{error}");
+    }
+
+    #[test]
+    fn adapters_without_a_name_are_no_layer() {
+        let unknown = |available: Vec<String>| {
+            LoraError::UnknownAdapters { names: vec![String::new()], available }.to_string()
+        };
+        let expected = "there are no adapters called ``; there are `polite`";
+        assert_eq!(unknown(vec!["polite".to_owned()]), expected);
+        assert_eq!(unknown(vec![]), "there are no adapters called ``; there are none");
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod tensors;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use burn::{
@@ -21,7 +21,7 @@ use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, Ten
 use super::{config::LlamaConfig, llama::Llama};
 use crate::{
     error::{Context, Result},
-    files::{check_model, is_gguf},
+    files::{check_model, is_gguf, is_there},
     gguf::{
         Packing,
         model::{self, Matrix, Model},
@@ -108,6 +108,18 @@ impl Files {
         let types: Vec<_> = types.into_iter().filter(|it| it != "F32").collect();
         (!types.is_empty()).then(|| types.join(", "))
     }
+}
+
+/// The files that the weights of the model at `path`, a directory or a GGUF file, are read from, as far as they are
+/// there.
+///
+/// # Errors
+///
+/// If there is an index of several files, and it cannot be read.
+pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = if is_gguf(path) { vec![path.to_owned()] } else { tensors::files(path)? };
+    files.retain(|file| is_there(file));
+    Ok(files)
 }
 
 /// The type of each weight in the files, by its name at Hugging Face. Weights with 4 or 8 bits count as the halves

@@ -8,6 +8,7 @@ use burn::{
 };
 
 use crate::{
+    config::Scaling,
     layer::LoraLayer,
     table::{grouped, table},
     traverse::{self, Place, Seen, Visit},
@@ -45,6 +46,8 @@ pub struct LayerReport {
     pub shape: Option<[usize; 2]>,
     /// The adapter's rank and its scale `s`, if the layer has one.
     pub adapter: Option<(usize, f64)>,
+    /// The rule by which the adapter's alpha became its scale, if the layer has one.
+    pub scaling: Option<Scaling>,
     /// How many parameters train: the adapter's, or those of the layer if it is not frozen.
     pub trainable: usize,
     /// How many parameters the layer has without its adapter.
@@ -65,6 +68,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
         let kind = Kind {
             shape: layer.weight_shape(),
             adapter: layer.adapter().map(|it| (it.rank(), it.scale())),
+            scaling: layer.adapter().map(|it| it.scaling),
             in_peft_files: layer.weight_layout().not_in_peft().is_none(),
         };
         (path.to_owned(), kind, layer.quantized().map(|it| it.num_bytes()))
@@ -87,6 +91,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
             rows.push(LayerReport {
                 shape: kind.map(|it| it.shape),
                 adapter: kind.and_then(|it| it.adapter),
+                scaling: kind.and_then(|it| it.scaling),
                 trainable: 0,
                 total: 0,
                 quantized_bytes: 0,
@@ -118,6 +123,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
 struct Kind {
     shape: [usize; 2],
     adapter: Option<(usize, f64)>,
+    scaling: Option<Scaling>,
     in_peft_files: bool,
 }
 
@@ -167,8 +173,9 @@ fn percent(part: usize, whole: usize) -> f64 {
 const LARGE_SCALE: f64 = 4.0;
 
 impl ParameterReport {
-    /// What to look at before training: adapters that are larger than their weights, scales above 4, which are alphas of
-    /// PEFT's most likely, and adapters that PEFT's files cannot hold.
+    /// What to look at before training: adapters that are larger than their weights, scales above 4, and adapters that
+    /// PEFT's files cannot hold. If alpha itself is the scale, it is most likely one of PEFT's, which divides it by the
+    /// rank.
     pub fn warnings(&self) -> Vec<String> {
         let of = |fits: &dyn Fn(&LayerReport) -> bool| {
             let mut layers = self.layers.iter().filter(|it| fits(it));
@@ -188,10 +195,15 @@ impl ParameterReport {
         let scale = |layer: &LayerReport| layer.adapter.map_or(0.0, |(_, scale)| scale.abs());
         let steep = of(&|layer| scale(layer) > LARGE_SCALE).and_then(|(first, whose)| {
             let (rank, scale) = first.adapter?;
-            let by_rank = number(scale / rank as f64);
+            let remedy = match first.scaling {
+                Some(Scaling::Alpha) => format!(
+                    "if that is an alpha of PEFT's, `LoraConfig::peft({rank}, {scale:?})` scales by {}",
+                    number(scale / rank as f64)
+                ),
+                _ => "choose a smaller alpha".to_owned(),
+            };
             Some(format!(
-                "the scale of {whose} is {}, and training may diverge above {LARGE_SCALE}; if that is an alpha \
-                 of PEFT's, `LoraConfig::peft({rank}, {scale:?})` scales by {by_rank}",
+                "the scale of {whose} is {}, and training may diverge above {LARGE_SCALE}; {remedy}",
                 number(scale),
             ))
         });
@@ -258,6 +270,7 @@ mod tests {
             path: path.to_owned(),
             shape: Some([784, 512]),
             adapter,
+            scaling: None,
             trainable,
             total: 401_920,
             quantized_bytes: 0,
@@ -288,6 +301,7 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
             path: "head".to_owned(),
             shape: Some([64, 4]),
             adapter: Some((4, 1.0)),
+            scaling: Some(Scaling::Alpha),
             trainable: 272,
             total: 256,
             quantized_bytes: 0,
@@ -301,11 +315,12 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
 
     #[test]
     fn s10_warns_of_a_scale_above_four() {
-        let report = |scales: &[f64]| {
+        let report = |scales: &[f64], scaling| {
             let layer = |(index, scale): (usize, &f64)| LayerReport {
                 path: format!("fc{index}"),
                 shape: Some([64, 64]),
                 adapter: Some((8, *scale)),
+                scaling: Some(scaling),
                 trainable: 1024,
                 total: 4096,
                 quantized_bytes: 0,
@@ -314,10 +329,17 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
             let layers = scales.iter().enumerate().map(layer).collect();
             ParameterReport { trainable: 1024, total: 4096, base_bytes: 0, layers }.to_string()
         };
-        assert!(!report(&[4.0, -4.0, 0.5]).contains("warning"));
+        assert!(!report(&[4.0, -4.0, 0.5], Scaling::Alpha).contains("warning"));
         let expected = "warning: the scale of `fc1` and of 2 others is 16, and training may diverge above 4; if \
                         that is an alpha of PEFT's, `LoraConfig::peft(8, 16.0)` scales by 2\n";
-        let found = report(&[4.0, 16.0, 16.0, -8.0]);
+        let found = report(&[4.0, 16.0, 16.0, -8.0], Scaling::Alpha);
         assert!(found.contains(expected), "{found}");
+        // What PEFT would make of an alpha is the scale already.
+        let expected =
+            "the scale of `fc0` is 8, and training may diverge above 4; choose a smaller alpha\n";
+        for scaling in [Scaling::AlphaOverRank, Scaling::AlphaOverSqrtRank] {
+            let found = report(&[8.0], scaling);
+            assert!(found.contains(expected), "{found}");
+        }
     }
 }

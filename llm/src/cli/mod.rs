@@ -28,7 +28,8 @@ use crate::{Context, Result};
 const NO_ARGUMENTS: ErrorKind = ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
 
 /// Parses the arguments, checks the backend of this name and runs the program. Wrong arguments end it with one
-/// line and exit code 2. Without any, a program that needs some prints its help, with the same exit code. Any other error ends it with one line and exit code 1.
+/// line and exit code 2. Without any, a program that needs some prints its help, with the same exit code. Any other
+/// error ends it with one line and exit code 1.
 pub fn main<A: Parser>(
     backend: &str,
     check: impl FnOnce() -> Result<()>,

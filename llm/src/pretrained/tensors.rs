@@ -3,7 +3,7 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
-    path::{Component, Path},
+    path::{Component, Path, PathBuf},
     rc::Rc,
 };
 
@@ -28,31 +28,53 @@ pub(crate) type Problems = Rc<RefCell<Vec<String>>>;
 
 /// All tensors of the directory.
 pub(super) fn read_tensors(dir: &Path) -> Result<Tensors> {
+    let Some(map) = weight_map(dir)? else { return read_file(&dir.join(WEIGHTS)) };
+    let mut tensors = Tensors::new();
+    for file in map.values().collect::<BTreeSet<_>>() {
+        tensors.extend(read_file(&dir.join(file))?);
+    }
+    let listed = map.into_keys().collect::<BTreeSet<_>>();
+    let found = tensors.keys().cloned().collect();
+    match listed.symmetric_difference(&found).next() {
+        Some(name) => Err(format!(
+            "{}: `{name}` is only in the index, or only in the files",
+            dir.join(INDEX).display()
+        )),
+        None => Ok(tensors),
+    }
+}
+
+/// The files of the directory that [`read_tensors`] reads, in the order of their names.
+pub(super) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
+    let names: BTreeSet<_> = match weight_map(dir)? {
+        Some(map) => map.into_values().collect(),
+        None => [WEIGHTS.to_owned()].into(),
+    };
+    Ok(names.into_iter().map(|name| dir.join(name)).collect())
+}
+
+/// The name of the file of each tensor, if the tensors are in several files.
+fn weight_map(dir: &Path) -> Result<Option<BTreeMap<String, String>>> {
     let index = dir.join(INDEX);
     if !is_there(&index) {
-        return read_file(&dir.join(WEIGHTS));
+        return Ok(None);
     }
     #[derive(Deserialize)]
     struct Index {
         weight_map: BTreeMap<String, String>,
     }
-    let told = |problem: String| format!("{}: {problem}", index.display());
-    let parsed: Index = serde_json::from_value(read_json(&index)?).context(index.display())?;
-    let files: BTreeSet<_> = parsed.weight_map.values().collect();
-    let mut tensors = Tensors::new();
-    for file in files {
+    let Index { weight_map } =
+        serde_json::from_value(read_json(&index)?).context(index.display())?;
+    for file in weight_map.values() {
         let mut parts = Path::new(file).components();
         if !matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)) {
-            return Err(told(format!("`{file}` is not the name of a file in the directory")));
+            return Err(format!(
+                "{}: `{file}` is not the name of a file in the directory",
+                index.display()
+            ));
         }
-        tensors.extend(read_file(&dir.join(file))?);
     }
-    let listed = parsed.weight_map.into_keys().collect::<BTreeSet<_>>();
-    let found = tensors.keys().cloned().collect();
-    match listed.symmetric_difference(&found).next() {
-        Some(name) => Err(told(format!("`{name}` is only in the index, or only in the files"))),
-        None => Ok(tensors),
-    }
+    Ok(Some(weight_map))
 }
 
 /// The tensors of a safetensors file.

@@ -19,8 +19,19 @@ use tokenizers::{
 };
 
 /// The words that the small models know. What is none of them is the last.
-const WORDS: [&str; 9] =
-    ["<end>", "user:", "assistant:", "system:", "a", "b", "c", "d", "<unknown>"];
+const WORDS: [&str; 11] = [
+    "<end>",
+    "user:",
+    "assistant:",
+    "system:",
+    "a",
+    "b",
+    "c",
+    "d",
+    "negative",
+    "positive",
+    "<unknown>",
+];
 
 const TEMPLATE: &str = "{% for it in messages %}{{ it.role }}: {{ it.content }} <end> {% endfor %}\
                         {% if add_generation_prompt %}assistant: {% endif %}";

@@ -59,6 +59,36 @@ fn d4_a_run_is_resumed_with_more_steps() {
 }
 
 #[test]
+fn d4_a_longer_run_on_reviews_sees_each_of_them_as_often() {
+    let place = Place::new();
+    let reviews =
+        ["a\t0", "b c\t1", "c d a\t1", "d\t0", "a a a\t1", "b d\t0", "c c c\t0", "d a\t1"];
+    for file in ["train", "dev", "test"] {
+        let lines: Vec<_> = ["sentence\tlabel"].into_iter().chain(reviews).collect();
+        place.write(&format!("sst2/{file}.tsv"), lines.join("\n") + "\n");
+    }
+    // The model stays as it is, so that a loss tells which review it is of.
+    let run = |more: &str| {
+        place.done(&format!(
+            "train --model model --sst2 sst2 --questions 1 --workers 1 --rank 2 --batch 1 --learning-rate 1e-12 --out \
+             out {more}"
+        ));
+        let losses = place.json("out/summary.json")["history"]["losses"].clone();
+        let losses: Vec<f64> = serde_json::from_value(losses).unwrap();
+        let rounds = losses.chunks(3).map(|round| {
+            let mut round: Vec<_> = round.iter().map(|it| (it * 1e4).round()).collect();
+            round.sort_by(f64::total_cmp);
+            round
+        });
+        rounds.collect::<Vec<_>>()
+    };
+    let first = run("--iters 3");
+    assert!(first[0].is_sorted_by(|one, next| one < next), "{first:?}");
+    assert_eq!(run("--iters 6 --resume"), [&first[..], &first].concat());
+    assert_eq!(run("--iters 9 --resume"), [&first[..], &first, &first].concat());
+}
+
+#[test]
 fn d4_a_training_starts_from_existing_adapters() {
     let place = Place::new();
     place.done(&train(
@@ -187,4 +217,33 @@ fn d6_files_say_which_base_they_are_for() {
     config["base_model_name_or_path"] = Value::Null;
     place.write("of_hub/adapter/adapter_config.json", config.to_string());
     assert_eq!(uses("changed", "of_hub/adapter"), ["", "", ""]);
+}
+
+#[test]
+fn d6_files_of_weights_that_are_not_read_make_no_other_base() {
+    let place = Place::new();
+    place.done(&train(""));
+    // A merge into the directory of a model in several files leaves these.
+    let shard = fs::read(place.path("model/model.safetensors")).unwrap();
+    place.write("merged/model-00001-of-00002.safetensors", &shard[..100]);
+    place.done("merge --model model --adapter out/adapter --out merged");
+    place.done(&train("--model merged --out more"));
+    place.model("elsewhere", "llama3");
+    let merged = fs::read(place.path("merged/model.safetensors")).unwrap();
+    place.write("elsewhere/model.safetensors", &merged);
+    let generate = "generate --model elsewhere --adapter more/adapter --prompt a --max-tokens 1";
+    assert_eq!(place.done(generate).1, "");
+    // Those that an index lists are read, whatever their names are.
+    let header = u64::from_le_bytes(merged[..8].try_into().unwrap()) as usize;
+    let header: Value = serde_json::from_slice(&merged[8..8 + header]).unwrap();
+    let names = header.as_object().unwrap().keys().filter(|it| *it != "__metadata__");
+    let map: serde_json::Map<_, _> =
+        names.map(|it| (it.clone(), json!("part.safetensors"))).collect();
+    fs::rename(place.path("elsewhere/model.safetensors"), place.path("elsewhere/part.safetensors"))
+        .unwrap();
+    let index = json!({ "weight_map": map }).to_string();
+    place.write("elsewhere/model.safetensors.index.json", index);
+    assert_eq!(place.done(generate).1, "");
+    place.write("elsewhere/part.safetensors", shard);
+    assert!(place.done(generate).1.contains("`elsewhere` has other weights"));
 }

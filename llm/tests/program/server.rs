@@ -183,6 +183,60 @@ fn d3_sets_that_are_broken_are_told_from_the_start() {
 }
 
 #[test]
+fn d3_a_set_that_no_batch_can_hold_is_told_from_the_start() {
+    let place = Place::new();
+    place.done(&train(""));
+    copy(&place, "out/adapter", "sets/good");
+    place.done(&train("--relative dora --out other"));
+    copy(&place, "other/adapter", "sets/dora");
+    let server = Running::new(&place, "--adapters sets");
+    let told = server.log();
+    let line = told.lines().find(|it| it.starts_with("warning: adapters `dora`: "));
+    assert!(line.is_some_and(|it| it.contains("DoRA's magnitudes")), "{told}");
+    let problem = server.models().into_iter().find(|(name, _)| name == "dora").unwrap().1.unwrap();
+    // In words of the program, not of the library.
+    assert!(problem.contains("`burn-lora merge`") && !problem.contains("base.switch"), "{problem}");
+    assert_eq!(server.problems(), "1");
+    assert_eq!(server.ask("dora"), Err(problem));
+    server.ask("good").unwrap();
+    place.done("merge --model model --adapter sets/dora --out merged");
+    // One that can be served takes its place.
+    copy(&place, "out/adapter", "sets/dora");
+    assert_eq!(server.problems(), "0");
+    server.ask("dora").unwrap();
+}
+
+#[test]
+fn d3_sets_that_break_or_come_broken_are_told_before_they_are_asked_for() {
+    let place = Place::new();
+    place.done(&train(""));
+    copy(&place, "out/adapter", "sets/good");
+    copy(&place, "out/adapter", "sets/other");
+    let server = Running::new(&place, "--adapters sets");
+    assert_eq!(server.problems(), "0");
+    place.write("sets/good/adapter_model.safetensors", "nothing");
+    let with_problems = || {
+        let models = server.models().into_iter().filter(|(_, problem)| problem.is_some());
+        models.map(|(name, _)| name).collect::<Vec<_>>()
+    };
+    assert_eq!((with_problems(), server.problems()), (vec!["good".into()], "1".into()));
+    copy(&place, "sets/good", "sets/new");
+    assert_eq!(
+        (with_problems(), server.problems()),
+        (vec!["good".into(), "new".into()], "2".into())
+    );
+    let log = server.log();
+    for name in ["good", "new"] {
+        let lines =
+            log.lines().filter(|it| it.starts_with(&format!("warning: adapters `{name}`: ")));
+        assert_eq!(lines.count(), 1, "{log}");
+    }
+    copy(&place, "out/adapter", "sets/good");
+    fs::remove_dir_all(place.path("sets/new")).unwrap();
+    assert_eq!((with_problems(), server.problems()), (vec![], "0".into()));
+}
+
+#[test]
 fn d6_a_server_tells_of_sets_for_another_base() {
     let place = Place::new();
     place.done(&train(""));

@@ -7,7 +7,7 @@ use std::{
 };
 
 use burn_lora::LoraAdapters;
-use burn_lora_llm::{Context, Result, files::is_gguf};
+use burn_lora_llm::{Context, Result, pretrained::weight_files};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -39,7 +39,7 @@ impl Base {
     /// If its weights cannot be read.
     pub fn of(path: &Path) -> Result<Self> {
         let mut hash = Sha256::new();
-        let files = weights(path);
+        let files = weight_files(path)?;
         for file in &files {
             add(&mut hash, file).context(file.display())?;
         }
@@ -101,21 +101,6 @@ fn hub_name(path: &Path) -> Option<String> {
     let (_revision, snapshots, model) = (parts.next()?, parts.next()?, parts.next()?);
     let name = model.strip_prefix("models--").filter(|_| snapshots == "snapshots")?;
     Some(name.replacen("--", "/", 1))
-}
-
-/// The files of the weights.
-fn weights(path: &Path) -> Vec<PathBuf> {
-    if is_gguf(path) {
-        return vec![path.to_owned()];
-    }
-    let entries = fs::read_dir(path).into_iter().flatten().flatten();
-    let is_weights = |path: &PathBuf| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        name.starts_with("model") && name.ends_with(".safetensors")
-    };
-    let mut files: Vec<_> = entries.map(|entry| entry.path()).filter(is_weights).collect();
-    files.sort();
-    files
 }
 
 fn add(hash: &mut Sha256, path: &Path) -> std::io::Result<()> {

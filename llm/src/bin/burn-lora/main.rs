@@ -199,6 +199,10 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         _ => Start::New,
     };
     results::check(&args.out, start, &arguments)?;
+    let reviews = match args.sst2 {
+        Some(_) => results::reviews(&args.out, start, &mut arguments)?,
+        None => 0,
+    };
     texts::check(args)?;
     let stop = stopper()?;
     let path = replicas.first_then_others(|| match args.generated {
@@ -212,7 +216,7 @@ fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
     replicas.agree(&config.to_lines()).context("the replicas' models differ")?;
     let reading = reading(args.max_length, args.mask_prompt, &config);
     let Material { texts, valid, files } =
-        replicas.first_then_others(|| texts::read(args, is_first, &chat, &reading))?;
+        replicas.first_then_others(|| texts::read(args, reviews, is_first, &chat, &reading))?;
     let adapted = args.adapter.as_ref().map(|dir| match is_first {
         true => started(dir, args, &base, &chat),
         false => load(dir),

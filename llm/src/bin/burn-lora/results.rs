@@ -17,6 +17,9 @@ const GROWING: [&str; 1] = ["iters"];
 /// What is read from files, and must not have changed when a run is resumed.
 const FINGERPRINTS: &str = "fingerprints";
 
+/// The number of reviews that a run learns from.
+const REVIEWS: &str = "reviews";
+
 /// How a run begins.
 #[derive(Clone, Copy, PartialEq)]
 pub enum Start {
@@ -49,6 +52,24 @@ pub fn check(out: &Path, start: Start, arguments: &Value) -> Result<()> {
             }
         }
     }
+}
+
+/// Adds to the arguments how many reviews the run learns from, and returns that: as many as its steps take. A run that
+/// goes on, though longer, keeps the number that it began with, so that all are seen equally often.
+///
+/// # Errors
+///
+/// If the arguments of the run that goes on cannot be read.
+pub fn reviews(out: &Path, start: Start, arguments: &mut Value) -> Result<usize> {
+    let before = if start == Start::Resume { arguments::read(out)? } else { Value::Null };
+    let count = before[REVIEWS].as_u64().unwrap_or_else(|| {
+        // Runs of the first version did not write it down.
+        let of = if before.is_null() { &*arguments } else { &before };
+        let factors = ["iters", "batch", "accumulate"];
+        factors.iter().map(|name| of[name].as_u64().unwrap_or(1)).product()
+    });
+    arguments[REVIEWS] = count.into();
+    Ok(count as usize)
 }
 
 /// Fails if files have changed since the run in `out` began. Those of a run that has no fingerprints are not compared.

@@ -59,18 +59,23 @@ pub fn check(args: &TrainArgs) -> Result<()> {
     }
 }
 
-/// Reads the texts. What is cut off, left out and held out is printed if this `is_first`.
+/// Reads the texts; of SST-2, the first `reviews` and some to watch. What is cut off, left out and held out is printed
+/// if this `is_first`.
 ///
 /// # Errors
 ///
 /// If a file cannot be read, or has no texts to learn.
-pub fn read(args: &TrainArgs, is_first: bool, chat: &Chat, reading: &Reading) -> Result<Material> {
+pub fn read(
+    args: &TrainArgs,
+    reviews: usize,
+    is_first: bool,
+    chat: &Chat,
+    reading: &Reading,
+) -> Result<Material> {
     let (paths, [texts, valid]) = match (&args.sst2, &args.data) {
         (Some(dir), _) => {
-            // As many as are learned from, and some to watch.
-            let count = args.iters * args.batch * args.accumulate;
             let [train, dev] = ["train.tsv", "dev.tsv"].map(|it| dir.join(it));
-            let texts = reviews::texts(&train, count, chat, reading)?;
+            let texts = reviews::texts(&train, reviews, chat, reading)?;
             let valid = reviews::texts(&dev, WATCHED, chat, reading)?;
             (vec![train, dev], [texts, valid])
         }

@@ -224,7 +224,8 @@ impl Server {
                 return Err(Fault::unknown_model(format!("there is no model `{name}`")));
             }
         };
-        if let Some(problem) = set.as_ref().and_then(|set| set.not_mixable.as_ref()) {
+        let alone = set.as_ref().zip(self.sets.as_ref());
+        if let Some(problem) = alone.and_then(|(set, sets)| sets.only_alone(set)) {
             return Err(Fault::new(422, problem));
         }
         let refused = |message: String| Fault::new(400, message);

@@ -72,7 +72,11 @@ impl Metrics {
             ("tokens_per_second", "In the last step", self.speed.get() as f64 / 1000.0),
             ("adapters_resident", "Sets of adapters in memory", adapters as f64),
             ("adapter_bytes", "Bytes of their parameters", bytes as f64),
-            ("adapter_problems", "Sets that cannot be loaded, or not again", problems as f64),
+            (
+                "adapter_problems",
+                "Sets that cannot be used, or not as they are now",
+                problems as f64,
+            ),
         ];
         for (name, help, value) in gauges {
             push(&mut text, name, "gauge", help, value);

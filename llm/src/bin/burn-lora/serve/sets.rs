@@ -2,9 +2,11 @@
 
 use std::{
     collections::BTreeMap,
+    ffi::OsString,
     fs,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
 };
 
 use burn_lora::{
@@ -33,7 +35,12 @@ struct Known {
     problems: BTreeMap<String, String>,
     /// The fingerprints of those that were compared with the base.
     compared: BTreeMap<String, String>,
+    /// What the directories were of those that were last looked at and can be loaded.
+    seen: BTreeMap<String, Stamp>,
 }
+
+/// The files in a directory. It differs if one of them is replaced or written to.
+type Stamp = Vec<(OsString, u64, Option<SystemTime>)>;
 
 /// Fails if `root` is no directory with directories of adapters, before the model is read.
 ///
@@ -73,6 +80,19 @@ fn parent(dir: &Path) -> PathBuf {
     }
 }
 
+/// The files that are in the directory now.
+fn stamp(dir: &Path) -> Stamp {
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let files = entries.filter_map(|entry| {
+        // Links are followed.
+        let file = fs::metadata(entry.path()).ok()?;
+        Some((entry.file_name(), file.len(), file.modified().ok()))
+    });
+    let mut files: Vec<_> = files.collect();
+    files.sort();
+    files
+}
+
 impl Sets {
     /// The sets in `root`, which take at most `bytes` of memory. All are looked at, and what is wrong is told.
     pub fn open(
@@ -84,14 +104,10 @@ impl Sets {
     ) -> Result<Self> {
         let store = AdapterStore::open(root, llama, bytes).map_err(|error| error.to_string())?;
         let sets = Self { root: root.to_owned(), store, base, chat, known: Mutex::default() };
-        let names = sets.names();
-        if names.is_empty() {
+        if sets.names().is_empty() {
             eprintln!("warning: {}: there are no adapters yet", root.display());
         }
-        for name in names {
-            // What is wrong is noted.
-            let _ = sets.get(&name);
-        }
+        sets.look();
         Ok(sets)
     }
 
@@ -106,29 +122,68 @@ impl Sets {
     /// The set of this name.
     pub fn get(&self, name: &str) -> std::result::Result<Arc<StoredAdapters<Plain>>, LoraError> {
         let found = self.store.get(name);
-        let problem = match &found {
+        let failed = match &found {
             Ok(set) => {
                 self.compare(set);
                 let stale = self.store.problems().into_iter().find(|(stale, _)| stale == name);
-                stale
-                    .map(|(_, problem)| format!("{problem}; the set that was there before answers"))
+                stale.map(|(_, problem)| match self.only_alone(set) {
+                    None => format!("{problem}; the set that was there before answers"),
+                    Some(_) => problem,
+                })
             }
             Err(LoraError::UnknownAdapters { .. }) => None,
             Err(error) => Some(error.to_string()),
         };
-        self.note(name, problem);
+        if failed.is_some() || found.is_err() {
+            self.known().seen.remove(name);
+        }
+        let alone = || found.as_ref().ok().and_then(|set| self.only_alone(set));
+        self.note(name, failed.or_else(alone));
         found
     }
 
-    /// The names of the sets that cannot be used, or not as they are in their directories now, and why. These are
-    /// looked at again first: they may have been mended.
+    /// Why the set cannot answer beside others, and what to do; `None` if it can.
+    pub fn only_alone(&self, set: &StoredAdapters<Plain>) -> Option<String> {
+        set.not_mixable.as_ref()?;
+        let what = match set.adapters.iter().any(|(_, adapter)| adapter.magnitude.is_some()) {
+            true => "DoRA's magnitudes",
+            false => "parameters that were trained in full",
+        };
+        let dir = self.root.join(&set.name);
+        Some(format!(
+            "{}: the set has {what}, which cannot be served beside other sets: make a model of it by `burn-lora \
+             merge`, or use it by `burn-lora generate`",
+            dir.display()
+        ))
+    }
+
+    /// The names of the sets that cannot be used, or not as they are in their directories now, and why. Those that
+    /// are new or have changed are looked at first.
     pub fn problems(&self) -> BTreeMap<String, String> {
-        let names: Vec<_> = self.known().problems.keys().cloned().collect();
-        for name in names {
-            // What is wrong is noted.
+        self.look();
+        self.known().problems.clone()
+    }
+
+    /// Looks at the sets that are new, have changed, or could not be loaded, and notes what is wrong. The others are
+    /// not loaded for this: they would take the memory of those in use.
+    fn look(&self) {
+        let names = self.names();
+        let gone: Vec<_> = {
+            let known = self.known();
+            known.problems.keys().filter(|it| !names.contains(it)).cloned().collect()
+        };
+        for name in gone {
+            // It is noted that there is nothing wrong any more.
             let _ = self.get(&name);
         }
-        self.known().problems.clone()
+        for name in names {
+            let stamp = stamp(&self.root.join(&name));
+            let is_seen = self.known().seen.get(&name) == Some(&stamp);
+            // What is wrong is noted.
+            if !is_seen && self.get(&name).is_ok() {
+                self.known().seen.insert(name, stamp);
+            }
+        }
     }
 
     /// The number of sets in memory, and of the bytes of their parameters.
