@@ -87,7 +87,10 @@ impl Targets {
             let problem = |problem| unreadable("layers_pattern", pattern, problem);
             Expression::part(pattern).map_err(problem)
         };
-        let patterns = patterns.iter().map(read).collect::<Result<_, _>>()?;
+        let patterns = patterns.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+        if !Expression::are_short_work(patterns.iter()) {
+            return Err("`layers_pattern`: to match its patterns takes too long".to_owned());
+        }
         let matcher = |field: &str, modules: Option<&Modules>| {
             modules.map(|modules| Matcher::new(field, modules)).transpose()
         };

@@ -118,7 +118,14 @@ fn patterns<V: DeserializeOwned>(
         let pattern = pattern.map_err(|problem| unreadable(field, &key, problem))?;
         Ok((pattern, typed(&format!("{field}.{}", shown(&key)), value, expected)?))
     };
-    entries.unwrap_or_default().0.into_iter().map(read).collect()
+    let patterns: Vec<_> =
+        entries.unwrap_or_default().0.into_iter().map(read).collect::<Result<_, String>>()?;
+    match Expression::are_short_work(patterns.iter().map(|(pattern, _)| pattern)) {
+        true => Ok(patterns),
+        false => Err(format!(
+            "`{field}`: to match its patterns takes too long; write plain names of layers"
+        )),
+    }
 }
 
 /// The fields whose order matters.

@@ -7,22 +7,27 @@
 
 mod parse;
 mod set;
+mod text;
 
 use set::{Set, is_word};
+use text::{Places, Text};
 
 /// The most characters of an expression. No name needs as many, and it may come from a file.
 const LONGEST: usize = 20_000;
 
-/// The most work of an expression, in steps for each place of a name.
-const MOST_WORK: usize = 1 << 21;
+/// The most work of an expression, in steps for one name.
+const MOST_WORK: usize = 1 << 19;
 
-/// How many times an unbounded repetition, or a look around, counts as work.
-const ROUNDS: usize = 64;
+/// The places of a name for which work is counted. Few names of layers are longer, and files with such are refused.
+const PLACES: usize = 500;
 
 /// An expression of Python's `re`.
 #[derive(Clone, Debug)]
 pub(crate) struct Expression {
     root: Node,
+    sets: Vec<Set>,
+    /// How many steps a match takes at most.
+    work: usize,
     plain: Option<Plain>,
 }
 
@@ -37,13 +42,14 @@ struct Plain {
 
 #[derive(Clone, Debug)]
 enum Node {
-    One(Set),
+    /// A character of the set with this index.
+    One(usize),
     At(Place),
     Sequence(Vec<Node>),
     Either(Vec<Node>),
     /// A repeated character. If it is possessive, it takes all that it can, and gives nothing back.
     Run {
-        set: Set,
+        set: usize,
         least: usize,
         most: usize,
         is_possessive: bool,
@@ -90,39 +96,52 @@ impl Expression {
         if source.chars().nth(LONGEST).is_some() {
             return Err(format!("it exceeds size limit: it has more than {LONGEST} characters"));
         }
-        let root = parse::parse(source, takes_flags)?;
-        if root.work() > MOST_WORK {
-            return Err("its repetitions are nested too deeply".to_owned());
+        let (root, sets) = parse::parse(source, takes_flags)?;
+        // A set is looked up for each character of a name, which takes less than a step.
+        let lookups = sets.iter().map(|set| set.items.len().saturating_mul(PLACES / 8));
+        let work = lookups.fold(root.work().of(PLACES), usize::saturating_add);
+        if work > MOST_WORK {
+            return Err("to match it takes too long: it is nested or repeated too often".to_owned());
         }
-        let plain = Plain::of(&root);
-        Ok(Self { root, plain })
+        let plain = Plain::of(&root, &sets);
+        Ok(Self { root, sets, work, plain })
+    }
+
+    /// Whether all of them can be tried on each of many names, as one of them may be.
+    pub fn are_short_work<'e>(mut all: impl Iterator<Item = &'e Self>) -> bool {
+        let add = |sum: usize, it: &Self| {
+            Some(sum + if it.plain.is_some() { 0 } else { it.work }).filter(|it| *it <= MOST_WORK)
+        };
+        all.try_fold(0, add).is_some()
     }
 
     /// Whether the whole name matches, as in `re.fullmatch`.
     pub fn matches(&self, name: &str) -> bool {
-        let text: Vec<_> = name.chars().collect();
-        self.root.ends(&text, vec![0]).contains(&text.len())
+        let text = Text::new(name, &self.sets);
+        self.root.ends(&text, text.places([0])).has(text.characters.len())
     }
 
     /// Whether the name, or whole segments at its end, match: PEFT's `re.match(rf"(.*\.)?({source})$", name)`.
     pub fn matches_end(&self, name: &str) -> bool {
-        let text: Vec<_> = name.chars().collect();
         match &self.plain {
-            Some(plain) if !text.contains(&'\n') => plain.matches_end(&text),
+            Some(plain) if !name.contains('\n') => {
+                plain.matches_end(&name.chars().collect::<Vec<_>>())
+            }
             _ => {
-                let ends = self.root.ends(&text, segments(&text));
-                ends.iter().any(|end| Place::End.is_at(&text, *end))
+                let text = Text::new(name, &self.sets);
+                let ends = self.root.ends(&text, text.places(segments(&text.characters)));
+                !text.at(ends, Place::End).is_empty()
             }
         }
     }
 
     /// The first number that is a whole segment right behind a match of whole segments, and that others follow.
     pub fn number_behind(&self, name: &str) -> Option<usize> {
-        let text: Vec<_> = name.chars().collect();
-        segments(&text).into_iter().find_map(|start| {
-            let ends = self.root.ends(&text, vec![start]);
-            ends.into_iter().rev().find_map(|end| {
-                let rest: String = text.get(end..)?.iter().collect();
+        let text = Text::new(name, &self.sets);
+        segments(&text.characters).into_iter().find_map(|start| {
+            let ends = self.root.ends(&text, text.places([start]));
+            ends.iter().rev().find_map(|end| {
+                let rest: String = text.characters.get(end..)?.iter().collect();
                 let (number, _) = rest.strip_prefix('.')?.split_once('.')?;
                 number.parse().ok()
             })
@@ -138,15 +157,15 @@ fn segments(text: &[char]) -> Vec<usize> {
 }
 
 impl Plain {
-    fn of(root: &Node) -> Option<Self> {
+    fn of(root: &Node, sets: &[Set]) -> Option<Self> {
         let nodes = match root {
             Node::Sequence(nodes) => nodes.as_slice(),
             node => std::slice::from_ref(node),
         };
         let is_anchored = matches!(nodes.first(), Some(Node::At(Place::Start)));
         let character = |node: &Node| match node {
-            Node::One(set) if set.is_any() => Some(None),
-            Node::One(set) => set.single().map(Some),
+            Node::One(set) if sets[*set].is_any() => Some(None),
+            Node::One(set) => sets[*set].single().map(Some),
             _ => None,
         };
         let characters = nodes[usize::from(is_anchored)..].iter().map(character);
@@ -179,61 +198,54 @@ impl Place {
 }
 
 impl Node {
-    /// The places that a match which is at one of these can be at behind the node. Both are in order.
-    fn ends(&self, text: &[char], from: Vec<usize>) -> Vec<usize> {
-        let leads_on = |node: &Self, at: usize| !node.ends(text, vec![at]).is_empty();
+    /// The places that a match which is at one of these can be at behind the node.
+    fn ends(&self, text: &Text, from: Places) -> Places {
+        if from.is_empty() {
+            return from;
+        }
+        let leads_on = |node: &Self, at: usize| !node.ends(text, text.places([at])).is_empty();
         match self {
-            Self::One(set) => {
-                let fits = |at: &usize| text.get(*at).is_some_and(|it| set.has(*it));
-                from.into_iter().filter(fits).map(|at| at + 1).collect()
-            }
-            Self::At(place) => from.into_iter().filter(|at| place.is_at(text, *at)).collect(),
-            Self::Sequence(nodes) => {
-                nodes.iter().fold(
-                    from,
-                    |from, node| {
-                        if from.is_empty() { from } else { node.ends(text, from) }
-                    },
-                )
-            }
-            Self::Either(nodes) => nodes
-                .iter()
-                .fold(Vec::new(), |found, node| union(found, node.ends(text, from.clone()))),
+            Self::One(set) => text.step(&from, *set),
+            Self::At(place) => text.at(from, *place),
+            Self::Sequence(nodes) => nodes.iter().fold(from, |from, node| node.ends(text, from)),
+            Self::Either(nodes) => nodes.iter().fold(text.none(), |mut found, node| {
+                found.add(&node.ends(text, from.clone()));
+                found
+            }),
             Self::Run { set, least, most, is_possessive } => {
-                run(text, from, set, [*least, *most], *is_possessive)
+                text.run(from, *set, [*least, *most], *is_possessive)
             }
             Self::Repeat { node, least, most } => {
-                let (mut current, mut found) = (from, Vec::new());
-                for count in 0.. {
-                    if count >= *least {
-                        found = union(found, current.clone());
-                    }
-                    if count >= *most {
-                        break;
-                    }
+                let mut current = from;
+                for _ in 0..*least {
                     let next = node.ends(text, current.clone());
                     if next == current {
                         // So it stays, however often it is repeated.
-                        found = union(found, current);
-                        break;
-                    }
-                    let is_known = next.iter().all(|at| found.binary_search(at).is_ok());
-                    if next.is_empty() || count >= *least && is_known {
                         break;
                     }
                     current = next;
                 }
+                let mut found = text.none();
+                for _ in *least..*most {
+                    found.add(&current);
+                    // Further rounds from a place that is known lead to none but those that are.
+                    current = node.ends(text, current).without(&found);
+                    if current.is_empty() {
+                        break;
+                    }
+                }
+                found.add(&current);
                 found
             }
             Self::Ahead { node, is_negated } => {
-                from.into_iter().filter(|at| leads_on(node, *at) != *is_negated).collect()
+                text.places(from.iter().filter(|at| leads_on(node, *at) != *is_negated))
             }
             Self::Behind { node, width, is_negated } => {
                 let fits = |at: &usize| {
                     let start = at.checked_sub(*width);
                     start.is_some_and(|start| leads_on(node, start)) != *is_negated
                 };
-                from.into_iter().filter(fits).collect()
+                text.places(from.iter().filter(fits))
             }
         }
     }
@@ -262,58 +274,94 @@ impl Node {
         }
     }
 
-    /// How many steps a match takes for each place of a name, roughly.
-    fn work(&self) -> usize {
+    /// What a match takes at most. A step may be for all places at once.
+    fn work(&self) -> Work {
         match self {
-            Self::One(_) | Self::At(_) | Self::Run { .. } => 1,
-            Self::Sequence(nodes) | Self::Either(nodes) => {
-                nodes.iter().map(Self::work).fold(1, usize::saturating_add)
+            Self::One(_) => Work { once: 1, ..Work::NONE },
+            Self::At(_) => Work { once: 1, for_each: 1, ..Work::NONE },
+            Self::Sequence(nodes) => nodes.iter().map(Self::work).fold(Work::NONE, Work::then),
+            Self::Either(nodes) => {
+                let nothing = Work { behind_each: 0, ..Work::NONE };
+                nodes.iter().map(Self::work).fold(nothing, Work::or)
             }
-            Self::Repeat { node, most, .. } => node.work().saturating_mul(ROUNDS.min(*most)),
+            Self::Run { least, most, .. } => {
+                let is_short = *most < 8;
+                let once = 1 + PLACES.min(if *most == usize::MAX { *least } else { *most });
+                let behind_each = if is_short { most - least + 1 } else { 0 };
+                Work { once, behind_each, behind: if is_short { 0 } else { PLACES }, for_each: 0 }
+            }
+            Self::Repeat { node, most: 0 | 1, .. } => node.work().or(Work::NONE),
+            Self::Repeat { node, least, most } => {
+                let work = node.work();
+                let longest = 1 + PLACES / node.widths()[0].max(1);
+                let [first, others] = [*least, most - least].map(|it| it.min(longest));
+                // The rounds that must be may each come to all places. The others come to each place once.
+                let once = work.of(PLACES).saturating_mul(first);
+                let once = once.saturating_add(work.once.saturating_mul(others));
+                let once = once.saturating_add(work.for_each.saturating_mul(PLACES));
+                Work { once, for_each: 0, behind: PLACES, behind_each: 0 }
+            }
             Self::Ahead { node, .. } | Self::Behind { node, .. } => {
-                node.work().saturating_mul(ROUNDS)
+                Work { once: 1, for_each: node.work().of(1), ..Work::NONE }
             }
         }
     }
 }
 
-/// The places behind a run of characters of the set.
-fn run(
-    text: &[char],
-    from: Vec<usize>,
-    set: &Set,
-    [least, most]: [usize; 2],
-    is_possessive: bool,
-) -> Vec<usize> {
-    let (mut found, mut reached) = (Vec::new(), 0);
-    for start in from {
-        reached = reached.max(start);
-        while text.get(reached).is_some_and(|it| set.has(*it)) {
-            reached += 1;
-        }
-        let last = reached.min(start.saturating_add(most));
-        let first = if is_possessive { last } else { start.saturating_add(least) };
-        if last >= start.saturating_add(least) {
-            let next = found.last().map_or(0, |it| it + 1);
-            found.extend(first.max(next)..=last);
-        }
-    }
-    found
+/// How many steps a match takes at most.
+#[derive(Clone, Copy)]
+struct Work {
+    once: usize,
+    /// The steps for each place that it is at.
+    for_each: usize,
+    /// At how many places it is then, whatever those before were.
+    behind: usize,
+    /// At how many places it is then for each that it was at.
+    behind_each: usize,
 }
 
-/// The places of both, in order.
-fn union(mut one: Vec<usize>, other: Vec<usize>) -> Vec<usize> {
-    if one.is_empty() {
-        return other;
+impl Work {
+    const NONE: Self = Self { once: 0, for_each: 0, behind: 0, behind_each: 1 };
+
+    /// The steps from so many places.
+    fn of(self, places: usize) -> usize {
+        self.for_each.saturating_mul(places).saturating_add(self.once)
     }
-    one.extend(other);
-    one.sort_unstable();
-    one.dedup();
-    one
+
+    /// The same, if it is not at more places than there are.
+    fn bounded(self) -> Self {
+        match self.behind_each < 8 && self.behind < PLACES {
+            true => self,
+            false => Self { behind: PLACES, behind_each: 0, ..self },
+        }
+    }
+
+    fn then(self, next: Self) -> Self {
+        let each = next.for_each.saturating_mul(self.behind_each);
+        let work = Self {
+            once: self.once.saturating_add(next.of(self.behind)),
+            for_each: self.for_each.saturating_add(each),
+            behind: next.behind + next.behind_each * self.behind,
+            behind_each: next.behind_each * self.behind_each,
+        };
+        work.bounded()
+    }
+
+    fn or(self, other: Self) -> Self {
+        let work = Self {
+            once: self.once.saturating_add(other.once).saturating_add(1),
+            for_each: self.for_each.saturating_add(other.for_each),
+            behind: self.behind + other.behind,
+            behind_each: self.behind_each + other.behind_each,
+        };
+        work.bounded()
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use serde_json::Value;
 
     use super::*;
@@ -379,13 +427,46 @@ mod tests {
     fn what_takes_long_is_refused() {
         assert!(Expression::new(&"(".repeat(60)).unwrap_err().contains("nested too deeply"));
         let nested = |depth: usize| format!("{}a{}", "(".repeat(depth), "b?)+".repeat(depth));
-        Expression::new(&nested(2)).unwrap();
-        assert!(Expression::new(&nested(4)).unwrap_err().contains("nested too deeply"));
+        Expression::new(&nested(1)).unwrap();
+        assert!(Expression::new(&nested(4)).unwrap_err().contains("takes too long"));
+        Expression::new(r"(?:layers\.(?:\d+\.)+)*(?:(?!vision|audio).)*_proj").unwrap();
         assert!(Expression::new(&"a".repeat(30_000)).unwrap_err().contains("size limit"));
         // What a backtracking matcher would not finish.
         let name = "a".repeat(400);
         assert!(!Expression::new("(a|aa)+b").unwrap().matches(&name));
         assert!(Expression::new("(?:a?){4000000000}").unwrap().matches(&name));
+    }
+
+    #[test]
+    fn h15_long_expressions_that_repeat_are_refused_or_take_no_time() {
+        let many = |one: &str, count: usize| vec![one; count].join("|");
+        let ranges: String = ('\u{100}'..'\u{4000}').collect();
+        let names: Vec<_> = (0..7).map(|index| format!("{}{index}", "a.b".repeat(140))).collect();
+        let start = Instant::now();
+        for count in [1, 30, 100, 300, 3000] {
+            for source in [
+                format!("({})+", many(".|.?", count)),
+                format!("(?:{})*", many("(?:a.)?|.+", count)),
+                format!("((a{})+b?)+", "b?".repeat(count)),
+                format!(".*({}).*", many(".?", count)),
+                format!(".*(?!{}).*", many(".{9}x", count)),
+                format!("(?:[{ranges}].?)+"),
+            ] {
+                let Ok(expression) = Expression::new(&source) else { continue };
+                for name in &names {
+                    expression.matches(name);
+                }
+            }
+        }
+        // Less than a second, even without optimization. It was minutes.
+        assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+        let slow = Expression::new(&format!("({})+", many(".|.?", 3000)));
+        assert!(slow.unwrap_err().contains("takes too long"));
+        // Long lists of layers, in which nothing is repeated, are short work.
+        let list: Vec<_> = (0..600).map(|it| format!("layers.{it}.mlp.fc")).collect();
+        let list = Expression::new(&format!(r".*\.({})", list.join("|"))).unwrap();
+        assert!(list.matches("model.layers.599.mlp.fc"));
+        assert!(!list.matches("model.layers.600.mlp.fc"));
     }
 
     #[test]

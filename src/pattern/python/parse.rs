@@ -1,5 +1,7 @@
 //! The syntax of Python's `re`.
 
+use std::collections::HashMap;
+
 use super::{
     Node, Place,
     set::{Class, Item, Set},
@@ -9,15 +11,19 @@ use super::{
 const DEEPEST: usize = 50;
 
 /// Reads the expression. The error says what is wrong with it, or what of it is not supported.
-pub(super) fn parse(source: &str, takes_flags: bool) -> Result<Node, String> {
+/// Nodes name a set by its index.
+pub(super) fn parse(source: &str, takes_flags: bool) -> Result<(Node, Vec<Set>), String> {
     let flags = Flags::default();
     let source = source.chars().collect();
-    let mut parser = Parser { source, at: 0, flags, takes_flags, depth: 0, names: Vec::new() };
+    let (names, sets) = (Vec::new(), HashMap::new());
+    let mut parser = Parser { source, at: 0, flags, takes_flags, depth: 0, names, sets };
     let node = parser.either()?;
-    match parser.peek() {
-        None => Ok(node),
-        Some(_) => Err("a `)` is not opened".to_owned()),
+    if parser.peek().is_some() {
+        return Err("a `)` is not opened".to_owned());
     }
+    let mut sets: Vec<_> = parser.sets.into_iter().collect();
+    sets.sort_unstable_by_key(|(_, index)| *index);
+    Ok((node, sets.into_iter().map(|(set, _)| set).collect()))
 }
 
 #[derive(Clone, Copy, Default)]
@@ -35,9 +41,16 @@ struct Parser {
     depth: usize,
     /// The names of groups.
     names: Vec<String>,
+    /// The sets, each once, and their indices.
+    sets: HashMap<Set, usize>,
 }
 
 impl Parser {
+    fn of_set(&mut self, set: Set) -> Node {
+        let next = self.sets.len();
+        Node::One(*self.sets.entry(set).or_insert(next))
+    }
+
     fn peek(&self) -> Option<char> {
         self.source.get(self.at).copied()
     }
@@ -92,11 +105,11 @@ impl Parser {
                 '^' => nodes.push(Node::At(Place::Start)),
                 '$' => nodes.push(Node::At(Place::End)),
                 '.' if self.flags.dot_is_all => {
-                    nodes.push(Node::One(Set { is_negated: true, ..Set::default() }));
+                    nodes.push(self.of_set(Set { is_negated: true, ..Set::default() }));
                 }
                 '.' => {
                     let set = Set::of([Item::Range('\n', '\n')]);
-                    nodes.push(Node::One(Set { is_negated: true, ..set }));
+                    nodes.push(self.of_set(Set { is_negated: true, ..set }));
                 }
                 '[' => nodes.push(self.set()?),
                 '\\' => nodes.push(self.escape()?),
@@ -107,12 +120,12 @@ impl Parser {
         Ok(Node::Sequence(nodes))
     }
 
-    fn character(&self, character: char) -> Node {
+    fn character(&mut self, character: char) -> Node {
         self.one(Item::Range(character, character))
     }
 
-    fn one(&self, item: Item) -> Node {
-        Node::One(Set { ignores_case: self.flags.ignores_case, ..Set::of([item]) })
+    fn one(&mut self, item: Item) -> Node {
+        self.of_set(Set { ignores_case: self.flags.ignores_case, ..Set::of([item]) })
     }
 
     /// The counts of a repetition behind its `{`, or nothing, and nothing read, if there are none.
@@ -296,7 +309,7 @@ impl Parser {
                 _ => return Err("a range of characters has no beginning or end".to_owned()),
             }
         }
-        Ok(Node::One(Set { items, is_negated, ignores_case: self.flags.ignores_case }))
+        Ok(self.of_set(Set { items, is_negated, ignores_case: self.flags.ignores_case }))
     }
 
     fn escape_in_set(&mut self) -> Result<Item, String> {

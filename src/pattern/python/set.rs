@@ -5,7 +5,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 /// A set of characters.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
 pub(super) struct Set {
     pub items: Vec<Item>,
     pub is_negated: bool,
@@ -13,14 +13,14 @@ pub(super) struct Set {
     pub ignores_case: bool,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Item {
     Range(char, char),
     Class(Class, bool),
 }
 
 /// `\d`, `\s` or `\w`. The flag beside it says whether the others are meant.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Class {
     Digit,
     Space,

@@ -228,6 +228,15 @@ fn fields_that_change_the_result_are_refused_by_name() {
     // Found by fuzzing: an expression that takes seconds to compile.
     let endless = with("rank_pattern", json!({".".repeat(100_000): 2}));
     assert_refused(&endless, &weights, "exceeds size limit");
+    // Each takes an instant, and all together minutes.
+    let some: serde_json::Map<_, _> =
+        (0..200).map(|it| (format!("(.|.?){{9}}(.?|{it})+x"), json!(2))).collect();
+    assert_refused(&with("rank_pattern", json!(some)), &weights, "takes too long");
+    let some: Vec<_> = some.keys().collect();
+    let mut both: Value = serde_json::from_slice(&with("layers_pattern", json!(some))).unwrap();
+    both["layers_to_transform"] = json!([0]);
+    let both = serde_json::to_vec(&both).unwrap();
+    assert_refused(&both, &weights, "`layers_pattern`: to match its patterns takes too long");
     assert_refused(&with("bias", json!("some")), &weights, "some");
 }
 
