@@ -40,7 +40,8 @@ pub(super) struct Parts<'a> {
     bias: Option<&'a TensorInfo>,
     embedding_a: Option<&'a TensorInfo>,
     embedding_b: Option<&'a TensorInfo>,
-    magnitude: Option<&'a TensorInfo>,
+    /// With what its key ends with.
+    magnitude: Option<(&'a TensorInfo, &'static str)>,
 }
 
 impl Parts<'_> {
@@ -167,13 +168,16 @@ impl<'a> Keys<'a> {
             // The file holds it twice.
             return Role::Extra(name.to_owned());
         }
+        if end.starts_with(MAGNITUDE) {
+            parts.magnitude = Some((info, end));
+            return Role::Magnitude(path);
+        }
         let (part, role) = match end {
             A => (&mut parts.a, Role::A(path)),
             EMBEDDING_A => (&mut parts.embedding_a, Role::A(path)),
             B => (&mut parts.b, Role::B(path)),
             EMBEDDING_B => (&mut parts.embedding_b, Role::B(path)),
-            B_BIAS => (&mut parts.bias, Role::Bias(path)),
-            _ => (&mut parts.magnitude, Role::Magnitude(path)),
+            _ => (&mut parts.bias, Role::Bias(path)),
         };
         *part = Some(info);
         role
@@ -309,7 +313,7 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
     }
     match parts.magnitude {
         None if config.use_dora => mismatch.missing.push(key(MAGNITUDE)),
-        Some(_) if !config.use_dora => mismatch.unexpected.push(key(MAGNITUDE)),
+        Some((_, suffix)) if !config.use_dora => mismatch.unexpected.push(key(suffix)),
         _ => {}
     }
     let [a, b] = [factors[0], factors[1]];
@@ -344,7 +348,9 @@ fn check(path: &str, parts: &Parts, config: &PeftConfig, mismatch: &mut Mismatch
     expect(b, &b_fits, format!("[d_output, {rank}{more_b}]"));
     expect((parts.bias, B_BIAS), &bias_fits, "[d_output]".to_owned());
     let expected = if kernel.is_empty() { "[d_output]" } else { "[1, d_output, 1, ..]" };
-    expect((parts.magnitude, MAGNITUDE), &magnitude_fits, expected.to_owned());
+    if let Some((magnitude, suffix)) = parts.magnitude {
+        expect((Some(magnitude), suffix), &magnitude_fits, expected.to_owned());
+    }
 }
 
 /// What a key that is not PEFT's looks like, and what to do.

@@ -248,6 +248,21 @@ fn magnitudes_are_there_if_the_configuration_says_so() {
     config["use_dora"] = json!(false);
     let off = serde_json::to_vec(&config).unwrap();
     assert_refused(&off, &dora, "unexpected: base_model.model.fc1.lora_magnitude_vector");
+    // The name is that of the file, here one that PEFT has in memory.
+    let key = "base_model.model.fc1.lora_magnitude_vector.weight";
+    let in_memory = |magnitude: &[usize]| {
+        weights(&[
+            ("base_model.model.fc1.lora_A.weight", Dtype::F32, &[4, 6]),
+            ("base_model.model.fc1.lora_B.weight", Dtype::F32, &[8, 4]),
+            (key, Dtype::F32, magnitude),
+        ])
+    };
+    let off = br#"{"peft_type": "LORA", "r": 4, "target_modules": ["fc1"]}"#;
+    let error = parse(off, &in_memory(&[8])).unwrap_err().to_string();
+    assert!(error.ends_with(&format!("unexpected: {key}")), "{error}");
+    let on = br#"{"peft_type": "LORA", "r": 4, "target_modules": ["fc1"], "use_dora": true}"#;
+    parse(on, &in_memory(&[8])).unwrap();
+    assert_refused(on, &in_memory(&[7]), &format!("{key} (expected [d_output]"));
     config["use_dora"] = json!(true);
     for field in ["lora_bias", "ensure_weight_tying"] {
         let mut both = config.clone();
