@@ -170,6 +170,26 @@ fn d5_settings_of_the_training_are_those_of_the_evaluation() {
 }
 
 #[test]
+fn d5_a_cut_file_of_settings_is_a_warning_everywhere() {
+    let place = Place::new();
+    place.done(&train("--rank 1 --alpha 16"));
+    place.write("out/adapter/burn_lora.json", "{\"base\": ");
+    let use_it = "--model model --adapter out/adapter";
+    for command in [
+        format!("evaluate {use_it} --data data/valid.jsonl"),
+        format!("generate {use_it} --prompt a --max-tokens 1"),
+        format!("merge {use_it} --out merged"),
+        format!("train {use_it} --data data --workers 1 --iters 1 --out more"),
+    ] {
+        let (_, err) = place.done(&command);
+        let expected = "warning: out/adapter/burn_lora.json: ";
+        assert!(err.starts_with(expected) && err.lines().count() == 1, "{command}: {err}");
+    }
+    // The training writes whole ones.
+    assert_eq!(place.json("more/adapter/burn_lora.json")["max_length"], 64);
+}
+
+#[test]
 fn d6_files_say_which_base_they_are_for() {
     let place = Place::new();
     place.done(&train(""));

@@ -167,10 +167,13 @@ fn adapters(
     base: &Base,
     chat: &Chat,
 ) -> Result<(LoraAdapters<Plain>, Option<Remembered>)> {
-    let (set, remembered) = (load(dir)?, Remembered::read(dir)?);
+    // Adapters can be used without it, as those of PEFT are.
+    let (set, remembered) = (load(dir)?, Remembered::read(dir));
+    let unreadable = remembered.as_ref().err().cloned();
+    let remembered = remembered.ok().flatten();
     let other = base.other(dir, &set, remembered.as_ref());
     let template = remembered.as_ref().and_then(|it| it.other_template(dir, chat));
-    for problem in other.into_iter().chain(template) {
+    for problem in unreadable.into_iter().chain(other).chain(template) {
         eprintln!("warning: {problem}");
     }
     Ok((set, remembered))
