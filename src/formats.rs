@@ -130,7 +130,8 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// let device = Default::default();
     /// let (a, b) = (Tensor::<Flex, 2>::ones([4, 2], &device), Tensor::ones([2, 3], &device));
-    /// let set = LoraAdapters::new([("fc", LoraAdapter::new(a, b, 0.5, Scaling::Alpha))]);
+    /// let adapter = LoraAdapter::new(a, b, 0.5, Scaling::Alpha).of_linear();
+    /// let set = LoraAdapters::new([("fc", adapter)]);
     /// let (config, weights) = set.to_bytes()?;
     /// let again = LoraAdapters::<Flex>::from_bytes(&config, &weights, &device)?;
     /// assert_eq!(again.get("fc").unwrap().b.to_data(), set.get("fc").unwrap().b.to_data());
