@@ -71,7 +71,7 @@ pub use threads::ThreadReplica;
 /// # }
 /// ```
 ///
-/// Running statistics of batch norms are not gradients: each replica has those of its own data.
+/// Running statistics of batch norms that train are not gradients: each replica has those of its own data.
 ///
 /// All replicas must make the same calls in the same order, [`wait`](Self::wait), [`any`](Self::any) and
 /// [`agree`](Self::agree) included. They panic where [`sum`](Self::sum) does.

@@ -14,7 +14,7 @@ use burn_lora::{
     nn::BatchNorm,
     overlay::Overlay,
     quantize::Quantization,
-    train::{Backward, Blocks, Workers, segments},
+    train::{Backward, Blocks, Workers, fingerprint, segments},
 };
 use safetensors::SafeTensors;
 
@@ -542,6 +542,21 @@ fn b2_statistics_are_taken_from_a_tuned_model() {
 fn b1_a_model_that_lost_its_own_statistics_is_refused() {
     let model = Stock::<Train>::new().with_own_statistics().attach(&config()).unwrap();
     Lora::<Train, _>::new(model.into_inner());
+}
+
+/// To a frozen norm its statistics are as much a part of the base as a weight.
+#[test]
+fn b3_replicas_must_have_the_statistics_of_a_frozen_norm_in_common() {
+    let base = Own::<Train>::new();
+    let all = base.train_only(&[".*"]).unwrap();
+    let _ = all.forward(input(0));
+    let mut other = base.clone();
+    other.norm = all.norm.clone();
+    let lines = |base: &Own<Train>, config: &LoraConfig| fingerprint(&base.attach(config).unwrap());
+    assert_ne!(lines(&base, &config()), lines(&other, &config()));
+    // Those that move are of each replica's own data.
+    let moving = config().with_modules_to_save(["norm"]);
+    assert_eq!(lines(&base, &moving), lines(&other, &moving));
 }
 
 #[test]

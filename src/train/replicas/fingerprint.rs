@@ -1,6 +1,9 @@
 //! What replicas must have in common.
 
-use std::fmt::{Debug, Write};
+use std::{
+    collections::BTreeSet,
+    fmt::{Debug, Write},
+};
 
 use burn::{
     module::{Module, Param},
@@ -18,8 +21,8 @@ use crate::{
 /// its bits (the beginning of a SHA-256). Weights that are quantized have such digits, too.
 ///
 /// Constants, such as the number of heads or the epsilon of a norm, are not in it: have replicas agree on the
-/// configuration of the model, too. Neither are the running statistics of batch norms, which replicas need not have
-/// in common.
+/// configuration of the model, too. Neither are running statistics that move, which replicas need not
+/// have in common; those of a frozen [`nn::BatchNorm`](crate::nn::BatchNorm) are in it.
 ///
 /// All values are read once, which takes about a second for a gigabyte on a CPU.
 pub fn fingerprint<B: Backend, M: Module<B>>(model: &M) -> String {
@@ -27,9 +30,9 @@ pub fn fingerprint<B: Backend, M: Module<B>>(model: &M) -> String {
     for layer in layers(model, |path, layer: &dyn LoraLayer<B>| line(path, layer)) {
         lines += &layer;
     }
-    let mut parameters = Parameters(lines);
+    let mut parameters = Parameters { lines, moving: BTreeSet::new() };
     visit(model, &mut parameters);
-    parameters.0
+    parameters.lines
 }
 
 /// What no parameter tells of a layer.
@@ -58,16 +61,24 @@ fn digits(tensors: &[TensorData], also: impl Debug) -> String {
     hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
-struct Parameters(String);
+struct Parameters {
+    lines: String,
+    /// The norms that train. A norm's factor comes before its statistics.
+    moving: BTreeSet<String>,
+}
 
 impl<B: Backend> Visit<B> for Parameters {
     fn param<const D: usize>(&mut self, place: &Place, param: &Param<Tensor<B, D>>) {
-        if place.is_statistic() {
+        if place.name() == "gamma" && param.is_require_grad() {
+            self.moving.insert(place.module().to_owned());
+        }
+        let moves = place.is_shared_statistic() || self.moving.contains(place.module());
+        if place.is_statistic() && moves {
             return;
         }
         let (path, dims, dtype) = (place.path(), param.dims(), param.dtype());
         let trains = if param.is_require_grad() { "trains" } else { "is frozen" };
         let digits = digits(&[param.val().into_data()], ());
-        writeln!(self.0, "{path}: {dims:?} of {dtype:?} {trains} {digits}").expect("memory");
+        writeln!(self.lines, "{path}: {dims:?} of {dtype:?} {trains} {digits}").expect("memory");
     }
 }
