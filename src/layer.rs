@@ -1,15 +1,23 @@
 //! Layers that can carry an adapter. Each layer presents its weight to [`LoraAdapter`] as a matrix.
 
 pub(crate) mod access;
+mod attend;
 mod attention;
 mod conv;
+mod cross_entropy;
 mod embedding;
+mod folding;
+mod gated;
 mod gelu;
 mod heads;
 mod linear;
+mod mask;
 mod module;
 mod norm;
+mod norms;
 pub(crate) mod quantized;
+mod rotation;
+mod soft_cap;
 mod statistic;
 
 use burn::{
@@ -20,10 +28,12 @@ use burn::{
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout},
     config::{LayerConfig, LoraConfig},
+    precision::Precision,
     quantized::QuantizedWeight,
     tensors::{at_least_f32, frozen},
 };
 
+pub use attend::{AttentionOptions, attention};
 pub use attention::{
     LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, LoraMultiHeadAttentionRecord,
 };
@@ -32,10 +42,16 @@ pub use conv::{
     LoraConvTranspose2dRecord,
 };
 pub use embedding::{LoraEmbedding, LoraEmbeddingRecord};
+pub use folding::Foldable;
+pub use gated::{geglu, swiglu};
 pub use gelu::gelu;
 pub use heads::swap_heads;
 pub use linear::{LoraLinear, LoraLinearRecord};
+pub use mask::AttentionMask;
 pub use norm::{BatchNorm, BatchNormRecord};
+pub use norms::{group_norm, layer_norm, rms_norm};
+pub use rotation::rotate;
+pub use soft_cap::soft_cap;
 pub(crate) use statistic::Statistic;
 
 /// What a layer can take.
@@ -55,6 +71,11 @@ pub(crate) struct Capabilities {
 pub(crate) trait LoraLayer<B: Backend> {
     /// The adapter, if there is one.
     fn adapter(&self) -> Option<&LoraAdapter<B>>;
+
+    /// The precision in which the layer multiplies.
+    fn precision(&self) -> Precision {
+        Precision::F32
+    }
 
     /// What the layer can take.
     fn capabilities(&self) -> Capabilities;
@@ -82,6 +103,9 @@ pub(crate) trait LoraLayerMut<B: Backend>: LoraLayer<B> {
     /// Puts the adapter on the base, and freezes the base. `None` takes the adapter off, and leaves the
     /// base as it is. Panics if the adapter [does not fit](check_fit).
     fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>);
+
+    /// Sets the precision in which the layer multiplies. A layer of another crate has none.
+    fn set_precision(&mut self, _precision: Precision) {}
 
     /// Takes the adapter off, and has the samples of a batch use these. Panics if one [does not
     /// fit](check_fit). Returns false, and leaves the layer as it is, if it [cannot take

@@ -77,7 +77,7 @@
 //! - [`LoraLinear`], and in [`nn`] the other layers, and functions for models of your own.
 //! - [`LoraAdapters`]: adapters as values and files. [`adapters`] has what combining them needs, [`peft`] their
 //!   names in Python.
-//! - [`quantize`]: a base in 4 or 8 bits.
+//! - [`quantize`]: a base in 4, 8 or 16 bits.
 //! - [`serve`]: many sets of adapters at once, and from directories.
 //! - [`train`]: LoRA+ and checkpoints; less time by workers, less memory by segments, several machines.
 //! - [`LoraAdapter`]: the formula itself.
@@ -103,6 +103,7 @@ mod model;
 mod ops;
 pub mod overlay;
 mod pattern;
+mod precision;
 mod products;
 mod quantized;
 pub mod serve;
@@ -126,9 +127,12 @@ pub mod nn {
     #[doc(no_inline)]
     pub use crate::LoraLinear;
     pub use crate::layer::{
-        Adaptable, BatchNorm, LoraConv1d, LoraConv2d, LoraConvTranspose2d, LoraEmbedding,
-        LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention, gelu, swap_heads,
+        Adaptable, AttentionMask, AttentionOptions, BatchNorm, Foldable, LoraConv1d, LoraConv2d,
+        LoraConvTranspose2d, LoraEmbedding, LoraMhaCache, LoraMhaInput, LoraMultiHeadAttention,
+        attention, geglu, gelu, group_norm, layer_norm, rms_norm, rotate, soft_cap, swap_heads,
+        swiglu,
     };
+    pub use crate::precision::Precision;
 }
 
 /// The names that a model has in Python.
@@ -138,7 +142,7 @@ pub mod peft {
     pub use crate::adapters::renaming::Renaming;
 }
 
-/// Bases in 4 and 8 bits.
+/// Bases in 4, 8 and 16 bits.
 ///
 /// [`LoraModule::quantize`] rounds the weights of a model; [`LoraModule::with_quantized`] puts in those of a file,
 /// bit by bit.

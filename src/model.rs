@@ -12,6 +12,7 @@ mod module;
 mod names;
 mod norms;
 mod plain;
+mod precision;
 mod quantize;
 mod record;
 mod report;
@@ -28,6 +29,7 @@ use crate::{
     adapters::{Approximation, LoraAdapters},
     config::LoraConfig,
     error::LoraError,
+    precision::Precision,
     quantized::QuantizedWeight,
     traverse,
 };
@@ -145,7 +147,7 @@ pub trait LoraModule<B: Backend>: Module<B> {
         Lora::of(self).with_own_statistics()
     }
 
-    /// The model with the weights of its layers in 4 or 8 bits (QLoRA,
+    /// The model with the weights of its layers in 4, 8 or 16 bits (QLoRA,
     /// [Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)), and what that changed. The adapters that are
     /// put on it train as on any base.
     ///
@@ -264,6 +266,23 @@ pub trait LoraModule<B: Backend>: Module<B> {
         see: impl FnOnce(&Lora<B, Self>),
     ) -> Result<Lora<B, Self>, LoraError> {
         eva::attach(&Lora::of(self), config, rho, see)
+    }
+
+    /// The model with the products of its layers in another [`Precision`]. Weights and adapters stay as they are. It is no
+    /// part of records and files, so it is set again after one is loaded into a new model.
+    ///
+    /// ```
+    /// use burn::{backend::{Autodiff, Flex}, nn::LinearConfig};
+    /// use burn_lora::{LoraConfig, LoraLinear, LoraModule, nn::Precision};
+    ///
+    /// type B = Autodiff<Flex>;
+    /// let base: LoraLinear<B> = LinearConfig::new(512, 256).init(&Default::default()).into();
+    /// let fast = if Precision::bf16_is_fast() { Precision::Bf16 } else { Precision::F32 };
+    /// let base = base.with_precision(fast);
+    /// assert_eq!(base.precision(), fast);
+    /// ```
+    fn with_precision(&self, precision: Precision) -> Self {
+        precision::set(drawn(self), precision)
     }
 
     /// The model with its quantized weights unpacked, in full and frozen: for files of other programs, say.

@@ -1,7 +1,11 @@
-//! Weights that are held in 4 or 8 bits, and their formats. `crate::products` multiplies with them.
+//! Weights that are held in 2 to 8 or 16 bits, and their formats. `crate::products` multiplies with them.
 
+mod blocks;
 mod doubled;
 mod format;
+mod gguf;
+mod halves;
+mod nf4;
 mod pack;
 mod record;
 mod weight;
@@ -17,21 +21,20 @@ use burn::{
     },
 };
 
-use crate::error::LoraError;
-use half::f16;
 use pack::{Packed, pack};
-use words::{bytes, to_words};
+use words::{bytes, halves, of_bf16, of_f16, to_words};
 
 pub(crate) use doubled::{Doubled, unpack as unpack_scales};
 pub(crate) use format::{APART, Format, Levels};
+pub use gguf::GgufType;
 pub use pack::Quantization;
 pub use record::QuantizedWeightItem;
-pub(crate) use weight::Weight;
+pub(crate) use weight::{Matrix, Weight};
 
-/// A matrix `[rows, columns]` in 4 or 8 bits: the base's weight in a quantized
+/// A matrix `[rows, columns]` in 2 to 8 or 16 bits: the base's weight in a quantized
 /// [`LoraLinear`](crate::LoraLinear) or [`LoraEmbedding`](crate::nn::LoraEmbedding).
 ///
-/// The numbers of a row are divided into blocks, which share a scale. A row holds what one output of a
+/// The numbers of a row are divided into blocks, which share a scale, but for bf16 and f16. A row holds what one output of a
 /// linear layer is computed from, as in PyTorch: the shape is `[d_output, d_input]`. Of a table of
 /// embeddings it is a row, `[n_embedding, d_model]`.
 ///
@@ -40,33 +43,25 @@ pub(crate) use weight::Weight;
 pub struct QuantizedWeight<B: Backend> {
     pub(crate) format: Format,
     pub(crate) columns: usize,
-    /// The bytes of the codes, four in each word: `[rows, words]`.
+    /// The bytes of the codes, four in each word, with the scales among them in some formats: `[rows, words]`.
     pub(crate) codes: Tensor<B, 2, Int>,
     pub(crate) scales: Scales<B>,
-    /// The smallest number of each block, in some formats: `[rows, blocks]`.
+    /// The smallest number of each block, in some formats, unless they are halves: `[rows, blocks]`.
     pub(crate) minima: Option<Tensor<B, 2>>,
 }
 
 /// The scales of all blocks.
 #[derive(Clone, Debug)]
 pub(crate) enum Scales<B: Backend> {
+    /// The format has none, or they are among the codes.
+    None,
     /// `[rows, blocks]`.
     Full(Tensor<B, 2>),
+    /// In half precision, two in each word. After the scales of a row come its smallest numbers, if the format has them:
+    /// `[rows, words]`.
+    Halves(Tensor<B, 2, Int>),
     /// Quantized in turn.
     Doubled(Doubled<B>),
-}
-
-/// How a GGUF file holds a matrix. The names are the file's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-#[allow(non_camel_case_types, reason = "these are the names that GGUF's users know")]
-pub enum GgufType {
-    /// 8 bits.
-    Q8_0,
-    /// 4 bits, around zero.
-    Q4_0,
-    /// 4 bits, from the smallest number of each block on.
-    Q4_1,
 }
 
 impl<B: Backend> QuantizedWeight<B> {
@@ -83,58 +78,6 @@ impl<B: Backend> QuantizedWeight<B> {
         Self::on_device(pack(&numbers, shape, to), to == Quantization::Nf4, &device)
     }
 
-    /// A matrix as a GGUF file holds it, to the bit: `data` are the bytes of its rows, one after the other.
-    ///
-    /// # Errors
-    ///
-    /// [`LoraError::InvalidFile`] if the length of `data` is not that of so many rows, if the columns are
-    /// no whole blocks of 32, or if a scale is not finite.
-    pub fn from_gguf(
-        kind: GgufType,
-        shape: [usize; 2],
-        data: &[u8],
-        device: &B::Device,
-    ) -> Result<Self, LoraError> {
-        let (format, head) = match kind {
-            GgufType::Q8_0 => (Format::Q8_0, 2),
-            GgufType::Q4_0 => (Format::Q4_0, 2),
-            GgufType::Q4_1 => (Format::Q4_1, 4),
-        };
-        let [rows, columns] = shape;
-        let invalid = |problem: String| LoraError::InvalidFile {
-            file: format!("a matrix of {kind:?}"),
-            problem,
-        };
-        if columns == 0 || !columns.is_multiple_of(format.block()) {
-            let block = format.block();
-            return Err(invalid(format!("{columns} columns are no blocks of {block}")));
-        }
-        let size = head + format.block_bytes();
-        let row = (columns / format.block()).checked_mul(size);
-        let expected = row.and_then(|row| row.checked_mul(rows));
-        if rows == 0 || expected != Some(data.len()) {
-            let found = data.len();
-            return Err(invalid(format!("{found} bytes cannot be {rows} x {columns} numbers")));
-        }
-        let mut bytes = Vec::with_capacity(rows * format.row_bytes(columns));
-        let (mut scales, mut minima) = (Vec::new(), Vec::new());
-        for block in data.chunks_exact(size) {
-            let (numbers, codes) = block.split_at(head);
-            let mut numbers =
-                numbers.chunks_exact(2).map(|it| f16::from_le_bytes([it[0], it[1]]).to_f32());
-            scales.extend(numbers.next());
-            minima.extend(numbers.next());
-            // The file's are signed, and ours are counted from -128.
-            let flip = if format.bits() == 8 { 128 } else { 0 };
-            bytes.extend(codes.iter().map(|code| code ^ flip));
-        }
-        if scales.iter().chain(&minima).any(|it| !it.is_finite()) {
-            return Err(invalid("a scale is not finite".to_owned()));
-        }
-        let minima = (head == 4).then_some(minima);
-        Ok(Self::on_device(Packed { format, shape, bytes, scales, minima }, false, device))
-    }
-
     fn on_device(packed: Packed, doubles: bool, device: &B::Device) -> Self {
         let Packed { format, shape: [rows, columns], bytes, scales, minima } = packed;
         let blocks = columns.div_ceil(format.block());
@@ -142,13 +85,14 @@ impl<B: Backend> QuantizedWeight<B> {
             Tensor::from_data(TensorData::new(numbers, [rows, blocks]), (device, DType::F32))
         };
         let scales = match doubles {
+            _ if scales.is_empty() => Scales::None,
             true => Scales::Doubled(Doubled::new(&scales, device)),
             false => Scales::Full(numbers(scales)),
         };
         Self {
             format,
             columns,
-            codes: to_words(&bytes, [rows, format.row_bytes(columns) / 4], device),
+            codes: to_words(&bytes, [rows, format.row_bytes(columns) / words::SIZE], device),
             scales,
             minima: minima.map(numbers),
         }
@@ -163,7 +107,9 @@ impl<B: Backend> QuantizedWeight<B> {
     pub fn num_bytes(&self) -> usize {
         let size = |dims: &[usize]| 4 * dims.iter().product::<usize>();
         let scales = match &self.scales {
+            Scales::None => 0,
             Scales::Full(scales) => size(&scales.dims()),
+            Scales::Halves(halves) => size(&halves.dims()),
             Scales::Doubled(Doubled { codes, scales, .. }) => {
                 size(&codes.dims()) + size(&scales.dims())
             }
@@ -176,7 +122,9 @@ impl<B: Backend> QuantizedWeight<B> {
         let mut tensors = vec![self.codes.to_data()];
         let mut offset = None;
         match &self.scales {
+            Scales::None => {}
             Scales::Full(scales) => tensors.push(scales.to_data()),
+            Scales::Halves(halves) => tensors.push(halves.to_data()),
             Scales::Doubled(doubled) => {
                 tensors.extend([doubled.codes.to_data(), doubled.scales.to_data()]);
                 offset = Some(doubled.offset);
@@ -189,40 +137,71 @@ impl<B: Backend> QuantizedWeight<B> {
     /// The numbers that the codes stand for, in `f32`, by Burn's operations: `[rows, columns]`.
     pub(crate) fn unpacked(&self) -> Tensor<B, 2> {
         let ([rows, words], device) = (self.codes.dims(), self.codes.device());
-        let codes = bytes(self.codes.clone().reshape([rows * words]));
-        let codes = match self.format.bits() {
-            8 => codes,
-            _ => {
-                let codes = codes.reshape([rows * words * 4 / APART, APART]);
-                let lower = codes.clone().bitwise_and_scalar(15.elem());
-                let upper = codes.bitwise_right_shift_scalar(4.elem());
-                Tensor::cat(vec![lower, upper], 1).reshape([rows * words * 8])
+        let codes = || {
+            let codes = bytes(self.codes.clone().reshape([rows * words]));
+            if !self.format.packs_two() {
+                return codes;
             }
+            let codes = codes.reshape([rows * words * 4 / APART, APART]);
+            let lower = codes.clone().bitwise_and_scalar(15.elem());
+            let upper = codes.bitwise_right_shift_scalar(4.elem());
+            Tensor::cat(vec![lower, upper], 1).reshape([rows * words * 8])
         };
         let numbers = match self.format.levels() {
-            Levels::Minus(zero) => codes.float().cast(DType::F32) - f32::from(zero),
+            Levels::Minus(zero) => codes().float().cast(DType::F32) - f32::from(zero),
             Levels::Of(levels) => {
                 let levels = TensorData::new(levels.to_vec(), [levels.len()]);
-                Tensor::<B, 1>::from_data(levels, (&device, DType::F32)).select(0, codes)
+                Tensor::<B, 1>::from_data(levels, (&device, DType::F32)).select(0, codes())
+            }
+            levels @ (Levels::Upper | Levels::Half) => {
+                let halves = halves(self.codes.clone().reshape([rows * words]));
+                let numbers = match levels {
+                    Levels::Upper => of_bf16(halves),
+                    _ => of_f16(halves),
+                };
+                return numbers.reshape([rows, 2 * words]).narrow(1, 0, self.columns);
+            }
+            Levels::Blocks(format) => {
+                return blocks::unpacked(format, self.codes.clone(), self.columns);
             }
         };
         let block = self.format.block();
         let blocks = self.columns.div_ceil(block);
-        let mut numbers =
-            numbers.reshape([rows, blocks, block]) * self.scales().reshape([rows, blocks, 1]);
-        if let Some(minima) = &self.minima {
-            numbers = numbers + minima.clone().reshape([rows, blocks, 1]);
+        let mut numbers = numbers.reshape([rows, blocks, block]);
+        if let Some(scales) = self.scales() {
+            numbers = numbers * scales.reshape([rows, blocks, 1]);
+        }
+        if let Some(minima) = self.minima() {
+            numbers = numbers + minima.reshape([rows, blocks, 1]);
         }
         numbers.reshape([rows, blocks * block]).narrow(1, 0, self.columns)
     }
 
     /// The scales, not quantized: `[rows, blocks]`.
-    fn scales(&self) -> Tensor<B, 2> {
+    fn scales(&self) -> Option<Tensor<B, 2>> {
         let blocks = self.columns.div_ceil(self.format.block());
         match &self.scales {
-            Scales::Full(scales) => scales.clone(),
-            Scales::Doubled(doubled) => doubled.dense().reshape([self.shape()[0], blocks]),
+            Scales::None => None,
+            Scales::Full(scales) => Some(scales.clone()),
+            Scales::Halves(_) => Some(self.halves(0)),
+            Scales::Doubled(doubled) => Some(doubled.dense().reshape([self.shape()[0], blocks])),
         }
+    }
+
+    /// The smallest numbers of all blocks: `[rows, blocks]`.
+    fn minima(&self) -> Option<Tensor<B, 2>> {
+        let lie_together = matches!(self.scales, Scales::Halves(_)) && self.format.has_minima();
+        self.minima.clone().or_else(|| lie_together.then(|| self.halves(1)))
+    }
+
+    /// The scales, or the smallest numbers after them, which are in half precision: `[rows, blocks]`.
+    fn halves(&self, part: usize) -> Tensor<B, 2> {
+        let Scales::Halves(words) = &self.scales else { unreachable!("they are in full") };
+        let [rows, width] = words.dims();
+        let blocks = self.columns.div_ceil(self.format.block());
+        let numbers = halves(words.clone().reshape([rows * width]));
+        let numbers = of_f16(numbers);
+        numbers.reshape([rows, 2 * width]).narrow(1, part * blocks, blocks)
     }
 
     /// The rows with these numbers, as a matrix.
@@ -231,7 +210,13 @@ impl<B: Backend> QuantizedWeight<B> {
             format: self.format,
             columns: self.columns,
             codes: self.codes.clone().select(0, rows.clone()),
-            scales: Scales::Full(self.scales().select(0, rows.clone())),
+            scales: match &self.scales {
+                Scales::Halves(halves) => Scales::Halves(halves.clone().select(0, rows.clone())),
+                _ => {
+                    let scales = self.scales().map(|it| it.select(0, rows.clone()));
+                    scales.map_or(Scales::None, Scales::Full)
+                }
+            },
             minima: self.minima.clone().map(|it| it.select(0, rows)),
         }
     }
@@ -251,7 +236,9 @@ impl<B: Backend> QuantizedWeight<B> {
         int: impl Fn(Tensor<B, 2, Int>) -> Tensor<Other, 2, Int>,
     ) -> QuantizedWeight<Other> {
         let scales = match self.scales {
+            Scales::None => Scales::None,
             Scales::Full(scales) => Scales::Full(float(scales)),
+            Scales::Halves(halves) => Scales::Halves(int(halves)),
             Scales::Doubled(Doubled { codes, scales, offset }) => {
                 Scales::Doubled(Doubled { codes: int(codes), scales: float(scales), offset })
             }

@@ -20,11 +20,11 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 ROOT = Path(__file__).parents[2]
 
 
-def write_texts(data):
-    """Pieces of the documentation; every eighth is for the evaluation."""
+def write_texts(data, size=800, count=None):
+    """Pieces of the documentation, of so many characters; every eighth is for the evaluation."""
     files = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     text = "\n".join(file.read_text() for file in files)
-    pieces = [text[start:start + 800] for start in range(0, len(text), 800)]
+    pieces = [text[start:start + size] for start in range(0, len(text), size)][:count]
     sets = {"train": [], "valid": []}
     for index, piece in enumerate(pieces):
         sets["valid" if index % 8 == 0 else "train"].append(json.dumps({"text": piece}))
@@ -93,13 +93,18 @@ def train_peft(dense, data):
     print(json.dumps({"perplexity_before": before, "perplexity_after": perplexity(), "tokens_per_second": speed}))
 
 
-def measured(command):
-    """Runs the command, and returns what it writes and the most memory of its own that it has, in MiB."""
+def measured(command, ends=lambda: False):
+    """Runs the command, and returns what it writes and the most memory of its own, and in all, that it has, in MiB. It is
+    killed when `ends` says so."""
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    peaks = {"RssAnon": 0, "VmHWM": 0}
+    peaks, killed = {"RssAnon": 0, "VmHWM": 0}, False
 
     def watch():
+        nonlocal killed
         while process.poll() is None:
+            if ends():
+                killed = True
+                process.kill()
             try:
                 lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             except OSError:
@@ -113,7 +118,7 @@ def measured(command):
     watcher.start()
     output = process.communicate()[0]
     watcher.join()
-    assert process.returncode == 0, (command, output)
+    assert killed or process.returncode == 0, (command, output)
     return output, peaks["RssAnon"], peaks["VmHWM"]
 
 
@@ -148,7 +153,8 @@ def main():
         row("in full, PEFT", json.loads(output.splitlines()[-1]), own, whole)
 
 
-if sys.argv[1] == "peft":
-    train_peft(Path(sys.argv[2]), Path(sys.argv[3]))
-else:
-    main()
+if __name__ == "__main__":
+    if sys.argv[1] == "peft":
+        train_peft(Path(sys.argv[2]), Path(sys.argv[3]))
+    else:
+        main()

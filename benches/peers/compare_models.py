@@ -46,7 +46,7 @@ def peers(model, method):
     }
     if method == "lora" and model in ("minilm", "smollm2"):
         ways["burn-lora, segments"] = ([*whole, model, method, "1", "segments"], KEEPS)
-    ways[PRODUCT] = ([*whole, "product", method, "1", "plain"], KEEPS)
+    ways[PRODUCT] = ([*whole, "product", "1024x1024x1024", "1", "plain"], KEEPS)
     return ways
 
 

@@ -2,8 +2,9 @@
 
 Started by compare_models.py, as `peft_model.py MODEL METHOD`; MODEL is `minilm` (32 texts of 32 tokens),
 `smollm2` (4 of 128), `resnet` (32 images of 32 x 32 pixels) or `conv` (one convolution of 64 to 64 channels,
-3 x 3, that passes gradients on), with random weights, and METHOD is `lora` or `full`. It answers as
-peft_step.py does.
+3 x 3, that passes gradients on), with random weights, and METHOD is `lora` or `full`. With MODEL `product`, it
+multiplies instead, and METHOD is the size, `ROWSxINNERxCOLUMNS`. The weights are of the type in the variable
+`PRECISION`, `f32` or `bf16`. It answers as peft_step.py does.
 """
 
 import sys
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
-from serve import serve
+from serve import DTYPE, serve
 
 model_name, method = sys.argv[1:]
 torch.manual_seed(0)
@@ -71,6 +72,13 @@ class Conv(torch.nn.Module):
         return self.conv(images)
 
 
+if model_name == "product":
+    rows, inner, columns = map(int, method.split("x"))
+    x, weight = torch.rand(rows, inner).to(DTYPE), torch.rand(columns, inner).to(DTYPE)
+    with torch.no_grad():
+        serve(lambda: torch.nn.functional.linear(x, weight))
+    sys.exit()
+
 also = None
 if model_name == "minilm":
     model, targets, also = Classifier(), r"bert\.encoder\..*(query|key|value|dense)", ["head"]
@@ -78,11 +86,11 @@ if model_name == "minilm":
     loss = lambda model: model(ids).square().sum() / 32
 elif model_name == "resnet":
     model, targets = ResNet(), r"stem|head|blocks\.\d+\.(first|second)|blocks\.[24]\.shortcut"
-    images = torch.rand(32, 3, 32, 32)
+    images = torch.rand(32, 3, 32, 32).to(DTYPE)
     loss = lambda model: model(images).square().sum() / 32
 elif model_name == "conv":
     model, targets = Conv(), ["conv"]
-    images = torch.rand(32, 64, 32, 32).requires_grad_()
+    images = torch.rand(32, 64, 32, 32).to(DTYPE).requires_grad_()
 
     def loss(model):
         images.grad = None
@@ -96,6 +104,7 @@ else:
     ids = torch.randint(0, 49152, (4, 128))
     loss = lambda model: model(input_ids=ids, labels=ids).loss
 
+model = model.to(DTYPE)
 if method == "lora":
     config = LoraConfig(r=8, lora_alpha=16, target_modules=targets, modules_to_save=also)
     if model_name == "smollm2":

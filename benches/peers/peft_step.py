@@ -1,7 +1,8 @@
 """Training steps of a linear layer with PEFT's LoRA, on PyTorch.
 
 Started by compare.py, as `peft_step.py METHOD TOKENS WIDTH RANK`; METHOD is `lora` or `full`. It says
-`ready`, and then answers each line that comes, a number of steps, with the seconds that each took.
+`ready`, and then answers each line that comes, a number of steps, with the seconds that each took. The weights are of
+the type in the variable `PRECISION`, `f32` or `bf16`.
 """
 
 import sys
@@ -9,7 +10,7 @@ import sys
 import torch
 from peft import LoraConfig, get_peft_model
 
-from serve import serve
+from serve import DTYPE, serve
 
 method = sys.argv[1]
 tokens, width, rank = map(int, sys.argv[2:])
@@ -25,11 +26,11 @@ class Model(torch.nn.Module):
         return self.fc(x)
 
 
-model = Model()
+model = Model().to(DTYPE)
 if method == "lora":
     model = get_peft_model(model, LoraConfig(r=rank, lora_alpha=16, target_modules=["fc"]))
 optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-data = torch.rand(tokens, width)
+data = torch.rand(tokens, width).to(DTYPE)
 
 
 def step():

@@ -11,7 +11,7 @@ use burn::{
 };
 use burn_lora::{
     LoraLinear,
-    nn::{BatchNorm, LoraConv2d},
+    nn::{BatchNorm, LoraConv2d, group_norm},
 };
 use clap::ValueEnum;
 use common::classifier::Classifier;
@@ -50,7 +50,7 @@ impl<B: Backend> Norm<B> {
 
     fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
         match self {
-            Self::Group(norm) => norm.forward(x),
+            Self::Group(norm) => group_norm(norm, x),
             Self::Batch(norm) => norm.forward(x),
             Self::Moving(norm) => norm.forward(x),
         }

@@ -24,7 +24,8 @@ use burn::{
     },
 };
 use burn_lora::{
-    Lora,
+    Lora, LoraModule,
+    nn::Precision,
     train::{AtomicRecorder, Backward, LoraPlus, Workers, last_checkpoint},
 };
 use burn_lora_llm::{Context, Result, cli::file_name};
@@ -187,6 +188,8 @@ pub struct Recipe<'a> {
     pub seed: u64,
     /// The learning rate of B as a multiple of A's (LoRA+).
     pub lora_plus: f64,
+    /// The precision of the products of layers, in the training alone.
+    pub precision: Precision,
     /// The number of threads that share a step.
     pub workers: usize,
     /// Where to start. `None` means from the model, without checkpoints.
@@ -255,6 +258,7 @@ pub fn fit<M: Learns>(
     // With a ratio of 1 this is plain Adam.
     let adam = LoraPlus::new(AdamConfig::new().init::<Train, Task<Train, M>>(), recipe.lora_plus);
     let workers = Arc::new(Workers::new(recipe.workers));
+    let model = model.with_precision(recipe.precision);
     let learner = Learner::new(Task { model, workers }, adam, schedule);
     let result = training.renderer(reporter).launch(learner);
     // Clears the progress from the terminal.
@@ -265,7 +269,7 @@ pub fn fit<M: Learns>(
         return Err(format!("{}: stopped: {reason}", dir.display()));
     }
     let history = history.lock().expect(UNPOISONED).clone();
-    Ok((result.model.model, history))
+    Ok((result.model.model.with_precision(Precision::F32), history))
 }
 
 /// The last complete epoch in `dir`, and the history up to it.

@@ -12,7 +12,10 @@ use burn::{
     },
     tensor::{Tensor, TensorData, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraLinear, nn::LoraConv2d};
+use burn_lora::{
+    LoraLinear,
+    nn::{LoraConv2d, group_norm},
+};
 
 use super::classifier::{Classifier, Sample};
 
@@ -93,7 +96,7 @@ impl<B: Backend> Encoder<B> {
     pub fn forward(&self, grids: Tensor<B, 3>) -> Tensor<B, 2> {
         let image = grids.unsqueeze_dim::<4>(1).sub_scalar(0.5);
         let layers = self.convs.iter().zip(&self.norms);
-        let maps = layers.fold(image, |x, (conv, norm)| relu(norm.forward(conv.forward(x))));
+        let maps = layers.fold(image, |x, (conv, norm)| relu(group_norm(norm, conv.forward(x))));
         self.pool.forward(maps).flatten::<2>(1, 3)
     }
 }

@@ -83,8 +83,8 @@ struct Args {
     /// Also train with LoRA+: the learning rate of B is this multiple of A's
     #[arg(long, value_name = "RATIO", value_parser = cli::at_least_one)]
     lora_plus: Option<f64>,
-    /// Also train LoRA on an encoder whose linear layers are held in 8 or 4 bits; several kinds are separated
-    /// by commas
+    /// Also train LoRA on an encoder whose linear layers are held in 16, 8 or 4 bits; several kinds are
+    /// separated by commas
     #[arg(long, alias = "quantise", value_name = "KINDS", value_delimiter = ',')]
     quantize: Vec<Kind>,
     /// Also train with relatives of LoRA on all linear layers; several are separated by commas
@@ -131,6 +131,7 @@ fn run(args: Args) -> Result<()> {
     // Reads all files first, so that a wrong one is reported before anything is replaced.
     let given = if args.generated { None } else { Some(read(&args)?) };
     let options = &args.options;
+    options.create_out()?;
     let start = Some(start(&args)?);
     let recipe = |name, learning_rate| Recipe { start, ..options.recipe(name, learning_rate) };
     Plain::seed(&Default::default(), options.seed);
@@ -203,6 +204,7 @@ fn run(args: Args) -> Result<()> {
         let name = match kind {
             Kind::Int8 => "LoRA, all linear, int8",
             Kind::Nf4 => "LoRA, all linear, NF4",
+            Kind::Bf16 => "LoRA, all linear, bf16",
         };
         methods.push(adapt(recipe(name, lora_rate), model)?.0);
     }
@@ -228,7 +230,7 @@ fn run(args: Args) -> Result<()> {
     )
 }
 
-/// The classifier with the encoder's linear layers in 8 or 4 bits.
+/// The classifier with the encoder's linear layers in 16, 8 or 4 bits.
 fn quantize(
     base: &TextClassifier<Plain>,
     kind: Kind,
@@ -260,6 +262,7 @@ fn start(args: &Args) -> Result<Start> {
         "lora_learning_rate": options.lora_learning_rate,
         "head_learning_rate": args.head_learning_rate,
         "workers": options.workers(),
+        "dtype": options.precision().to_string(),
     });
     if !args.resume {
         arguments::begin(&options.out, "logs", &arguments)?;

@@ -1,41 +1,56 @@
-//! Reads random bytes as a GGUF file: its header, and the first numbers of each matrix in it.
+//! Reads random bytes as a GGUF file, and as two that a model is split into: the headers, the numbers of each matrix, and a
+//! decoder.
 //!
 //! ```text
-//! cargo +nightly fuzz run gguf fuzz/corpus/gguf llm/tests/llama/fixtures
+//! cargo +nightly fuzz run gguf fuzz/corpus/gguf fuzz/seeds/gguf llm/tests/llama/fixtures
 //! ```
 
 #![no_main]
 
-use std::fs;
+use std::{fs, path::Path};
 
 use burn::backend::Flex;
-use burn_lora::quantize::{GgufType, QuantizedWeight};
-use burn_lora_llm::gguf::{Gguf, Packing};
+use burn_lora::quantize::QuantizedWeight;
+use burn_lora_llm::{gguf::Gguf, pretrained};
 use libfuzzer_sys::fuzz_target;
 
+/// What lies between the two parts of a model.
+const BETWEEN: &[u8] = b"<part>";
+
 fuzz_target!(|bytes: &[u8]| {
-    let path = std::env::temp_dir().join(format!("burn-lora-{}.gguf", std::process::id()));
-    fs::write(&path, bytes).expect("the directory can be written");
-    let Ok(file) = Gguf::open(&path) else { return };
+    let path = |part: &str| {
+        std::env::temp_dir().join(format!("burn-lora-{}{part}.gguf", std::process::id()))
+    };
+    let whole = path("");
+    fs::write(&whole, bytes).expect("the directory can be written");
+    check(&whole, bytes);
+    if let Some(at) = bytes.windows(BETWEEN.len()).position(|it| it == BETWEEN) {
+        let parts = [path("-00001-of-00002"), path("-00002-of-00002")];
+        for (path, bytes) in parts.iter().zip([&bytes[..at], &bytes[at + BETWEEN.len()..]]) {
+            fs::write(path, bytes).expect("the directory can be written");
+        }
+        parts.iter().for_each(|path| check(path, bytes));
+    }
+});
+
+/// Reads all numbers of the model of which this is a file. All its files have these bytes.
+fn check(path: &Path, bytes: &[u8]) {
+    let Ok(file) = Gguf::open(path) else { return };
     assert!(file.fields.len() <= bytes.len());
     for (name, tensor) in &file.tensors {
         // What is in the file was checked when it was opened.
         let data = file.bytes(name).expect("the file is as long as it says");
         assert!(data.len() <= bytes.len());
-        let kind = match tensor.packing {
-            Packing::Q8_0 => GgufType::Q8_0,
-            Packing::Q4_0 => GgufType::Q4_0,
-            Packing::Q4_1 => GgufType::Q4_1,
-            _ => {
-                file.values(name).expect("the bytes could be read");
-                continue;
-            }
+        file.values(name).expect("the bytes could be read");
+        let (Some(kind), &[rows, columns]) = (tensor.packing.held(), &tensor.shape[..]) else {
+            continue;
         };
-        let &[rows, columns] = &tensor.shape[..] else { continue };
         let weight =
             QuantizedWeight::<Flex>::from_gguf(kind, [rows, columns], &data, &Default::default());
         if let Ok(weight) = weight {
             assert_eq!(weight.dense().dims(), [rows, columns]);
         }
     }
-});
+    // What it says of a decoder may be anything.
+    let _ = pretrained::load::<Flex>(path, None, &Default::default());
+}

@@ -1,10 +1,10 @@
 //! Texts as tokens, and conversations as texts, as the files of a model say.
 
+mod json;
 mod template;
 
 use std::{collections::BTreeSet, path::Path};
 
-use minijinja::context;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -91,8 +91,8 @@ impl Chat {
         let source = fields.get("tokenizer.chat_template").and_then(Value::as_str);
         let mut chat = Self::of(tokenizer, source.map(|it| Ok(it.to_owned())), begin, end);
         // Some models end an answer in another way than a text.
-        let stop = tokens::special(&fields, "eot").and_then(|it| chat.tokenizer.token_to_id(&it));
-        chat.stops.extend(stop);
+        let stops = tokens::ends(&fields, &chat.tokenizer);
+        chat.stops.extend(stops);
         chat.known = tensors.get("token_embd.weight").and_then(|it| it.shape.first().copied());
         Ok(chat)
     }
@@ -165,6 +165,13 @@ impl Chat {
         self.stops.contains(&id)
     }
 
+    /// The tokens after which an answer ends. The one that ends texts comes first.
+    pub(crate) fn ends(&self) -> Vec<u32> {
+        let end = self.tokenizer.token_to_id(&self.end);
+        let others = self.stops.iter().copied().filter(|&id| Some(id) != end);
+        end.into_iter().chain(others).collect()
+    }
+
     /// The conversation as one text. With `answer`, the text ends where the assistant's answer begins.
     ///
     /// # Errors
@@ -172,12 +179,8 @@ impl Chat {
     /// If the model has no chat template, or one that cannot be read or refuses the conversation.
     pub fn render(&self, messages: &[Message], answer: bool) -> Result<String> {
         let template = self.template.as_ref().ok_or("the model has no chat template")?;
-        template.as_ref().map_err(Clone::clone)?.render(context! {
-            messages => messages,
-            add_generation_prompt => answer,
-            bos_token => self.begin,
-            eos_token => self.end,
-        })
+        let conversation = template::conversation(messages, answer, &self.begin, &self.end);
+        template.as_ref().map_err(Clone::clone)?.render(conversation)
     }
 
     /// The tokens from which the model answers `prompt`, as a chat if it has a template for it.

@@ -51,8 +51,8 @@ pub struct Batch<B: Backend> {
     pub positions: Positions<B>,
     /// Where the next token is learned, in the rows one after the other: `[targets]`.
     pub at: Tensor<B, 1, Int>,
-    /// These next tokens: `[targets, 1]`.
-    pub targets: Tensor<B, 2, Int>,
+    /// These next tokens: `[targets]`.
+    pub targets: Tensor<B, 1, Int>,
 }
 
 /// Reads the texts of a file.
@@ -311,21 +311,17 @@ impl<B: Backend> Batch<B> {
                 targets.extend(text.ids[learned].iter().map(|&id| id as i32));
                 ids.extend(text.ids.iter().map(|&id| id as i32));
             }
-            let filling = length - tokens(row);
-            ids.resize(ids.len() + filling, 0);
-            let mut texts: Vec<_> = row.iter().map(|text| text.ids.len()).collect();
-            texts.push(filling);
-            lengths.push(texts);
+            ids.resize(ids.len() + length - tokens(row), 0);
+            lengths.push(row.iter().map(|text| text.ids.len()).collect::<Vec<_>>());
         }
         let int =
             |values: Vec<i32>| Tensor::<B, 1, Int>::from_data(TensorData::from(&*values), device);
-        // Texts in rows of their own are all placed in the same way.
-        let positions = match rows.iter().all(|row| row.len() == 1) {
-            true => llama.positions(0, length, device),
+        // Texts of one length in rows of their own are all placed in the same way.
+        let positions = match lengths.iter().all(|row| *row == [length]) {
+            true => llama.positions(length, device),
             false => llama.packed(&lengths, device),
         };
         let ids = int(ids).reshape([rows.len(), length]);
-        let count = targets.len();
-        Self { ids, positions, at: int(at), targets: int(targets).reshape([count, 1]) }
+        Self { ids, positions, at: int(at), targets: int(targets) }
     }
 }

@@ -76,9 +76,7 @@ pub(crate) fn check_start(path: &Path, start: &[u8]) -> Result<()> {
         [b'P', b'K', 3, 4, ..] | [0x80, 2..=5, ..] => {
             "this is a file of PyTorch, which is not read; load it in Python, and save it as safetensors"
         }
-        _ if is_gguf_start(start) => {
-            "this is a GGUF file; give it a name that ends in .gguf, and its path"
-        }
+        _ if is_gguf_start(start) => "this is a GGUF file; give its path as that of the model",
         _ => return Ok(()),
     };
     Err(format!("{}: {found}", path.display()))
@@ -134,12 +132,18 @@ pub(crate) fn check_model(path: &Path) -> Result<()> {
 
 /// Fails if the directory holds a model in one file, or adapters.
 pub(crate) fn check_other(dir: &Path) -> Result<()> {
-    let problem = match &names_ending(dir, &[".gguf"])[..] {
-        [first, ..] => format!("give the path of {first}, which is there"),
-        [] if is_there(&dir.join("adapter_config.json")) => {
+    // Ollama names its files by what is in them.
+    let is_unnamed = |name: &String| {
+        let path = dir.join(name);
+        path.is_file() && is_gguf(&path)
+    };
+    let unnamed = || names_ending(dir, &[""]).into_iter().find(is_unnamed);
+    let problem = match names_ending(dir, &[".gguf"]).into_iter().next().or_else(unnamed) {
+        Some(first) => format!("give the path of {first}, which is there"),
+        None if is_there(&dir.join("adapter_config.json")) => {
             "these are adapters; give the directory of their base".to_owned()
         }
-        [] => return Ok(()),
+        None => return Ok(()),
     };
     Err(format!("{}: {problem}", dir.display()))
 }

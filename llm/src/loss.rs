@@ -4,7 +4,6 @@ use burn::{
     module::{AutodiffModule, Module},
     tensor::{
         Int, Tensor,
-        activation::log_softmax,
         backend::{AutodiffBackend, Backend},
     },
 };
@@ -29,13 +28,12 @@ fn cross_entropy_at<B: Backend>(
     llama: &Llama<B>,
     hidden: Tensor<B, 3>,
     at: Tensor<B, 1, Int>,
-    targets: Tensor<B, 2, Int>,
+    targets: Tensor<B, 1, Int>,
 ) -> Tensor<B, 1> {
     let [rows, length, width] = hidden.dims();
     // The head is as wide as there are tokens, so it reads only what is needed.
     let hidden = hidden.reshape([rows * length, width]).select(0, at);
-    let scores = llama.logits(hidden.unsqueeze()).squeeze_dim::<2>(0);
-    log_softmax(scores, 1).gather(1, targets).sum().neg()
+    llama.cross_entropy(hidden, targets)
 }
 
 /// The gradients of the cross-entropy of some rows, summed over all targets. `segmented` computes each layer again
@@ -55,8 +53,14 @@ where
     Backward::new(model, cross_entropy(model, Batch::new(model, rows, &device)))
 }
 
-/// How many targets the head scores at once.
-const CHUNK: usize = 32;
+/// About how many scores the head gives at once: 16 MiB, beside which a step in segments holds little more.
+const SCORES: usize = 1 << 22;
+
+/// How many of so many targets are scored at once.
+fn chunk<B: Backend>(llama: &Llama<B>, targets: usize) -> usize {
+    let parts = (targets * llama.vocab_size()).div_ceil(SCORES).max(1);
+    targets.div_ceil(parts).max(1)
+}
 
 impl<B: Backend> Blocks<B, 3, [Vec<&Text>]> for Llama<B> {
     type Context = Batch<B>;
@@ -78,12 +82,15 @@ impl<B: Backend> Blocks<B, 3, [Vec<&Text>]> for Llama<B> {
     }
 
     fn parts(&self, batch: &Batch<B>) -> usize {
-        batch.at.dims()[0].div_ceil(CHUNK)
+        let targets = batch.at.dims()[0];
+        targets.div_ceil(chunk(self, targets))
     }
 
     fn loss(&self, part: usize, x: Tensor<B, 3>, batch: &Batch<B>) -> Tensor<B, 1> {
-        let start = part * CHUNK;
-        let count = CHUNK.min(batch.at.dims()[0] - start);
+        let targets = batch.at.dims()[0];
+        let chunk = chunk(self, targets);
+        let start = part * chunk;
+        let count = chunk.min(targets - start);
         let (at, targets) = (batch.at.clone(), batch.targets.clone());
         cross_entropy_at(self, x, at.narrow(0, start, count), targets.narrow(0, start, count))
     }

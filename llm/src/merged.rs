@@ -1,5 +1,7 @@
 //! Writes a decoder as a directory that Hugging Face's `transformers` loads.
 
+mod rounding;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt, fs,
@@ -16,10 +18,12 @@ use crate::{
     chat::Chat,
     error::{Context, Result},
     files::{is_gguf, is_there, read_json, write_atomically},
-    gguf::model::hugging_face_config,
+    gguf::config::hugging_face_config,
     llama::Llama,
     pretrained::{INDEX, WEIGHTS, check_finite, dtypes, python_name},
 };
+
+pub use rounding::{Rounding, updates};
 
 /// Files of the base that describe the model and its tokens.
 const COPIED: [&str; 8] = [
@@ -52,6 +56,8 @@ pub struct Saved {
     pub bytes: usize,
     /// The types of the weights.
     pub precisions: BTreeSet<Precision>,
+    /// What rounding changed, by the names of the weights that were written in 16 bits.
+    pub rounding: BTreeMap<String, Rounding>,
 }
 
 /// A tensor as it is written.
@@ -60,12 +66,13 @@ struct Rounded {
     shape: Vec<usize>,
     precision: Precision,
     bytes: Vec<u8>,
+    rounding: Rounding,
 }
 
 /// Writes the model to `out`, with the configuration and the tokens of `base`, a Hugging Face directory or
 /// a GGUF file. Files of another model in `out` that would be read with it are removed.
 ///
-/// The weights have the given type, or each that of the base. What has 4 or 8 bits there becomes [`Precision::F16`],
+/// The weights have the given type, or each that of the base. What has 2 to 8 bits there becomes [`Precision::F16`],
 /// the type of its scales.
 ///
 /// # Errors
@@ -93,7 +100,11 @@ pub fn save<B: Backend>(
         _ => Precision::F32,
     };
     let tensors = rounded(llama, |name| precision.unwrap_or_else(|| of_base(name)))?;
-    let config = config(base, llama.is_tied(), most(&tensors))?;
+    let mut config = config(base, llama.is_tied(), most(&tensors))?;
+    if is_gguf(base) {
+        // A GGUF file names some of them, and others are known by their names.
+        config["eos_token_id"] = chat.ends().into();
+    }
     let config = serde_json::to_vec_pretty(&config).context("config.json")?;
     let mut files: BTreeMap<&str, Vec<u8>> = match is_gguf(base) {
         true => chat.files()?.into(),
@@ -118,7 +129,10 @@ pub fn save<B: Backend>(
         }
     }
     let bytes = tensors.iter().map(|it| it.bytes.len()).sum();
-    Ok(Saved { bytes, precisions: tensors.iter().map(|it| it.precision).collect() })
+    let precisions = tensors.iter().map(|it| it.precision).collect();
+    let rounded = tensors.into_iter().filter(|it| it.precision != Precision::F32);
+    let rounding = rounded.map(|it| (it.name, it.rounding)).collect();
+    Ok(Saved { bytes, precisions, rounding })
 }
 
 /// Writes `model.safetensors` to `dir`, in single precision.
@@ -147,37 +161,43 @@ fn rounded<B: Backend>(
         let numbers = data.as_slice().map_err(|error| format!("`{name}`: {error:?}"))?;
         check_finite(&name, numbers)?;
         let precision = precision(&name);
-        let bytes = precision.round(numbers).map_err(|number| {
+        let (bytes, rounding) = precision.round(numbers).map_err(|number| {
             format!("`{name}`: {number} is too large for {precision}; write it in another type")
         })?;
-        Ok(Rounded { name, shape: tensor.shape.to_vec(), precision, bytes })
+        Ok(Rounded { name, shape: tensor.shape.to_vec(), precision, bytes, rounding })
     });
     round.collect()
 }
 
 impl Precision {
-    /// The bytes of the numbers, or one that would be infinite.
-    fn round(self, numbers: &[f32]) -> std::result::Result<Vec<u8>, f32> {
-        let halves = |round: fn(f32) -> ([u8; 2], bool)| {
+    /// The bytes of the numbers and what rounding changed, or a number that would be infinite.
+    fn round(self, numbers: &[f32]) -> std::result::Result<(Vec<u8>, Rounding), f32> {
+        let halves = |round: fn(f32) -> ([u8; 2], f32)| {
             let mut bytes = Vec::with_capacity(2 * numbers.len());
-            for &number in numbers {
-                let (half, is_finite) = round(number);
-                if !is_finite {
-                    return Err(number);
-                }
+            let rounding = Rounding::of(numbers.iter().map(|&number| {
+                let (half, rounded) = round(number);
                 bytes.extend(half);
+                (number, rounded)
+            }));
+            // Only then is there one that became infinite.
+            let too_large = || numbers.iter().copied().find(|&it| !round(it).1.is_finite());
+            match rounding.error.is_finite() {
+                true => Ok((bytes, rounding)),
+                false => Err(too_large().unwrap_or(f32::INFINITY)),
             }
-            Ok(bytes)
         };
         match self {
-            Self::F32 => Ok(numbers.iter().flat_map(|it| it.to_le_bytes()).collect()),
+            Self::F32 => {
+                let bytes = numbers.iter().flat_map(|it| it.to_le_bytes()).collect();
+                Ok((bytes, Rounding::of(numbers.iter().map(|&it| (it, it)))))
+            }
             Self::F16 => halves(|it| {
                 let it = f16::from_f32(it);
-                (it.to_le_bytes(), it.is_finite())
+                (it.to_le_bytes(), it.to_f32())
             }),
             Self::BF16 => halves(|it| {
                 let it = bf16::from_f32(it);
-                (it.to_le_bytes(), it.is_finite())
+                (it.to_le_bytes(), it.to_f32())
             }),
         }
     }
@@ -210,7 +230,7 @@ fn most(tensors: &[Rounded]) -> Precision {
 
 /// The bytes of `model.safetensors`.
 fn serialized(tensors: &[Rounded]) -> Result<Vec<u8>> {
-    let views = tensors.iter().map(|Rounded { name, shape, precision, bytes }| {
+    let views = tensors.iter().map(|Rounded { name, shape, precision, bytes, .. }| {
         let dtype = match precision {
             Precision::F32 => Dtype::F32,
             Precision::F16 => Dtype::F16,
@@ -233,13 +253,14 @@ fn config(base: &Path, is_tied: bool, precision: Precision) -> Result<Value> {
     if is_gguf {
         fields.insert("dtype".to_owned(), Value::Null);
     }
+    // What is written is not quantized.
+    fields.remove("quantization_config");
     for key in ["dtype", "torch_dtype"] {
         if let Some(dtype) = fields.get_mut(key) {
             *dtype = precision.name().into();
         }
     }
-    if let Some(tied) = fields.get_mut("tie_word_embeddings") {
-        *tied = is_tied.into();
-    }
+    // Also if it is not said there: some families are tied then.
+    fields.insert("tie_word_embeddings".to_owned(), is_tied.into());
     Ok(config)
 }

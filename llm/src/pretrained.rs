@@ -1,6 +1,8 @@
 //! Reads a decoder from a directory in Hugging Face's format, with `config.json`, and `model.safetensors` or
-//! several files with `model.safetensors.index.json`; or from a GGUF file.
+//! several files, with `model.safetensors.index.json` or without it; or from a GGUF file.
 
+mod bitsandbytes;
+mod holding;
 mod tensors;
 
 use std::{
@@ -10,12 +12,9 @@ use std::{
 
 use burn::{
     module::Initializer,
-    tensor::{DType, Tensor, backend::Backend},
+    tensor::{DType, backend::Backend},
 };
-use burn_lora::{
-    LoraModule,
-    quantize::{Quantization, QuantizedWeight},
-};
+use burn_lora::{LoraModule, quantize::Quantization};
 use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, TensorSnapshot};
 
 use super::{config::LlamaConfig, llama::Llama};
@@ -24,21 +23,19 @@ use crate::{
     files::{check_model, is_gguf, is_there},
     gguf::{
         Packing,
-        model::{self, Matrix, Model},
+        model::{self, Model},
+        split,
     },
 };
+use holding::{Matrix, quantized};
 use tensors::{Tensors, read_tensors};
 
+pub use holding::Holding;
 pub(crate) use tensors::{INDEX, Problems, WEIGHTS, check_finite, placed, read_file};
 
 /// The table of embeddings, and the head.
 const TABLE: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";
-
-/// The linear layers of a block, by the ends of their names. These are quantized: the table of embeddings, the
-/// head and the norms stay.
-const QUANTIZED: [&str; 7] =
-    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 /// A decoder that was read.
 pub struct Pretrained<B: Backend> {
@@ -46,13 +43,15 @@ pub struct Pretrained<B: Backend> {
     pub llama: Llama<B>,
     /// The types of the weights in the file, if they are not all `f32`.
     pub stored: Option<String>,
+    /// The bytes of the weights that are held in 16 bits.
+    pub bytes_in_16_bits: usize,
 }
 
 /// What the files of a model hold. The values are read when they are needed.
 struct Files {
     config: LlamaConfig,
     tensors: Tensors,
-    /// The matrices with 4 or 8 bits. They are among the tensors, too.
+    /// The matrices with 2 to 8 bits, and those of a GGUF file with 16. They are among the tensors, too.
     matrices: BTreeMap<String, Matrix>,
     /// How the tensors are packed, if they are in a GGUF file.
     packings: BTreeMap<String, Packing>,
@@ -63,6 +62,8 @@ impl Files {
         check_model(path)?;
         if is_gguf(path) {
             let Model { config, tensors, matrices, packings } = model::read(path)?;
+            let matrices =
+                matrices.into_iter().map(|(name, it)| (name, Matrix::Gguf(it))).collect();
             return Ok(Self { config, tensors, matrices, packings });
         }
         let config = LlamaConfig::read(&path.join("config.json"))?;
@@ -74,7 +75,11 @@ impl Files {
             // Both are the same, and may have either name.
             tensors.insert(TABLE.to_owned(), table);
         }
-        Ok(Self { config, tensors, matrices: BTreeMap::new(), packings: BTreeMap::new() })
+        let packed = bitsandbytes::take(&mut tensors).context(path.display())?.into_iter();
+        // Others are read in full.
+        let packed = packed.filter(|(_, matrix)| matrix.has_whole_blocks());
+        let matrices = packed.map(|(name, matrix)| (name, Matrix::Nf4(matrix))).collect();
+        Ok(Self { config, tensors, matrices, packings: BTreeMap::new() })
     }
 
     /// A head beside the table counts, whatever the configuration says, unless it is the table again.
@@ -82,9 +87,13 @@ impl Files {
         if self.config.tie_word_embeddings
             && let (Some(table), Some(head)) = (self.tensors.get(TABLE), self.tensors.get(HEAD))
         {
-            let [table, head] =
-                [table, head].map(|it| it.to_data().map(|data| data.convert_dtype(DType::F32)));
-            if table.context(TABLE)? == head.context(HEAD)? {
+            let (mut one, mut other) =
+                (table.to_data().context(TABLE)?, head.to_data().context(HEAD)?);
+            // Both are large, so they are not converted if they need not be.
+            if one.dtype != other.dtype {
+                [one, other] = [one, other].map(|it| it.convert_dtype(DType::F32));
+            }
+            if one == other {
                 self.tensors.remove(HEAD);
             } else {
                 self.config.tie_word_embeddings = false;
@@ -93,16 +102,29 @@ impl Files {
         Ok(())
     }
 
+    /// The type of a tensor in the files. One with 2 to 8 bits counts as the halves that its scales are.
+    fn dtype(&self, name: &str) -> DType {
+        match self.packings.get(name) {
+            Some(Packing::F32) => DType::F32,
+            Some(Packing::BF16) => DType::BF16,
+            Some(Packing::F16 | Packing::Blocks(_)) => DType::F16,
+            None => self.tensors[name].dtype,
+        }
+    }
+
     /// The types of the weights, if they are not all `f32`.
     fn stored(&self) -> Option<String> {
         let types: Vec<_> = match self.packings.is_empty() {
             true => {
-                let types = self.tensors.values().map(|it| format!("{:?}", it.dtype));
+                let types = self.tensors.iter().map(|(name, it)| match self.matrices.get(name) {
+                    Some(_) => "NF4".to_owned(),
+                    None => format!("{:?}", it.dtype),
+                });
                 types.collect::<BTreeSet<_>>().into_iter().collect()
             }
             false => {
                 let packings: BTreeSet<_> = self.packings.values().collect();
-                packings.into_iter().map(|it| format!("{it:?}")).collect()
+                packings.into_iter().map(|it| it.to_string()).collect()
             }
         };
         let types: Vec<_> = types.into_iter().filter(|it| it != "F32").collect();
@@ -117,29 +139,37 @@ impl Files {
 ///
 /// If there is an index of several files, and it cannot be read.
 pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = if is_gguf(path) { vec![path.to_owned()] } else { tensors::files(path)? };
+    let mut files = if is_gguf(path) { split::paths(path) } else { tensors::files(path)? };
     files.retain(|file| is_there(file));
     Ok(files)
 }
 
-/// The type of each weight in the files, by its name at Hugging Face. Weights with 4 or 8 bits count as the halves
+/// The type of each weight in the files, by its name at Hugging Face. Weights with 2 to 8 bits count as the halves
 /// that their scales are.
 pub(crate) fn dtypes(path: &Path) -> Result<BTreeMap<String, DType>> {
-    let Files { tensors, packings, .. } = Files::open(path)?;
-    let dtypes = tensors.into_iter().map(|(name, tensor)| {
-        let dtype = match packings.get(&name) {
-            Some(Packing::F32) => DType::F32,
-            Some(Packing::BF16) => DType::BF16,
-            Some(Packing::F16 | Packing::Q8_0 | Packing::Q4_0 | Packing::Q4_1) => DType::F16,
-            None => tensor.dtype,
-        };
-        (name, dtype)
-    });
-    Ok(dtypes.collect())
+    let files = Files::open(path)?;
+    Ok(files.tensors.keys().map(|name| (name.clone(), files.dtype(name))).collect())
+}
+
+/// Whether more than half of the numbers in the matrices of the model at `path`, a directory or a GGUF file, are bf16
+/// there. Only the beginnings of the files are read.
+///
+/// # Errors
+///
+/// If a file cannot be read, or describes a model that [`Llama`] is not.
+pub fn is_mostly_bf16(path: &Path) -> Result<bool> {
+    let files = Files::open(path)?;
+    let (mut bf16, mut all) = (0, 0);
+    for (name, tensor) in files.tensors.iter().filter(|(_, tensor)| tensor.shape.len() == 2) {
+        let count = tensor.shape.num_elements();
+        all += count;
+        bf16 += if files.dtype(name) == DType::BF16 { count } else { 0 };
+    }
+    Ok(2 * bf16 > all)
 }
 
 /// The decoder in `path`, a directory or a GGUF file. Its linear layers are quantized as they are read, if
-/// `quantize` says to what. What has 4 or 8 bits in a GGUF file stays as it is. So there is never a model in
+/// `quantize` says to what. What has 2 to 8 bits in a GGUF file stays as it is. So there is never a model in
 /// full if it is not wanted.
 ///
 /// A head in the files is used also if the configuration says that the table of embeddings is the head.
@@ -153,20 +183,34 @@ pub fn load<B: Backend>(
     quantize: Option<Quantization>,
     device: &B::Device,
 ) -> Result<Pretrained<B>> {
+    load_held(path, Holding { quantize, keep_16_bits: false }, device)
+}
+
+/// [`load`], where the weights are held as one says.
+///
+/// # Errors
+///
+/// As for [`load`].
+pub fn load_held<B: Backend>(
+    path: &Path,
+    holding: Holding,
+    device: &B::Device,
+) -> Result<Pretrained<B>> {
     let mut files = Files::open(path)?;
     let stored = files.stored();
     check_sizes(&files.config, &files.tensors).context(path.display())?;
     files.settle_head().context(path.display())?;
     let Files { config, mut tensors, matrices, .. } = files;
     let llama = config.init(&Initializer::Zeros, device);
-    let weights = quantized(&mut tensors, &matrices, quantize, device).context(path.display())?;
+    let (weights, bytes_in_16_bits) =
+        quantized(&mut tensors, &matrices, holding, device).context(path.display())?;
     let mut llama = llama.with_quantized(weights).context(path.display())?;
     let problems = Problems::default();
     let found = match_up(&llama, tensors, &problems).context(path.display())?;
     let result = llama.apply(found, None, Some(Box::new(PyTorchToBurnAdapter)), false);
     let problems = match &problems.borrow()[..] {
         [] if result.errors.is_empty() && result.missing.is_empty() => {
-            return Ok(Pretrained { llama, stored });
+            return Ok(Pretrained { llama, stored, bytes_in_16_bits });
         }
         [] => format!("{:?}, {:?}", result.errors, result.missing),
         problems => problems.join("; "),
@@ -186,63 +230,35 @@ pub fn config(path: &Path) -> Result<LlamaConfig> {
     }
 }
 
-/// Takes the weights that are quantized out of the tensors, by the paths of their layers.
-fn quantized<B: Backend>(
-    tensors: &mut Tensors,
-    matrices: &BTreeMap<String, Matrix>,
-    to: Option<Quantization>,
-    device: &B::Device,
-) -> Result<BTreeMap<String, QuantizedWeight<B>>> {
-    let mut weights = BTreeMap::new();
-    let names: Vec<_> = tensors.keys().cloned().collect();
-    for name in names {
-        let Some(path) = name.strip_suffix(".weight") else { continue };
-        let is_linear = path.rsplit('.').next().is_some_and(|it| QUANTIZED.contains(&it));
-        let weight = match (matrices.get(&name), to.filter(|_| is_linear)) {
-            (Some(matrix), _) => matrix.read(device)?,
-            (None, Some(to)) => rounded(&name, &tensors[&name], to, device)?,
-            (None, None) => continue,
-        };
-        weights.insert(path.to_owned(), weight);
-        tensors.remove(&name);
-    }
-    Ok(weights)
-}
-
-/// A matrix of the file, rounded.
-fn rounded<B: Backend>(
-    name: &str,
-    tensor: &TensorSnapshot,
-    to: Quantization,
-    device: &B::Device,
-) -> Result<QuantizedWeight<B>> {
-    let shape = tensor.shape.to_vec();
-    if shape.len() != 2 || shape.contains(&0) {
-        return Err(format!("`{name}`: {shape:?} is not the shape of a matrix"));
-    }
-    let data = tensor.to_data().context(format!("`{name}`"))?.convert::<f32>();
-    let numbers = data.as_slice::<f32>().map_err(|error| format!("`{name}`: {error:?}"))?;
-    check_finite(name, numbers)?;
-    Ok(QuantizedWeight::new(Tensor::from_data(data, device), to))
-}
-
 /// Checks that the files have the sizes in the configuration, before memory is allocated for them.
 fn check_sizes(config: &LlamaConfig, tensors: &Tensors) -> Result<()> {
     let (width, head) = (config.hidden_size, config.head_dim());
     let rows = |heads: usize| heads.saturating_mul(head);
-    for (name, shape) in [
-        (TABLE, [config.vocab_size, width]),
-        ("model.layers.0.self_attn.q_proj.weight", [rows(config.num_attention_heads), width]),
-        ("model.layers.0.self_attn.k_proj.weight", [rows(config.key_value_heads()), width]),
-        ("model.layers.0.mlp.gate_proj.weight", [config.intermediate_size, width]),
-    ] {
-        let found = tensors.get(name).map(|tensor| tensor.shape.to_vec());
+    let [queries, keys] = [config.num_attention_heads, config.key_value_heads()].map(rows);
+    let inner = config.intermediate_size;
+    let of_layer = match config.design().fused {
+        true => vec![
+            ("self_attn.qkv_proj", keys.saturating_mul(2).saturating_add(queries)),
+            ("mlp.gate_up_proj", inner.saturating_mul(2)),
+        ],
+        false => vec![
+            ("self_attn.q_proj", queries),
+            ("self_attn.k_proj", keys),
+            ("mlp.gate_proj", inner),
+        ],
+    };
+    let of_layer = of_layer
+        .into_iter()
+        .map(|(name, rows)| (format!("model.layers.0.{name}.weight"), [rows, width]));
+    let all = [(TABLE.to_owned(), [config.vocab_size, width])].into_iter().chain(of_layer);
+    for (name, shape) in all {
+        let found = tensors.get(&name).map(|tensor| tensor.shape.to_vec());
         if found.as_deref() != Some(&shape) {
             let found = found.map_or("missing".to_owned(), |found| format!("{found:?}"));
             return Err(format!("by the configuration `{name}` is {shape:?}, and it is {found}"));
         }
     }
-    let ends = |name: &&String| name.ends_with(".mlp.gate_proj.weight");
+    let ends = |name: &&String| name.ends_with(".mlp.down_proj.weight");
     let (layers, found) = (config.num_hidden_layers, tensors.keys().filter(ends).count());
     match layers == found {
         true => Ok(()),

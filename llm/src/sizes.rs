@@ -51,7 +51,7 @@ pub mod smollm2 {
             "rms_norm_eps": 1e-5, "rope_theta": 1e5, "max_position_embeddings": 2048,
             "tie_word_embeddings": true, "hidden_act": "silu",
         });
-        let config: LlamaConfig = serde_json::from_value(config).expect("it is complete");
+        let config = LlamaConfig::from_json(config).expect("it is complete");
         config.init(&Initializer::Normal { mean: 0.0, std: 0.02 }, device)
     }
 

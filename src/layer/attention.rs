@@ -11,8 +11,8 @@ use burn::{
     },
 };
 
-use super::{LoraLinear, fresh, swap_heads};
-use crate::{config::LoraConfig, tensors::cat};
+use super::{AttentionMask, AttentionOptions, LoraLinear, attention, fresh, swap_heads};
+use crate::{config::LoraConfig, ops::runs_on, tensors::cat};
 
 /// A drop-in for Burn's [`MultiHeadAttention`] whose four projections can carry adapters.
 ///
@@ -25,7 +25,7 @@ use crate::{config::LoraConfig, tensors::cat};
 /// // On the queries and values, the paper's choice; `with_targets` makes another.
 /// let attention = LoraConfig::peft(4, 8.0).init_attention(base);
 /// let x = Tensor::ones([2, 5, 64], &device);
-/// let y = attention.forward(LoraMhaInput::self_attn(x)).context;
+/// let y = attention.context(LoraMhaInput::self_attn(x));
 /// assert_eq!(y.dims(), [2, 5, 64]);
 /// ```
 ///
@@ -220,26 +220,69 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
                 context: self.output.forward(Tensor::zeros(input.query.dims(), &device)),
             };
         }
-        let [query, key, value] = match &input.key_value {
+        let [query, key, value] = self.projected(&input).map(swap_heads);
+        let weights = self.weights(query, key, &input);
+        let context = self.output.forward(self.mean(&weights, value));
+        MhaOutput { weights, context }
+    }
+
+    /// The [`context`](MhaOutput::context) of [`forward`](Self::forward) alone: `[batch, length_1, d_model]`.
+    ///
+    /// On the CPU backends of the features `flex` and `ndarray` the weights, `[batch, n_heads, length_1, length_2]`,
+    /// are then never there as a whole: see [`attention`]. That needs masks that leave each query one run of keys,
+    /// as padding and causal masks do, and no dropout. Otherwise, and on other backends, `forward` computes it.
+    pub fn context(&self, input: LoraMhaInput<B>) -> Tensor<B, 3> {
+        match self.mask(&input) {
+            Some(mask) => {
+                let [query, key, value] = self.projected(&input);
+                let options = AttentionOptions {
+                    quiet: self.quiet_softmax,
+                    precision: self.query.precision(),
+                    ..Default::default()
+                };
+                let context = attention(query, key, value, &mask, &options);
+                self.output.forward(context.flatten(2, 3))
+            }
+            None => self.forward(input).context,
+        }
+    }
+
+    /// The masks of the input as one, where attention is a single operation, and computes what `forward` does.
+    fn mask(&self, input: &LoraMhaInput<B>) -> Option<AttentionMask<B>> {
+        /// From here on, a masked score has the weight 0.
+        const HIDES: f64 = -1e4;
+
+        let [batch, length_1, _] = input.query.dims();
+        let length_2 = input.key_value.as_ref().map_or(length_1, |(key, _)| key.dims()[1]);
+        let dropout = self.dropout.prob > 0.0 && B::ad_enabled(&input.query.device());
+        let fits = runs_on::<B>()
+            && !dropout
+            && self.min_float <= HIDES
+            && self.d_k * self.n_heads == self.d_model
+            && batch * length_1 * length_2 > 0;
+        if !fits {
+            return None;
+        }
+        let (padding, hidden) = (input.mask_pad.clone(), input.mask_attn.clone());
+        AttentionMask::of_hidden(padding, hidden, [batch, length_1, length_2])
+    }
+
+    /// The queries, keys and values: `[batch, length, n_heads, d_k]`.
+    fn projected(&self, input: &LoraMhaInput<B>) -> [Tensor<B, 4>; 3] {
+        match &input.key_value {
             // Queries, keys and values are projected from one reshaped copy of the input.
             None => {
                 let [batch, length, _] = input.query.dims();
                 let rows = input.query.clone().flatten::<2>(0, 1);
                 [&self.query, &self.key, &self.value]
-                    .map(|layer| self.heads(layer.forward(rows.clone()), [batch, length]))
+                    .map(|layer| self.split(layer.forward(rows.clone()), [batch, length]))
             }
             Some(_) => {
                 let [query, key, value] = input.parts();
-                [
-                    self.project(query, &self.query),
-                    self.project(key, &self.key),
-                    self.project(value, &self.value),
-                ]
+                [(query, &self.query), (key, &self.key), (value, &self.value)]
+                    .map(|(x, layer)| self.project(x, layer))
             }
-        };
-        let weights = self.weights(query, key, &input);
-        let context = self.output.forward(self.context(&weights, value));
-        MhaOutput { weights, context }
+        }
     }
 
     /// Applies the layer to a sequence that has grown by one position since the last call with the
@@ -251,23 +294,23 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
         cache: &mut LoraMhaCache<B>,
     ) -> MhaOutput<B> {
         let [query, key, value] = input.parts();
-        let query = cache.query.extend(query, |x| self.project(x, &self.query));
-        let key = cache.key.extend(key, |x| self.project(x, &self.key));
-        let value = cache.value.extend(value, |x| self.project(x, &self.value));
+        let query = cache.query.extend(query, |x| swap_heads(self.project(x, &self.query)));
+        let key = cache.key.extend(key, |x| swap_heads(self.project(x, &self.key)));
+        let value = cache.value.extend(value, |x| swap_heads(self.project(x, &self.value)));
         let weights = self.weights(query, key, &input);
-        let context = self.context(&weights, value);
+        let context = self.mean(&weights, value);
         let context = cache.output.extend(context, |x| self.output.forward(x));
         MhaOutput { weights, context }
     }
 
     fn project(&self, x: Tensor<B, 3>, layer: &LoraLinear<B>) -> Tensor<B, 4> {
         let [batch, length, _] = x.dims();
-        self.heads(layer.forward(x.flatten::<2>(0, 1)), [batch, length])
+        self.split(layer.forward(x.flatten::<2>(0, 1)), [batch, length])
     }
 
-    /// Splits `[batch · length, d_model]` into `[batch, n_heads, length, d_k]`.
-    fn heads(&self, rows: Tensor<B, 2>, [batch, length]: [usize; 2]) -> Tensor<B, 4> {
-        swap_heads(rows.reshape([batch, length, self.n_heads, self.d_k]))
+    /// Splits `[batch · length, d_model]` into `[batch, length, n_heads, d_k]`.
+    fn split(&self, rows: Tensor<B, 2>, [batch, length]: [usize; 2]) -> Tensor<B, 4> {
+        rows.reshape([batch, length, self.n_heads, self.d_k])
     }
 
     fn weights(
@@ -290,7 +333,8 @@ impl<B: Backend> LoraMultiHeadAttention<B> {
         if self.quiet_softmax { quiet_softmax(scores, 3) } else { softmax(scores, 3) }
     }
 
-    fn context(&self, weights: &Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 3> {
+    /// The mean of the values by these weights.
+    fn mean(&self, weights: &Tensor<B, 4>, value: Tensor<B, 4>) -> Tensor<B, 3> {
         let [batch, _, length, _] = weights.dims();
         let context = swap_heads(weights.clone().matmul(value));
         context.reshape([batch, length, self.d_model])

@@ -12,6 +12,7 @@ use crate::{
     adapter::{Factor, LoraAdapter, Mixed, WeightLayout},
     burn_faults::repeated,
     ops::{Conv, Convolve, run, runs_on},
+    precision::Precision,
     tensors::{add, cast, frozen},
 };
 
@@ -24,6 +25,7 @@ pub struct LoraConv1d<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
+    precision: Precision,
 }
 
 /// A drop-in for Burn's [`Conv2d`] that can carry an adapter.
@@ -60,6 +62,7 @@ pub struct LoraConv2d<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
+    precision: Precision,
 }
 
 /// A drop-in for Burn's [`ConvTranspose2d`] that can carry an adapter.
@@ -79,19 +82,25 @@ pub struct LoraConvTranspose2d<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
+    precision: Precision,
 }
 
 impl<B: Backend> LoraConv1d<B> {
     /// Applies the layer: `[batch, channels_in, length]` to `[batch, channels_out, length_out]`.
     pub fn forward(&self, input: Tensor<B, 3>) -> Tensor<B, 3> {
         if let Some(mixed) = &self.mixed {
-            let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
+            let with = |adapter| Self {
+                base: self.base.clone(),
+                adapter,
+                mixed: None,
+                precision: self.precision,
+            };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
         let normalized = normalized(self, &self.base.bias, &input, |x, factor| {
             let (weight, adapter) = factor_of(self, &self.base.weight, factor);
             let base = Conv1d { weight, bias: None, ..self.base.clone() };
-            Self { base, adapter, mixed: None }.forward(x)
+            Self { base, adapter, mixed: None, precision: self.precision }.forward(x)
         });
         if let Some(y) = normalized {
             return y;
@@ -101,7 +110,9 @@ impl<B: Backend> LoraConv1d<B> {
             let base = self.in_two_dimensions(known(weight), bias.as_ref().map(known));
             (input.clone().unsqueeze_dim(2), base)
         };
-        if let Some(y) = in_one_operation(weight, *groups, self.adapter.as_ref(), flat) {
+        if let Some(y) =
+            in_one_operation(weight, *groups, self.adapter.as_ref(), self.precision, flat)
+        {
             return y.squeeze_dim(2);
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
@@ -145,6 +156,11 @@ impl<B: Backend> LoraConv1d<B> {
     fn can_take_bias(&self) -> bool {
         true
     }
+
+    /// Whether the layer is one operation on CPU backends.
+    fn has_form(&self) -> bool {
+        self.base.groups == 1
+    }
 }
 
 impl<B: Backend> LoraConv2d<B> {
@@ -152,13 +168,18 @@ impl<B: Backend> LoraConv2d<B> {
     /// `[batch, channels_out, height_out, width_out]`.
     pub fn forward(&self, input: Tensor<B, 4>) -> Tensor<B, 4> {
         if let Some(mixed) = &self.mixed {
-            let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
+            let with = |adapter| Self {
+                base: self.base.clone(),
+                adapter,
+                mixed: None,
+                precision: self.precision,
+            };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
         let normalized = normalized(self, &self.base.bias, &input, |x, factor| {
             let (weight, adapter) = factor_of(self, &self.base.weight, factor);
             let base = Conv2d { weight, bias: None, ..self.base.clone() };
-            Self { base, adapter, mixed: None }.forward(x)
+            Self { base, adapter, mixed: None, precision: self.precision }.forward(x)
         });
         if let Some(y) = normalized {
             return y;
@@ -168,7 +189,9 @@ impl<B: Backend> LoraConv2d<B> {
             let (weight, bias) = (known(weight), bias.as_ref().map(known));
             (input.clone(), Conv2d { weight, bias, ..self.base.clone() })
         };
-        if let Some(y) = in_one_operation(weight, *groups, self.adapter.as_ref(), base) {
+        if let Some(y) =
+            in_one_operation(weight, *groups, self.adapter.as_ref(), self.precision, base)
+        {
             return y;
         }
         let Some(adapter) = &self.adapter else { return self.base.forward(input) };
@@ -185,6 +208,11 @@ impl<B: Backend> LoraConv2d<B> {
     fn can_take_bias(&self) -> bool {
         true
     }
+
+    /// Whether the layer is one operation on CPU backends.
+    fn has_form(&self) -> bool {
+        self.base.groups == 1
+    }
 }
 
 impl<B: Backend> LoraConvTranspose2d<B> {
@@ -192,13 +220,18 @@ impl<B: Backend> LoraConvTranspose2d<B> {
     /// `[batch, channels_out, height_out, width_out]`.
     pub fn forward(&self, input: Tensor<B, 4>) -> Tensor<B, 4> {
         if let Some(mixed) = &self.mixed {
-            let with = |adapter| Self { base: self.base.clone(), adapter, mixed: None };
+            let with = |adapter| Self {
+                base: self.base.clone(),
+                adapter,
+                mixed: None,
+                precision: self.precision,
+            };
             return mixed.each(&input, |adapter, x| with(adapter.cloned()).forward(x));
         }
         let normalized = normalized(self, &self.base.bias, &input, |x, factor| {
             let (weight, adapter) = factor_of(self, &self.base.weight, factor);
             let base = ConvTranspose2d { weight, bias: None, ..self.base.clone() };
-            Self { base, adapter, mixed: None }.forward(x)
+            Self { base, adapter, mixed: None, precision: self.precision }.forward(x)
         });
         if let Some(y) = normalized {
             return y;
@@ -218,6 +251,10 @@ impl<B: Backend> LoraConvTranspose2d<B> {
     /// each channel of each group.
     fn can_take_bias(&self) -> bool {
         self.base.groups == 1
+    }
+
+    fn has_form(&self) -> bool {
+        false
     }
 }
 
@@ -261,6 +298,7 @@ fn in_one_operation<B: Backend, const D: usize>(
     weight: &Param<Tensor<B, D>>,
     groups: usize,
     adapter: Option<&LoraAdapter<B>>,
+    precision: Precision,
     given: impl FnOnce() -> (Tensor<B, 4>, Conv2d<B>),
 ) -> Option<Tensor<B, 4>> {
     if groups > 1 || !runs_on::<B>() || weight.val().dtype() != DType::F32 {
@@ -293,7 +331,7 @@ fn in_one_operation<B: Backend, const D: usize>(
         let [a, b] = it.factors();
         (a, b, it.scale())
     });
-    let conv = Conv { kernel, bias, adapter, stride, dilation, padding };
+    let conv = Conv { kernel, bias, adapter, stride, dilation, padding, precision };
     run::<Convolve, B>(&(input, conv))
 }
 

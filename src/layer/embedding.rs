@@ -6,7 +6,8 @@ use burn::{
 use super::{LoraLayer, module::lora_layer};
 use crate::{
     adapter::{LoraAdapter, Mixed, Tie, WeightLayout},
-    quantized::QuantizedWeight,
+    precision::Precision,
+    quantized::{QuantizedWeight, Weight},
     tensors::{add, frozen},
 };
 
@@ -39,6 +40,7 @@ pub struct LoraEmbedding<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
+    precision: Precision,
     quantized: Option<QuantizedWeight<B>>,
 }
 
@@ -122,10 +124,27 @@ impl<B: Backend> LoraEmbedding<B> {
 
     /// The product of each row with each embedding of the table, which is `table` if it is not quantized.
     fn projected(&self, rows: Tensor<B, 2>, table: Tensor<B, 2>) -> Tensor<B, 2> {
+        self.transposed(table).forward(rows, None)
+    }
+
+    /// The table, which is `table` if it is not quantized, as the weight of the projection.
+    fn transposed(&self, table: Tensor<B, 2>) -> Weight<B> {
         match &self.quantized {
-            None => rows.matmul(table.transpose()),
-            Some(table) => table.product(rows),
+            Some(table) => Weight::quantized(table.clone(), self.precision),
+            None => Weight::full(table.transpose(), self.precision),
         }
+    }
+
+    /// The table as the weight of the projection, if it is all that this computes with.
+    pub(super) fn plain_table(&self) -> Option<Weight<B>> {
+        let table = match (&self.mixed, &self.adapter) {
+            (None, None) => self.base.weight.val(),
+            (None, Some(adapter)) if matches!(adapter.tie, Tie::Leaves) => {
+                frozen(&self.base.weight)
+            }
+            _ => return None,
+        };
+        Some(self.transposed(table))
     }
 
     fn layout(&self) -> WeightLayout {
@@ -134,6 +153,11 @@ impl<B: Backend> LoraEmbedding<B> {
 
     fn can_take_bias(&self) -> bool {
         false
+    }
+
+    /// Whether the projection is one operation on CPU backends.
+    fn has_form(&self) -> bool {
+        true
     }
 }
 

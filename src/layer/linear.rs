@@ -7,6 +7,7 @@ use burn::{
 use super::module::lora_layer;
 use crate::{
     adapter::{LoraAdapter, Mixed, WeightLayout},
+    precision::Precision,
     quantized::{QuantizedWeight, Weight},
     tensors::{frozen, with_rank},
 };
@@ -46,6 +47,7 @@ pub struct LoraLinear<B: Backend> {
     adapter: Option<LoraAdapter<B>>,
     /// The adapters of the samples of a mixed batch.
     mixed: Option<Mixed<B>>,
+    precision: Precision,
     quantized: Option<QuantizedWeight<B>>,
 }
 
@@ -80,18 +82,30 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     fn forward_rows(&self, x: Tensor<B, 2>) -> Tensor<B, 2> {
-        let quantized = || self.quantized.clone().map(Weight::Quantized);
         // Constants, whatever the flags of the base say.
-        let weight = || quantized().unwrap_or_else(|| Weight::Full(frozen(&self.base.weight)));
+        let constant = || self.weight(frozen);
         let bias = || self.base.bias.as_ref().map(frozen);
-        match (&self.mixed, &self.adapter, quantized()) {
-            (Some(mixed), ..) => mixed.forward_on(x, weight(), bias()),
-            (None, Some(adapter), _) => adapter.forward_on(x, weight(), bias()),
-            (None, None, None) => self.base.forward(x),
-            (None, None, Some(weight)) => {
-                weight.forward(x, self.base.bias.as_ref().map(Param::val))
+        match (&self.mixed, &self.adapter) {
+            (Some(mixed), _) => mixed.forward_on(x, constant(), bias()),
+            (None, Some(adapter)) => adapter.forward_on(x, constant(), bias()),
+            (None, None) => {
+                self.weight(Param::val).forward(x, self.base.bias.as_ref().map(Param::val))
             }
         }
+    }
+
+    /// What the layer multiplies with; `value` gives the numbers of a weight that is not quantized.
+    fn weight(&self, value: impl Fn(&Param<Tensor<B, 2>>) -> Tensor<B, 2>) -> Weight<B> {
+        match &self.quantized {
+            Some(weight) => Weight::quantized(weight.clone(), self.precision),
+            None => Weight::full(value(&self.base.weight), self.precision),
+        }
+    }
+
+    /// The weight, if it is all that the layer computes with.
+    pub(super) fn plain_weight(&self) -> Option<Weight<B>> {
+        let plain = self.mixed.is_none() && self.adapter.is_none() && self.base.bias.is_none();
+        plain.then(|| self.weight(Param::val))
     }
 
     fn layout(&self) -> WeightLayout {
@@ -99,6 +113,11 @@ impl<B: Backend> LoraLinear<B> {
     }
 
     fn can_take_bias(&self) -> bool {
+        true
+    }
+
+    /// Whether the layer is one operation on CPU backends.
+    fn has_form(&self) -> bool {
         true
     }
 }

@@ -45,6 +45,8 @@ macro_rules! lora_layer {
             use crate::{
                 adapter::{LoraAdapter, Mixed, WeightLayout},
                 config::LoraConfig,
+                ops::runs_on,
+                precision::Precision,
                 layer::{
                     self, Capabilities, LoraLayer, LoraLayerMut,
                     access::{self, ADAPTER, TAG},
@@ -81,13 +83,24 @@ macro_rules! lora_layer {
                     }
                 }
 
+                /// The precision that the layer is set to.
+                pub fn precision(&self) -> Precision {
+                    self.precision
+                }
+
+                /// Sets the precision in which the layer multiplies, where it is one operation of this crate.
+                pub fn set_precision(&mut self, precision: Precision) {
+                    self.precision = precision;
+                }
+
                 /// The layer with this base and adapter. The base is frozen if there is an adapter.
                 fn assemble(
                     base: $Base<B>,
                     adapter: Option<LoraAdapter<B>>,
                     $($quantized: Option<layer::QuantizedWeight<B>>,)?
                 ) -> Self {
-                    let mut layer = Self { base, adapter: None, mixed: None $(, $quantized)? };
+                    let precision = Precision::default();
+                    let mut layer = Self { base, adapter: None, mixed: None, precision $(, $quantized)? };
                     layer.set_adapter(adapter);
                     layer
                 }
@@ -130,7 +143,8 @@ macro_rules! lora_layer {
             impl<B: Backend> From<$Base<B>> for $Layer<B> {
                 /// The layer without an adapter; nothing is copied or frozen.
                 fn from(base: $Base<B>) -> Self {
-                    Self { base, adapter: None, mixed: None $(, $quantized: None)? }
+                    let precision = Precision::default();
+                    Self { base, adapter: None, mixed: None, precision $(, $quantized: None)? }
                 }
             }
 
@@ -147,6 +161,11 @@ macro_rules! lora_layer {
             impl<B: Backend> LoraLayer<B> for $Layer<B> {
                 fn adapter(&self) -> Option<&LoraAdapter<B>> {
                     self.adapter.as_ref()
+                }
+
+                fn precision(&self) -> Precision {
+                    let has_form = self.has_form() && runs_on::<B>();
+                    if has_form { self.precision } else { Precision::F32 }
                 }
 
                 fn capabilities(&self) -> Capabilities {
@@ -193,6 +212,10 @@ macro_rules! lora_layer {
             impl<B: Backend> LoraLayerMut<B> for $Layer<B> {
                 fn set_adapter(&mut self, adapter: Option<LoraAdapter<B>>) {
                     self.set_adapter(adapter);
+                }
+
+                fn set_precision(&mut self, precision: Precision) {
+                    self.precision = precision;
                 }
 
                 fn set_mixed(&mut self, mixed: Mixed<B>) -> bool {
@@ -265,7 +288,7 @@ macro_rules! lora_layer {
                         self.adapter.fork(device),
                         $(self.$quantized.map(|it| it.to_device(device)),)?
                     );
-                    Self { mixed: self.mixed.map(|it| it.fork(device)), ..layer }
+                    Self { mixed: self.mixed.map(|it| it.fork(device)), precision: self.precision, ..layer }
                 }
 
                 fn to_device(self, device: &B::Device) -> Self {
@@ -274,7 +297,7 @@ macro_rules! lora_layer {
                         self.adapter.to_device(device),
                         $(self.$quantized.map(|it| it.to_device(device)),)?
                     );
-                    Self { mixed: self.mixed.map(|it| it.fork(device)), ..layer }
+                    Self { mixed: self.mixed.map(|it| it.fork(device)), precision: self.precision, ..layer }
                 }
 
                 fn visit<V: ModuleVisitor<B>>(&self, visitor: &mut V) {
@@ -348,17 +371,19 @@ macro_rules! lora_layer {
                         base: self.base.valid(),
                         adapter: self.adapter.valid(),
                         mixed: None,
+                        precision: self.precision,
                         $($quantized: self.$quantized.as_ref().map(layer::QuantizedWeight::valid),)?
                     }
                 }
 
                 fn from_inner(module: Self::InnerModule) -> Self {
                     assert!(module.mixed.is_none(), "a model for a mixed batch does not train");
-                    Self::assemble(
+                    let layer = Self::assemble(
                         AutodiffModule::from_inner(module.base),
                         AutodiffModule::from_inner(module.adapter),
                         $(module.$quantized.map(layer::QuantizedWeight::from_inner),)?
-                    )
+                    );
+                    Self { precision: module.precision, ..layer }
                 }
             }
 
@@ -372,6 +397,7 @@ macro_rules! lora_layer {
                         base: self.base.clone(),
                         adapter: self.adapter.clone(),
                         mixed: self.mixed.clone(),
+                        precision: self.precision,
                         $($quantized: self.$quantized.clone(),)?
                     }
                 }

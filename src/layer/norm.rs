@@ -4,7 +4,11 @@ use burn::{
     tensor::{Tensor, backend::Backend},
 };
 
-use super::statistic::Statistic;
+use super::{folding::Foldable, statistic::Statistic};
+use crate::{
+    ops::{Channels, ScaleChannels, run},
+    tensors::{at_least_f32, frozen},
+};
 
 /// A drop-in for Burn's [`BatchNorm`](nn::BatchNorm) that is frozen where its model is frozen.
 ///
@@ -96,11 +100,58 @@ impl<B: Backend> BatchNorm<B> {
         }
         // Two numbers per channel are less work than four passes over the input.
         let (mean, var) = (self.running_mean(), self.running_var());
-        let scale = self.gamma.val() / var.add_scalar(self.epsilon).sqrt();
-        let shift = self.beta.val() - mean * scale.clone();
-        let mut shape = [1; D];
-        shape[1] = channels;
-        input * scale.reshape(shape) + shift.reshape(shape)
+        let factor = self.gamma.val() / var.add_scalar(self.epsilon).sqrt();
+        let summand = self.beta.val() - mean * factor.clone();
+        let input = Channels { x: input, factor, summand };
+        run::<ScaleChannels<D>, B>(&input).unwrap_or_else(|| {
+            let mut shape = [1; D];
+            shape[1] = channels;
+            input.x * input.factor.reshape(shape) + input.summand.reshape(shape)
+        })
+    }
+
+    /// Puts what the norm does into the convolution before it, whose weight and bias change. The norm then changes
+    /// nothing, and costs nothing on the CPU backends of the features `flex` and `ndarray`. The output of both is the
+    /// same, but for rounding (in `f32`, 1e-5 and less).
+    ///
+    /// The convolution has a bias then, also if it had none. Load a record of it only into a model whose convolution has
+    /// one: Burn would leave it out without a word.
+    ///
+    /// Do it with a model for inference, after [`merge`](crate::Lora::merge):
+    ///
+    /// ```
+    /// # use burn::{backend::Flex, nn::{BatchNormConfig, conv::Conv2dConfig}, tensor::Tensor};
+    /// # use burn_lora::nn::{BatchNorm, LoraConv2d};
+    /// # let device = Default::default();
+    /// # let mut conv: LoraConv2d<Flex> = Conv2dConfig::new([3, 8], [3, 3]).init(&device).into();
+    /// # let mut norm: BatchNorm<Flex> = BatchNormConfig::new(8).init(&device).into();
+    /// # let x = Tensor::ones([1, 3, 8, 8], &device);
+    /// let before = norm.forward(conv.forward(x.clone()));
+    /// norm.fold_into(&mut conv);
+    /// let after = norm.forward(conv.forward(x));
+    /// # assert!((before - after).abs().max().into_scalar() < 1e-5);
+    /// ```
+    ///
+    /// # Panics
+    ///
+    /// If the norm trains, has another number of channels than the convolution has outputs, or if the convolution has
+    /// an adapter: merge it first.
+    pub fn fold_into<C: Foldable<B>>(&mut self, conv: &mut C) {
+        let channels = self.gamma.shape()[0];
+        assert!(!self.trains(), "a frozen norm expected: one that trains cannot be folded");
+        let [gamma, beta] = [&self.gamma, &self.beta].map(|it| at_least_f32(frozen(it)));
+        let [mean, var] = [self.running_mean(), self.running_var()].map(at_least_f32);
+        let factor = gamma / var.add_scalar(self.epsilon).sqrt();
+        let summand = beta - mean * factor.clone();
+        conv.scale_outputs(channels, factor, summand);
+        let like = self.running_mean().zeros_like();
+        let (running_mean, running_var) = (&self.running_mean, &self.running_var);
+        running_mean.set(like.clone());
+        running_var.set(like.ones_like());
+        // Divided by the root in a forward pass, it gives exactly 1.
+        let root = like.ones_like().add_scalar(self.epsilon).sqrt();
+        self.gamma = Param::initialized(self.gamma.id, root);
+        self.beta = Param::initialized(self.beta.id, like);
     }
 
     fn forward_by_batch<const D: usize>(&self, input: Tensor<B, D>) -> Tensor<B, D> {

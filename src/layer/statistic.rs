@@ -56,6 +56,11 @@ impl<B: Backend> Statistic<B> {
         *self.state() = State { value, moved: true };
     }
 
+    /// Replaces the value by another of this model. No pass has moved that one.
+    pub(super) fn set(&self, value: Tensor<B, 1>) {
+        *self.state() = State { value, moved: false };
+    }
+
     fn param(&self) -> Param<Tensor<B, 1>> {
         Param::initialized(self.id, self.value())
     }

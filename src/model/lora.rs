@@ -341,7 +341,7 @@ impl<B: Backend, M: Module<B>> Lora<B, M> {
         attach::train_in_full(lora, &Pattern::all(patterns)?, "train_only")
     }
 
-    /// The adapted model on a base in 4 or 8 bits, as [`LoraModule::quantize`](crate::LoraModule::quantize)
+    /// The adapted model on a base in 4, 8 or 16 bits, as [`LoraModule::quantize`](crate::LoraModule::quantize)
     /// makes it. The adapters stay as they are.
     ///
     /// # Errors

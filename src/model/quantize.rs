@@ -1,4 +1,4 @@
-//! Models whose base is held in 4 or 8 bits.
+//! Models whose base is held in 4, 8 or 16 bits.
 
 use std::{
     cell::RefCell,

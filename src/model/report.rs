@@ -10,6 +10,7 @@ use burn::{
 use crate::{
     config::Scaling,
     layer::LoraLayer,
+    precision::Precision,
     table::{grouped, table},
     traverse::{self, Place, Seen, Visit},
 };
@@ -19,7 +20,8 @@ use crate::{
 /// `total` counts the parameters of the plain model, which full fine-tuning would train; those of
 /// adapters come on top, and disappear when the adapters are merged. Printed, it is a table of the layers that can carry
 /// an adapter, by the names that [`LoraConfig::targets`](crate::LoraConfig::targets) takes, and one line on the whole.
-/// Other modules that train have a table of their own. [Warnings](Self::warnings) come before the last line.
+/// Other modules that train have a table of their own. [Warnings](Self::warnings) come before the last line, which also
+/// says how many layers multiply in bf16, if there are any.
 #[derive(Clone, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct ParameterReport {
@@ -54,6 +56,8 @@ pub struct LayerReport {
     pub total: usize,
     /// The bytes of the weight if it is quantized, or else 0.
     pub quantized_bytes: usize,
+    /// The precision in which the layer multiplies; [`Precision::F32`] for a module that cannot carry an adapter.
+    pub precision: Precision,
     /// Whether PEFT's files, and so [`LoraAdapters::save`](crate::LoraAdapters::save), can hold an adapter of this layer.
     /// Records can in any case.
     pub in_peft_files: bool,
@@ -69,6 +73,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
             shape: layer.weight_shape(),
             adapter: layer.adapter().map(|it| (it.rank(), it.scale())),
             scaling: layer.adapter().map(|it| it.scaling),
+            precision: layer.precision(),
             in_peft_files: layer.weight_layout().not_in_peft().is_none(),
         };
         (path.to_owned(), kind, layer.quantized().map(|it| it.num_bytes()))
@@ -95,6 +100,7 @@ pub(super) fn of<B: Backend, M: Module<B>>(
                 trainable: 0,
                 total: 0,
                 quantized_bytes: 0,
+                precision: kind.map_or(Precision::default(), |it| it.precision),
                 in_peft_files: kind.is_none_or(|it| it.in_peft_files),
                 path,
             });
@@ -124,6 +130,7 @@ struct Kind {
     shape: [usize; 2],
     adapter: Option<(usize, f64)>,
     scaling: Option<Scaling>,
+    precision: Precision,
     in_peft_files: bool,
 }
 
@@ -151,6 +158,12 @@ impl ParameterReport {
     /// The trainable parameters in percent of the plain model's.
     pub fn percent(&self) -> f64 {
         percent(self.trainable, self.total)
+    }
+
+    /// How many layers multiply in bf16, and how many there are.
+    fn bf16_layers(&self) -> (usize, usize) {
+        let layers = || self.layers.iter().filter(|it| it.shape.is_some());
+        (layers().filter(|it| it.precision == Precision::Bf16).count(), layers().count())
     }
 }
 
@@ -256,7 +269,12 @@ impl fmt::Display for ParameterReport {
             writeln!(f, "warning: {warning}")?;
         }
         let (trainable, total) = (grouped(self.trainable), grouped(self.total));
-        write!(f, "trainable {trainable} of {total} parameters ({:.2} %)", self.percent())
+        write!(f, "trainable {trainable} of {total} parameters ({:.2} %)", self.percent())?;
+        match self.bf16_layers() {
+            (0, _) => Ok(()),
+            (all, layers) if all == layers => f.write_str(", products in bf16"),
+            (some, layers) => write!(f, ", products of {some} of {layers} layers in bf16"),
+        }
     }
 }
 
@@ -274,6 +292,7 @@ mod tests {
             trainable,
             total: 401_920,
             quantized_bytes: 0,
+            precision: Precision::F32,
             in_peft_files: true,
         };
         let norm = LayerReport { shape: None, total: 1024, ..layer("norm", None, 1024) };
@@ -296,6 +315,35 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
     }
 
     #[test]
+    fn says_which_products_are_in_bf16() {
+        let last_line = |precisions: &[Precision]| {
+            let layer = |&precision| LayerReport {
+                path: "fc".to_owned(),
+                shape: Some([64, 32]),
+                adapter: Some((2, 1.0)),
+                scaling: None,
+                trainable: 192,
+                total: 2048,
+                quantized_bytes: 0,
+                precision,
+                in_peft_files: true,
+            };
+            // A norm multiplies no matrices.
+            let norm = LayerReport { shape: None, adapter: None, ..layer(&Precision::F32) };
+            let layers = precisions.iter().map(layer).chain([norm]).collect();
+            let report = ParameterReport { trainable: 192, total: 2048, base_bytes: 0, layers };
+            report.to_string().lines().last().unwrap_or_default().to_owned()
+        };
+        let usual = "trainable 192 of 2,048 parameters (9.38 %)";
+        let (f32, bf16) = (Precision::F32, Precision::Bf16);
+        assert_eq!(last_line(&[]), usual);
+        assert_eq!(last_line(&[f32, f32]), usual);
+        assert_eq!(last_line(&[bf16, bf16]), format!("{usual}, products in bf16"));
+        let some = format!("{usual}, products of 1 of 3 layers in bf16");
+        assert_eq!(last_line(&[f32, bf16, f32]), some);
+    }
+
+    #[test]
     fn warns_of_an_adapter_that_is_larger_than_its_weight() {
         let layer = LayerReport {
             path: "head".to_owned(),
@@ -305,6 +353,7 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
             trainable: 272,
             total: 256,
             quantized_bytes: 0,
+            precision: Precision::F32,
             in_peft_files: true,
         };
         let report =
@@ -324,6 +373,7 @@ trainable 11,392 of 1,004,800 parameters (1.13 %)";
                 trainable: 1024,
                 total: 4096,
                 quantized_bytes: 0,
+                precision: Precision::F32,
                 in_peft_files: true,
             };
             let layers = scales.iter().enumerate().map(layer).collect();

@@ -17,6 +17,12 @@ pub(crate) trait Cpu: Backend {
     /// The elements of an integer tensor of 32 bits row by row; `None` if they are stored otherwise.
     fn words(tensor: &IntTensor<Self>) -> Option<&[i32]>;
 
+    /// The elements of an `f32` tensor row by row, in its own memory; `None` if the tensor is shared, or this would copy.
+    fn into_rows(tensor: FloatTensor<Self>) -> Option<Vec<f32>> {
+        drop(tensor);
+        None
+    }
+
     /// The product of two matrices in `f32`.
     fn product(left: Tensor<Self, 2>, right: Tensor<Self, 2>) -> Tensor<Self, 2> {
         left.matmul(right)
@@ -41,6 +47,11 @@ impl Cpu for burn_flex::Flex {
 
     fn words(tensor: &IntTensor<Self>) -> Option<&[i32]> {
         tensor.as_slice()
+    }
+
+    fn into_rows(mut tensor: FloatTensor<Self>) -> Option<Vec<f32>> {
+        Self::rows_mut(&mut tensor)?;
+        tensor.into_data().into_vec().ok()
     }
 
     /// Splits the rows of x into a batch of products, one for each thread. Flex computes a single product

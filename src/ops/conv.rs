@@ -13,14 +13,17 @@ use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
     tensor::{DType, Tensor, backend::Backend},
 };
+use burn_lora_kernels::Left;
 use rayon::prelude::*;
 
 use super::{
     backend::Cpu,
+    bf16::{self, Side, pack},
     operation::Operation,
     patches::Window,
     rows::{of_rows, row_by_row, rows, transposed},
 };
+use crate::precision::Precision;
 
 /// The values that a convolution without groups computes with.
 #[derive(Clone, Debug)]
@@ -36,6 +39,7 @@ pub(crate) struct Conv<B: Backend> {
     pub dilation: [usize; 2],
     /// At the top, left, bottom and right.
     pub padding: [usize; 4],
+    pub precision: Precision,
 }
 
 /// The output of the convolution, `[batch, channels_in, height, width]` to `[batch, channels_out, height_out,
@@ -102,7 +106,7 @@ impl<K: Cpu> Conv<K> {
     /// The output of the convolution of x.
     fn output(&self, x: Tensor<K, 4>, window: Window) -> Tensor<K, 4> {
         let ([batch, ..], device) = (x.dims(), x.device());
-        let (matrix, channels) = (self.matrix(), self.kernel.dims()[0]);
+        let (matrix, channels) = (self.left(self.matrix()), self.kernel.dims()[0]);
         let bias = self.bias.clone().map(row_by_row);
         let bias = bias.as_ref().map(rows::<K>);
         let x = row_by_row(x);
@@ -117,7 +121,8 @@ impl<K: Cpu> Conv<K> {
                     .par_iter()
                     .map(|part| {
                         let patches = window.gather(x, part.clone());
-                        row_by_row(K::product(matrix.clone(), matrix_of(patches, window.patch())))
+                        let patches = matrix_of(patches, window.patch());
+                        row_by_row(self.product(&matrix, &patches, Side::Plain))
                     })
                     .collect();
                 for (part, product) in parts.iter().zip(&products) {
@@ -154,7 +159,7 @@ impl<K: Cpu> Conv<K> {
         let (dy, x) = (row_by_row(dy), x.map(row_by_row));
         let (dy, x) = (rows::<K>(&dy), x.as_ref().map(rows::<K>));
         let mut dx = x_wanted.then(|| vec![0.0; batch * window.volume()]);
-        let matrix = transposed(self.matrix());
+        let matrix = self.left(transposed(self.matrix()));
 
         // Each thread has a share of the images, and adds up the gradients of the parameters by itself.
         let share = batch.div_ceil(rayon::current_num_threads());
@@ -175,7 +180,7 @@ impl<K: Cpu> Conv<K> {
                 for part in window.parts(division) {
                     let dy = matrix_of::<K>(window.take(dy, images, channels, &part), channels);
                     if let Some(dx) = &mut dx {
-                        let product = row_by_row(K::product(matrix.clone(), dy.clone()));
+                        let product = row_by_row(self.product(&matrix, &dy, Side::Plain));
                         window.scatter(rows::<K>(&product), &mut dx[pixels.clone()], part.clone());
                     }
                     let patches = x.map(|x| window.gather(&x[pixels.clone()], part));
@@ -209,7 +214,8 @@ impl<K: Cpu> Conv<K> {
         let d_bias = bias.then(|| dy.clone().sum_dim(1));
         let Some(patches) = patches else { return [None, d_bias, None, None] };
         let transposed = patches.clone().transpose();
-        let d_kernel = kernel.then(|| K::product(dy.clone(), transposed.clone()));
+        let d_kernel =
+            kernel.then(|| self.product(&self.left(dy.clone()), &patches, Side::Transposed));
         let Some((factor_a, factor_b, scale)) = &self.adapter else {
             return [d_kernel, d_bias, None, None];
         };
@@ -222,6 +228,32 @@ impl<K: Cpu> Conv<K> {
             K::product(hidden, dy.transpose())
         });
         [d_kernel, d_bias, d_a, d_b]
+    }
+}
+
+/// The left factor of a product.
+enum LeftFactor<K: Cpu> {
+    Full(Tensor<K, 2>),
+    Bf16(Left),
+}
+
+impl<K: Cpu> Conv<K> {
+    /// The matrix, in the form in which it is multiplied.
+    fn left(&self, matrix: Tensor<K, 2>) -> LeftFactor<K> {
+        match self.precision {
+            Precision::F32 => LeftFactor::Full(matrix),
+            Precision::Bf16 => LeftFactor::Bf16(pack(matrix)),
+        }
+    }
+
+    fn product(&self, left: &LeftFactor<K>, right: &Tensor<K, 2>, side: Side) -> Tensor<K, 2> {
+        match (left, side) {
+            (LeftFactor::Full(left), Side::Plain) => K::product(left.clone(), right.clone()),
+            (LeftFactor::Full(left), Side::Transposed) => {
+                K::product(left.clone(), right.clone().transpose())
+            }
+            (LeftFactor::Bf16(left), side) => bf16::product(left, right, side),
+        }
     }
 }
 
@@ -248,7 +280,8 @@ mod tests {
         let device = B::Device::default();
         let kernel = Tensor::<B, 4>::ones([3, 2, 2, 2], &device);
         let (bias, adapter, padding) = (None, None, [0; 4]);
-        let conv = Conv { kernel, bias, adapter, stride: [1; 2], dilation: [1; 2], padding };
+        let (stride, dilation, precision) = ([1; 2], [1; 2], Precision::F32);
+        let conv = Conv { kernel, bias, adapter, stride, dilation, padding, precision };
         run::<Convolve, B>(&(Tensor::ones([2, 2, 4, 5], &device), conv)).is_some()
     }
 

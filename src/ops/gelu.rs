@@ -22,6 +22,7 @@ use super::{
     backend::Cpu,
     operation::Operation,
     rows::{in_blocks, of_rows, row_by_row, rows},
+    simd::{exp_of_negative, widest},
 };
 use crate::tensors::{primitive, tensor};
 
@@ -44,9 +45,10 @@ impl<const D: usize> Operation for Gelu<D> {
         let x = rows::<K>(&x);
         let mut y = vec![0.0; x.len()];
         in_blocks(&mut y, x, BLOCK, |y, x| {
-            for (y, &x) in y.iter_mut().zip(x) {
-                *y = x * normal(x).cumulative;
-            }
+            widest(
+                #[inline(always)]
+                || y.iter_mut().zip(x).for_each(|(y, &x)| *y = x * normal(x).cumulative),
+            );
         });
         Some(of_rows(y, shape, &device))
     }
@@ -79,10 +81,15 @@ fn gradient<K: Cpu, const D: usize>(x: Tensor<K, D>, dy: Tensor<K, D>) -> Tensor
     let [x, dy] = [x, dy].map(row_by_row);
     let mut dx = rows::<K>(&dy).to_vec();
     in_blocks(&mut dx, rows::<K>(&x), BLOCK, |dx, x| {
-        for (dx, &x) in dx.iter_mut().zip(x) {
-            let Normal { cumulative, density } = normal(x);
-            *dx *= cumulative + x * density;
-        }
+        widest(
+            #[inline(always)]
+            || {
+                for (dx, &x) in dx.iter_mut().zip(x) {
+                    let Normal { cumulative, density } = normal(x);
+                    *dx *= cumulative + x * density;
+                }
+            },
+        );
     });
     of_rows(dx, shape, &device)
 }
@@ -120,31 +127,6 @@ fn normal(x: f32) -> Normal {
         cumulative: if x < 0.0 { tail } else { 1.0 - tail },
         density: BY_SQRT_2_PI * exponential,
     }
-}
-
-/// `exp(x)` for `x ≤ 0`, with values below the smallest normal number rounded up to it.
-///
-/// `x = k·ln 2 + r` with a whole number k and `|r| ≤ ln 2 / 2`, so `exp(x) = 2ᵏ·exp(r)`, and the Taylor
-/// polynomial of degree 6 is exact enough for r.
-#[inline(always)]
-fn exp_of_negative(x: f32) -> f32 {
-    use std::f32::consts::{LN_2, LOG2_E};
-
-    /// Adding this number to a small one rounds that one to a whole number, in the lowest bits.
-    const ROUND: f32 = 1.5 * (1 << 23) as f32;
-    /// The upper bits of ln 2, whose product with k is exact, and what they leave out.
-    const LN_2_UPPER: f32 = 0.693_359_4;
-    const LN_2_LOWER: f32 = LN_2 - LN_2_UPPER;
-
-    let x = x.max(-87.0);
-    let rounded = x * LOG2_E + ROUND;
-    let k = rounded - ROUND;
-    let r = x - k * LN_2_UPPER - k * LN_2_LOWER;
-    let taylor = [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
-    let polynomial = taylor.iter().fold(0.0, |sum, factor| sum * r + factor);
-    // The exponent of a number in f32 lies above 23 bits, and is stored plus 127.
-    let power = (rounded.to_bits() << 23).wrapping_add(127 << 23);
-    polynomial * f32::from_bits(power)
 }
 
 #[cfg(test)]

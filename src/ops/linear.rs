@@ -17,7 +17,11 @@ use burn::{
 };
 
 use super::{
-    backend::Cpu, operation::Operation, pool::in_pool, quantized::product, rows::add_product,
+    backend::Cpu,
+    bf16::{self, Side, pack},
+    operation::Operation,
+    pool::in_pool,
+    rows::add_product,
 };
 use crate::quantized::Weight;
 
@@ -60,15 +64,25 @@ impl<K: Cpu> AdaptedLinear<K> {
     /// The hidden tensor `s·(x·A)`, `[batch, rank]`, and the output.
     fn hidden_and_output(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
         in_pool(x.dims()[0], self.weight.dims(), || {
+            if self.weight.in_bf16(x.dims()[0]) {
+                return self.in_bf16(x);
+            }
             let read = self.read.as_ref().unwrap_or(&x).clone();
             let hidden = K::times_thin(read, self.a.clone()).mul_scalar(self.scale);
-            let y = match &self.weight {
-                Weight::Full(weight) => K::product(x, weight.clone()),
-                Weight::Quantized(weight) => product(x, weight),
-            };
+            let y = self.weight.times(x);
             let y = add_product(y, self.bias.clone(), hidden.clone(), self.b.clone());
             (hidden, y)
         })
+    }
+
+    fn in_bf16(&self, x: Tensor<K, 2>) -> (Tensor<K, 2>, Tensor<K, 2>) {
+        let device = x.device();
+        let (read, x) = (self.read.clone().map(pack), pack(x));
+        let hidden = bf16::product(read.as_ref().unwrap_or(&x), &self.a, Side::Plain);
+        let hidden = hidden.mul_scalar(self.scale);
+        let (update, bias) = (Some([&hidden, &self.b]), self.bias.clone());
+        let y = bf16::times(&x, &self.weight, Side::Plain, update, bias, &device);
+        (hidden, y)
     }
 }
 
@@ -78,12 +92,8 @@ impl<B: Backend> AdaptedLinear<B> {
     fn fits(&self, x: &Tensor<B, 2>) -> bool {
         let ([d_input, d_output], [_, rank]) = (self.weight.dims(), self.a.dims());
         let (read, bias) = (self.read.as_ref().unwrap_or(x), self.bias.as_ref());
-        let weight = match &self.weight {
-            Weight::Full(weight) => Some(weight),
-            Weight::Quantized(_) => None,
-        };
         let in_f32 = |it: &Tensor<B, 2>| it.dtype() == DType::F32;
-        weight.is_none_or(in_f32)
+        self.weight.is_in_f32()
             && [x, read, &self.a, &self.b].into_iter().all(in_f32)
             && bias.is_none_or(|it| it.dtype() == DType::F32 && it.dims() == [d_output])
             && x.dims()[1] == d_input
@@ -96,12 +106,16 @@ impl<B: Backend> AdaptedLinear<B> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{run, testing::test_on_each_backend};
+    use crate::{
+        ops::{run, testing::test_on_each_backend},
+        precision::Precision,
+    };
 
     fn is_one_operation<B: Backend>() -> bool {
         let device = B::Device::default();
         let ones = |shape: [usize; 2]| Tensor::<B, 2>::ones(shape, &device);
-        let (weight, a, b) = (Weight::Full(ones([3, 5])), ones([3, 2]), ones([2, 5]));
+        let weight = Weight::full(ones([3, 5]), Precision::F32);
+        let (a, b) = (ones([3, 2]), ones([2, 5]));
         let layer = AdaptedLinear { weight, bias: None, read: None, a, b, scale: 0.5 };
         run::<ForwardLinear, B>(&(ones([4, 3]), layer)).is_some()
     }

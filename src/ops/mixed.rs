@@ -15,7 +15,6 @@ use super::{
     backend::Cpu,
     operation::Operation,
     pool::in_pool,
-    quantized::product,
     rows::{add_rows, row_by_row, rows},
 };
 use crate::{quantized::Weight, tensors::tensor};
@@ -63,11 +62,7 @@ impl Operation for ForwardMixed {
             return None;
         }
         Some(in_pool(x.dims()[0], layer.weight.dims(), || {
-            let y = match &layer.weight {
-                Weight::Full(weight) => K::product(x.clone(), weight.clone()),
-                Weight::Quantized(weight) => product(x.clone(), weight),
-            };
-            add_updates(y, x.clone(), layer)
+            add_updates(layer.weight.times(x.clone()), x.clone(), layer)
         }))
     }
 
@@ -190,31 +185,31 @@ fn times_thin(x: &[f32], a: &[f32], rank: usize) -> Vec<f32> {
 impl<B: Backend> MixedLinear<B> {
     /// Whether all tensors are in `f32`.
     fn is_in_f32(&self) -> bool {
-        let weight = match &self.weight {
-            Weight::Full(weight) => weight.dtype(),
-            Weight::Quantized(_) => DType::F32,
-        };
         let updates = self.groups.iter().filter_map(|(_, update)| update.as_ref());
         let types = updates.flat_map(|it| {
             let bias = it.bias.as_ref().map_or(DType::F32, Tensor::dtype);
             [it.a.dtype(), it.b.dtype(), bias]
         });
         let bias = self.bias.as_ref().map_or(DType::F32, Tensor::dtype);
-        types.chain([weight, bias]).all(|it| it == DType::F32)
+        self.weight.is_in_f32() && types.chain([bias]).all(|it| it == DType::F32)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::{run, runs_on, testing::test_on_each_backend};
+    use crate::{
+        ops::{run, runs_on, testing::test_on_each_backend},
+        precision::Precision,
+    };
 
     fn is_one_operation_but_in_training<B: Backend>() -> bool {
         let device = B::Device::default();
         let ones = |shape: [usize; 2]| Tensor::<B, 2>::ones(shape, &device);
         let (a, b) = (ones([3, 2]), ones([2, 5]));
         let update = Some(Update { a, b, bias: None, scale: 0.5 });
-        let (weight, groups) = (Weight::Full(ones([3, 5])), vec![(1, None), (3, update)]);
+        let weight = Weight::full(ones([3, 5]), Precision::F32);
+        let groups = vec![(1, None), (3, update)];
         let layer = MixedLinear { weight, bias: None, groups };
         let y = run::<ForwardMixed, B>(&(ones([4, 3]), layer));
         if B::ad_enabled(&device) { runs_on::<B>() && y.is_none() } else { y.is_some() }

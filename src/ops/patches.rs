@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use super::simd::widest;
+
 /// The shapes of a convolution without groups, and where its kernel reads.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Window {
@@ -109,16 +111,30 @@ impl Window {
     pub fn gather(&self, images: &[f32], rows: Range<usize>) -> Vec<f32> {
         let count = images.len() / self.volume();
         let places = count * rows.len() * self.output[1];
-        let mut patches = Vec::with_capacity(self.patch() * places);
+        let mut patches = vec![0.0; self.patch() * places];
         let stride = self.stride[1];
-        self.each_run(count, rows, |Run { before, inside, after, pixel }| {
-            patches.resize(patches.len() + before, 0.0);
-            match stride {
-                1 => patches.extend_from_slice(&images[pixel..pixel + inside]),
-                _ => patches.extend(images[pixel..].iter().step_by(stride).take(inside)),
-            }
-            patches.resize(patches.len() + after, 0.0);
-        });
+        let mut rest = &mut patches[..];
+        widest(
+            #[inline(always)]
+            || {
+                self.each_run(count, rows, |Run { before, inside, after, pixel }| {
+                    let (run, later) =
+                        std::mem::take(&mut rest).split_at_mut(before + inside + after);
+                    rest = later;
+                    let run = &mut run[before..before + inside];
+                    match stride {
+                        1 => {
+                            let pixels = &images[pixel..pixel + inside];
+                            run.iter_mut().zip(pixels).for_each(|(value, pixel)| *value = *pixel);
+                        }
+                        _ => {
+                            let pixels = images[pixel..].iter().step_by(stride);
+                            run.iter_mut().zip(pixels).for_each(|(value, pixel)| *value = *pixel);
+                        }
+                    }
+                });
+            },
+        );
         patches
     }
 
@@ -127,24 +143,30 @@ impl Window {
         let count = images.len() / self.volume();
         let stride = self.stride[1];
         let mut rest = patches;
-        self.each_run(count, rows, |Run { before, inside, after, pixel }| {
-            let (run, later) = rest.split_at(before + inside + after);
-            rest = later;
-            let run = &run[before..before + inside];
-            match stride {
-                1 => {
-                    let pixels = &mut images[pixel..pixel + inside];
-                    pixels.iter_mut().zip(run).for_each(|(pixel, value)| *pixel += value);
-                }
-                _ => {
-                    let pixels = images[pixel..].iter_mut().step_by(stride);
-                    pixels.zip(run).for_each(|(pixel, value)| *pixel += value);
-                }
-            }
-        });
+        widest(
+            #[inline(always)]
+            || {
+                self.each_run(count, rows, |Run { before, inside, after, pixel }| {
+                    let (run, later) = rest.split_at(before + inside + after);
+                    rest = later;
+                    let run = &run[before..before + inside];
+                    match stride {
+                        1 => {
+                            let pixels = &mut images[pixel..pixel + inside];
+                            pixels.iter_mut().zip(run).for_each(|(pixel, value)| *pixel += value);
+                        }
+                        _ => {
+                            let pixels = images[pixel..].iter_mut().step_by(stride);
+                            pixels.zip(run).for_each(|(pixel, value)| *pixel += value);
+                        }
+                    }
+                });
+            },
+        );
     }
 
     /// Visits the runs in the order in which the patches store them.
+    #[inline(always)]
     fn each_run(&self, images: usize, rows: Range<usize>, mut visit: impl FnMut(Run)) {
         let ([height, width], [_, places]) = (self.image, self.output);
         let ([top, left], [stride_y, stride_x]) = (self.padding, self.stride);

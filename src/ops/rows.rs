@@ -109,6 +109,21 @@ pub(super) fn row_by_row<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatT
     }
 }
 
+/// The tensor, row by row, with its elements for itself: they can be changed by [`Cpu::rows_mut`].
+pub(super) fn own<K: Cpu, const D: usize>(tensor: Tensor<K, D>) -> FloatTensor<K> {
+    let (shape, device) = (tensor.dims(), tensor.device());
+    let mut own = row_by_row(tensor);
+    match K::rows_mut(&mut own) {
+        Some(_) => own,
+        None => primitive(of_rows::<K, D>(rows::<K>(&own).to_vec(), shape, &device)),
+    }
+}
+
+/// The elements of a tensor that is [its own](own).
+pub(super) fn own_rows<K: Cpu>(tensor: &mut FloatTensor<K>) -> &mut [f32] {
+    K::rows_mut(tensor).expect("it is not shared")
+}
+
 /// Runs `work` on blocks of both slices, which have so many numbers each, on several threads if the slices are
 /// long.
 pub(super) fn in_blocks(

@@ -1,5 +1,7 @@
 //! Numbers rounded to codes.
 
+use half::bf16;
+
 use super::format::{APART, Format, NF4};
 
 /// A matrix in memory of the host.
@@ -8,7 +10,7 @@ pub(crate) struct Packed {
     pub shape: [usize; 2],
     /// The codes, row by row.
     pub bytes: Vec<u8>,
-    /// For each row, one for each block. So are `minima`.
+    /// For each row, one for each block, unless the format has none apart. So are `minima`.
     pub scales: Vec<f32>,
     pub minima: Option<Vec<f32>>,
 }
@@ -25,14 +27,28 @@ pub enum Quantization {
     /// ([Dettmers et al. 2023](https://arxiv.org/abs/2305.14314)). 4.13 bits per weight. The error is about
     /// 9.4 % of the weights.
     Nf4,
+    /// 16 bits: bfloat16, the upper half of an `f32`. The error is about 0.2 % of the weights, and none where these come
+    /// from a file in bf16.
+    Bf16,
 }
 
 /// Rounds the rows of a matrix.
 pub(crate) fn pack(numbers: &[f32], shape: [usize; 2], to: Quantization) -> Packed {
-    let format = match to {
-        Quantization::Int8 => Format::Int8,
-        Quantization::Nf4 => Format::Nf4,
-    };
+    match to {
+        Quantization::Int8 => pack_blocks(numbers, shape, Format::Int8, int8),
+        Quantization::Nf4 => pack_blocks(numbers, shape, Format::Nf4, nf4),
+        Quantization::Bf16 => pack_bf16(numbers, shape),
+    }
+}
+
+/// Rounds blocks of 64 numbers, the last one of a row filled up with zeros. `round` takes a block and its largest
+/// magnitude, writes the codes and returns the scale.
+fn pack_blocks(
+    numbers: &[f32],
+    shape: [usize; 2],
+    format: Format,
+    round: impl Fn([f32; 64], f32, &mut Vec<u8>) -> f32,
+) -> Packed {
     let [rows, columns] = shape;
     let mut bytes = Vec::with_capacity(rows * format.row_bytes(columns));
     let mut scales = Vec::new();
@@ -41,26 +57,39 @@ pub(crate) fn pack(numbers: &[f32], shape: [usize; 2], to: Quantization) -> Pack
             let largest = block.iter().fold(0.0_f32, |largest, it| largest.max(it.abs()));
             let mut numbers = [0.0; 64];
             numbers[..block.len()].copy_from_slice(block);
-            match to {
-                Quantization::Int8 => {
-                    let scale = largest / 127.0;
-                    bytes.extend(numbers.map(|it| (ratio(it, scale).round() + 128.0) as u8));
-                    scales.push(scale);
-                }
-                Quantization::Nf4 => {
-                    let codes = numbers.map(|it| nearest(&NF4, ratio(it, largest)));
-                    for codes in codes.chunks_exact(2 * APART) {
-                        let (lower, upper) = codes.split_at(APART);
-                        bytes.extend(
-                            lower.iter().zip(upper).map(|(lower, upper)| lower | upper << 4),
-                        );
-                    }
-                    scales.push(largest);
-                }
-            }
+            scales.push(round(numbers, largest, &mut bytes));
         }
     }
     Packed { format, shape, bytes, scales, minima: None }
+}
+
+fn int8(numbers: [f32; 64], largest: f32, bytes: &mut Vec<u8>) -> f32 {
+    let scale = largest / 127.0;
+    bytes.extend(numbers.map(|it| (ratio(it, scale).round() + 128.0) as u8));
+    scale
+}
+
+fn nf4(numbers: [f32; 64], largest: f32, bytes: &mut Vec<u8>) -> f32 {
+    let codes = numbers.map(|it| nearest(&NF4, ratio(it, largest)));
+    for codes in codes.chunks_exact(2 * APART) {
+        let (lower, upper) = codes.split_at(APART);
+        bytes.extend(lower.iter().zip(upper).map(|(lower, upper)| lower | upper << 4));
+    }
+    largest
+}
+
+/// Rounds to bf16, which has no scales. The largest numbers in `f32` become the largest ones in bf16: the nearest ones
+/// are infinite, which no weight may be.
+fn pack_bf16(numbers: &[f32], shape: [usize; 2]) -> Packed {
+    let columns = shape[1].max(1);
+    let [least, largest] = [bf16::MIN, bf16::MAX].map(bf16::to_f32);
+    let round = |&it: &f32| bf16::from_f32(it.clamp(least, largest)).to_le_bytes();
+    let mut bytes = Vec::with_capacity(shape[0] * Format::Bf16.row_bytes(columns));
+    for row in numbers.chunks_exact(columns) {
+        bytes.extend(row.iter().flat_map(round));
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+    }
+    Packed { format: Format::Bf16, shape, bytes, scales: Vec::new(), minima: None }
 }
 
 /// `number / scale`, which is 0 if all numbers of the block are.

@@ -9,6 +9,8 @@ use serde::{Deserialize, Serialize};
 use super::{
     Format, QuantizedWeight, Scales,
     doubled::{Doubled, Offset},
+    halves::packed,
+    words::{SIZE, to_words},
 };
 
 /// A [`QuantizedWeight`] in a file.
@@ -17,33 +19,55 @@ pub struct QuantizedWeightItem {
     format: Format,
     columns: usize,
     codes: TensorData,
+    /// Empty for formats without scales that lie apart.
     scales: TensorData,
     /// The codes of scales that are quantized in turn.
     doubled: Option<(TensorData, Offset)>,
     minima: Option<TensorData>,
 }
 
+impl QuantizedWeightItem {
+    /// The scales and the smallest numbers as they are held if they are in half precision.
+    fn halves(&self) -> Option<Vec<u8>> {
+        if !self.format.has_halves() || self.doubled.is_some() {
+            return None;
+        }
+        let minima = self.minima.as_ref().map(|it| it.as_slice().ok());
+        let minima = match minima {
+            Some(minima) => Some(minima?),
+            None => None,
+        };
+        let blocks = self.columns.div_ceil(self.format.block());
+        packed(self.scales.as_slice().ok()?, minima, blocks)
+    }
+}
+
 impl<B: Backend> Record<B> for QuantizedWeight<B> {
     type Item<S: PrecisionSettings> = QuantizedWeightItem;
 
     fn into_item<S: PrecisionSettings>(self) -> Self::Item<S> {
+        let minima = self.minima().map(Tensor::into_data);
+        let halves = matches!(self.scales, Scales::Halves(_)).then(|| self.scales()).flatten();
         let (scales, doubled) = match self.scales {
-            Scales::Full(scales) => (scales, None),
+            Scales::Halves(_) => (halves.expect("they are scales").into_data(), None),
+            Scales::None => (TensorData::new(Vec::<f32>::new(), [0, 0]), None),
+            Scales::Full(scales) => (scales.into_data(), None),
             Scales::Doubled(Doubled { codes, scales, offset }) => {
-                (scales, Some((codes.into_data(), offset)))
+                (scales.into_data(), Some((codes.into_data(), offset)))
             }
         };
         QuantizedWeightItem {
             format: self.format,
             columns: self.columns,
             codes: self.codes.into_data(),
-            scales: scales.into_data(),
+            scales,
             doubled,
-            minima: self.minima.map(Tensor::into_data),
+            minima,
         }
     }
 
     fn from_item<S: PrecisionSettings>(item: Self::Item<S>, device: &B::Device) -> Self {
+        let halves = item.halves();
         // Each tensor in the type that it was in.
         let float = |data: TensorData| {
             let dtype = data.dtype;
@@ -53,18 +77,18 @@ impl<B: Backend> Record<B> for QuantizedWeight<B> {
             let dtype = data.dtype;
             Tensor::from_data(data, (device, dtype))
         };
-        let scales = float(item.scales);
-        Self {
-            format: item.format,
-            columns: item.columns,
-            codes: int(item.codes),
-            scales: match item.doubled {
-                None => Scales::Full(scales),
-                Some((codes, offset)) => {
-                    Scales::Doubled(Doubled { codes: int(codes), scales, offset })
-                }
-            },
-            minima: item.minima.map(float),
-        }
+        let minima = item.minima.filter(|_| halves.is_none()).map(float);
+        let scales = match (item.doubled, halves) {
+            _ if !item.format.is_scaled() => Scales::None,
+            (None, Some(halves)) => {
+                let [rows, _] = item.codes.shape.dims();
+                Scales::Halves(to_words(&halves, [rows, halves.len() / SIZE / rows], device))
+            }
+            (None, None) => Scales::Full(float(item.scales)),
+            (Some((codes, offset)), _) => {
+                Scales::Doubled(Doubled { codes: int(codes), scales: float(item.scales), offset })
+            }
+        };
+        Self { format: item.format, columns: item.columns, codes: int(item.codes), scales, minima }
     }
 }

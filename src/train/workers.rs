@@ -1,6 +1,11 @@
 //! Training steps that are shared among threads.
 
-use std::{num::NonZero, panic::resume_unwind, thread};
+use std::{
+    num::NonZero,
+    panic::resume_unwind,
+    sync::{Mutex, PoisonError},
+    thread,
+};
 
 use burn::{module::AutodiffModule, tensor::backend::AutodiffBackend};
 
@@ -51,15 +56,16 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// `count` workers with one core each. A single one is the calling thread, and has all cores.
+    /// `count` workers with one core each. A single one has all cores.
     ///
     /// # Panics
     ///
     /// If `count` is 0, or the threads cannot be started.
     pub fn new(count: usize) -> Self {
         assert!(count > 0, "at least one worker expected");
-        let pools = if count == 1 { 0 } else { count };
-        Self { pools: (0..pools).map(|_| Pool::new()).collect() }
+        // As many threads as rayon has by default.
+        let threads = if count == 1 { 0 } else { 1 };
+        Self { pools: (0..count).map(|_| Pool::new(threads)).collect() }
     }
 
     /// As many workers as there are cores.
@@ -73,7 +79,7 @@ impl Workers {
 
     /// The number of workers.
     pub fn count(&self) -> usize {
-        self.pools.len().max(1)
+        self.pools.len()
     }
 
     /// Calls `pass` for each part of a batch, and adds up what it gives. Each call has a fork of `model`, so
@@ -83,7 +89,7 @@ impl Workers {
     /// run, unless the model draws random numbers: dropout takes them from one source for all threads. The
     /// loss of a part should be its share of the batch's loss, and not the mean of the part. Parts of about
     /// the same size keep all workers busy. If there are more parts than workers, worker `i` of `n` computes
-    /// the parts `i`, `i + n` and so on. A single part is computed by the calling thread, with all cores.
+    /// the parts `i`, `i + n` and so on. A single part is computed by the calling thread if there are several workers.
     ///
     /// Running statistics of [`nn::BatchNorm`](crate::nn::BatchNorm)s that train move to the mean of where the
     /// workers moved them.
@@ -102,11 +108,24 @@ impl Workers {
         M: AutodiffModule<B>,
         P: Send,
     {
-        if self.pools.is_empty() || parts.len() < 2 {
+        // A thread of another pool would take up other work of that pool while it waits for this one.
+        let in_pool = rayon::current_thread_index().is_some();
+        if (self.count() > 1 && parts.len() < 2) || (self.count() == 1 && in_pool) {
             return Backward::sum(model, parts.into_iter().map(|part| pass(model, part)));
         }
         // This also draws weights that were not drawn yet. Otherwise each fork would draw its own.
         let device = model.devices().first().expect("a model with parameters expected").clone();
+        if let [pool] = &self.pools[..] {
+            let fork = model.clone().fork(&device);
+            let (sum, fork) = pool.run(|| {
+                let sum = Backward::sum(&fork, parts.into_iter().map(|part| pass(&fork, part)));
+                // Statistics that are shared wait for the thread that moved them.
+                statistics::sync(&fork);
+                (sum, fork)
+            });
+            statistics::follow::<B, M>(model, &[&fork]);
+            return sum;
+        }
         let count = parts.len();
         let mut shares: Vec<Vec<P>> = self.pools.iter().map(|_| Vec::new()).collect();
         for (i, part) in parts.into_iter().enumerate() {
@@ -141,20 +160,28 @@ impl Workers {
     }
 }
 
-/// The cores that a worker's operations use: one.
+/// The cores that a worker's operations use.
+///
+/// The whole pass runs on a thread of the pool. From outside, each operation would wake a thread and wait for it.
 #[derive(Debug)]
 struct Pool {
     pool: rayon::ThreadPool,
+    /// Held by the pass that runs. A thread of the pool that waits for a part of its pass could otherwise take up
+    /// another pass, and wait for itself.
+    running: Mutex<()>,
 }
 
 impl Pool {
-    fn new() -> Self {
+    /// A pool of so many threads; of as many as rayon has by default, if it is 0.
+    fn new(threads: usize) -> Self {
         // Deep models need more than a thread has by default.
-        let one = rayon::ThreadPoolBuilder::new().num_threads(1).stack_size(16 << 20);
-        Self { pool: one.build().expect("threads can be started") }
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).stack_size(16 << 20);
+        Self { pool: pool.build().expect("threads can be started"), running: Mutex::new(()) }
     }
 
     fn run<R: Send>(&self, work: impl FnOnce() -> R + Send) -> R {
+        // A pass that panicked left nothing behind.
+        let _running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         self.pool.install(work)
     }
 }
@@ -165,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_worker_has_one_core() {
-        let pool = Pool::new();
+        let pool = Pool::new(1);
         assert_eq!(pool.run(rayon::current_num_threads), 1);
         let caller = thread::current().id();
         assert!(pool.run(|| thread::current().id()) != caller);

@@ -9,7 +9,7 @@ use burn::{
             generate_autoregressive_mask,
         },
     },
-    tensor::{Bool, Tensor, backend::Backend},
+    tensor::{Bool, Tensor, TensorData, backend::Backend},
 };
 use burn_lora::{
     Init, Lora, LoraConfig, LoraLinear,
@@ -93,11 +93,42 @@ fn masks_and_quiet_softmax() {
             ),
         ];
         for (ours, burns) in cases {
+            let context = layer.context(ours.clone());
             let (ours, burns) = (layer.forward(ours), plain.forward(burns));
-            assert_close(ours.context, &values(burns.context), TOLERANCE);
+            let expected = values(burns.context);
+            assert_close(context, &expected, TOLERANCE);
+            assert_close(ours.context, &expected, TOLERANCE);
             assert_close(ours.weights, &values(burns.weights), TOLERANCE);
         }
     }
+}
+
+#[test]
+fn a_context_with_any_mask() {
+    let layer = everywhere().init_attention(base(false));
+    let mask = |hidden: fn(usize) -> bool| {
+        let hidden: Vec<_> = (0..2 * 4 * 4).map(hidden).collect();
+        Tensor::<Plain, 3, Bool>::from_data(TensorData::new(hidden, [2, 4, 4]), &device::<Plain>())
+    };
+    let masks: [fn(usize) -> bool; 4] = [
+        // Runs of keys that begin and end anywhere.
+        |it| it % 4 < it / 4 % 4 / 2,
+        // Holes.
+        |it| it % 3 == 1,
+        // Some queries see nothing.
+        |it| it / 4 == 2,
+        |_| true,
+    ];
+    for hidden in masks {
+        let input = LoraMhaInput::self_attn(input(2, 4, 3)).mask_attn(mask(hidden));
+        let expected = values(layer.forward(input.clone()).context);
+        assert_close(layer.context(input.clone()), &expected, TOLERANCE);
+        let expected = values(layer.forward(input.clone().mask_pad(padding())).context);
+        assert_close(layer.context(input.mask_pad(padding())), &expected, TOLERANCE);
+    }
+    let nothing =
+        layer.context(LoraMhaInput::self_attn(Tensor::zeros([2, 0, 6], &device::<Plain>())));
+    assert_eq!(nothing.dims(), [2, 0, 6]);
 }
 
 #[test]

@@ -3,12 +3,18 @@
 use std::{collections::BTreeMap, env, fs, path::Path, process::Command};
 
 use burn::{
-    nn::{LinearConfig, PaddingConfig2d, conv::Conv2dConfig},
+    nn::{
+        GroupNormConfig, LayerNormConfig, LinearConfig, PaddingConfig2d, RmsNormConfig,
+        conv::Conv2dConfig,
+    },
     tensor::{Tensor, TensorData},
 };
 use burn_lora::{
     Init, LoraConfig, LoraLinear,
-    nn::{LoraConv2d, gelu},
+    nn::{
+        AttentionMask, LoraConv2d, attention, gelu, group_norm, layer_norm, rms_norm, rotate,
+        swiglu,
+    },
 };
 
 use crate::{
@@ -24,6 +30,10 @@ const RESULTS: &str = "BURN_LORA_TEST_RESULTS";
 
 /// Whether the crate has operations of its own for the backend of the tests.
 const HAS_OWN: bool = !cfg!(feature = "wgpu");
+
+/// What is recorded.
+const OPERATIONS: [&str; 9] =
+    ["attention", "conv", "gelu", "group", "layer", "linear", "rms", "rotate", "swiglu"];
 
 /// Outputs and gradients, by name.
 type Results = BTreeMap<String, Vec<f32>>;
@@ -77,7 +87,35 @@ fn results() -> Results {
     let adapter = layer.adapter().expect("it was just put on");
     let factors = [&adapter.a.val(), &adapter.b.val()];
     record(&mut results, "conv", random([2, 3, 9, 7], 7), |x| layer.forward(x), factors);
+
+    let x = || random([2, 40, 24], 8);
+    let heads = |x: Tensor<Train, 3>| x.reshape([2, 40, 4, 6]);
+    let mask = AttentionMask::causal(40).window(9);
+    let attend = |x| {
+        attention(
+            heads(x),
+            heads(random([2, 40, 24], 9)),
+            heads(x_of(10)),
+            &mask,
+            &Default::default(),
+        )
+    };
+    record(&mut results, "attention", x(), attend, factors);
+    let angles = [random([1, 40, 3], 11).cos(), random([1, 40, 3], 11).sin()];
+    let turn = |x| rotate(heads(x), angles[0].clone(), angles[1].clone());
+    record(&mut results, "rotate", x(), turn, factors);
+    record(&mut results, "swiglu", x(), |x| swiglu(x, x_of(12)), factors);
+    let norm = RmsNormConfig::new(24).init(&device);
+    record(&mut results, "rms", x(), |x| rms_norm(&norm, x), factors);
+    let norm = LayerNormConfig::new(24).init(&device);
+    record(&mut results, "layer", x(), |x| layer_norm(&norm, x), factors);
+    let norm = GroupNormConfig::new(4, 40).init(&device);
+    record(&mut results, "group", x(), |x| group_norm(&norm, x), factors);
     results
+}
+
+fn x_of(seed: u64) -> Tensor<Train, 3> {
+    random([2, 40, 24], seed)
 }
 
 /// The results of this very program in a process of its own, with this value of the variable.
@@ -104,17 +142,22 @@ fn writes_results() {
 fn burns_operations_give_the_same() {
     let directory = tempfile::tempdir().unwrap();
     let [fast, portable] = ["0", "1"].map(|value| results_with(value, directory.path()));
-    let names: Vec<_> = fast.keys().collect();
-    let expected = ["conv da", "conv db", "conv dx", "conv y", "gelu dx", "gelu y"];
-    assert_eq!(names[..6], expected);
-    assert_eq!(names[6..], ["linear da", "linear db", "linear dx", "linear y"]);
+    let of = |name: &str| fast.keys().filter(|it| it.starts_with(name)).count();
+    for name in OPERATIONS {
+        let factors = if ["conv", "linear"].contains(&name) { 2 } else { 0 };
+        assert_eq!(of(&format!("{name} ")), 2 + factors, "{name}");
+    }
 
     for (name, fast) in &fast {
         let portable = &portable[name];
         assert_eq!(fast.len(), portable.len(), "{name}");
         // Burn's gradient is that of an approximation on some backends.
         let of_gelu = name == "gelu dx" && backend::NAME != "flex";
-        let tolerance = if of_gelu { 2e-3 } else { 1e-5 };
+        // Attention and norms go through several sums, each with its rounding.
+        let is = |of: &&str| name.starts_with(of);
+        let several = ["attention", "group", "layer", "rms"].iter().any(is);
+        let usual = if several { 5e-5 } else { 1e-5 };
+        let tolerance = if of_gelu { 2e-3 } else { usual };
         let largest = fast.iter().fold(1.0f32, |largest, it| largest.max(it.abs()));
         for (fast, portable) in fast.iter().zip(portable) {
             let error = (fast - portable).abs() / largest;
@@ -124,8 +167,8 @@ fn burns_operations_give_the_same() {
     if !HAS_OWN {
         return;
     }
-    // The order of sums shows that other operations computed them.
-    for name in ["linear", "gelu", "conv"] {
+    // The order of sums shows that other operations computed them. A rotation has sums of two numbers only.
+    for name in OPERATIONS.into_iter().filter(|it| *it != "rotate") {
         let differs = |(it, fast): (&String, &Vec<f32>)| {
             let bits = |it: &[f32]| it.iter().map(|it| it.to_bits()).collect::<Vec<_>>();
             it.starts_with(name) && bits(fast) != bits(&portable[it])

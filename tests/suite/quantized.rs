@@ -1,5 +1,6 @@
 //! Quantized bases: what they hold, and what is computed from them.
 
+mod gguf;
 mod models;
 
 use burn::{
@@ -10,7 +11,7 @@ use burn::{
 use burn_lora::{
     Init, LoraConfig, LoraLinear, LoraModule,
     nn::{LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention},
-    quantize::{GgufType, Quantization, QuantizedWeight},
+    quantize::{Quantization, QuantizedWeight},
 };
 use proptest::prelude::*;
 use safetensors::SafeTensors;
@@ -73,48 +74,42 @@ fn nf4_is_that_of_bitsandbytes() {
 }
 
 #[test]
-fn blocks_of_gguf_are_held_to_the_bit() {
-    let bytes = fixtures();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    for (name, kind) in
-        [("Q8_0", GgufType::Q8_0), ("Q4_0", GgufType::Q4_0), ("Q4_1", GgufType::Q4_1)]
-    {
-        let data = tensors.tensor(&format!("{name}.data")).unwrap();
-        let numbers = tensor(&tensors, &format!("{name}.numbers"));
-        let from = |shape, data: &[u8]| {
-            QuantizedWeight::<Plain>::from_gguf(kind, shape, data, &device::<Plain>())
-        };
-        let held = from(numbers.dims(), data.data()).unwrap();
-        let largest = numbers.clone().abs().max().into_scalar();
-        let error = (held.dense() - numbers).abs().max().into_scalar();
-        // A GPU may multiply and add with one rounding.
-        assert!(error <= 1e-7 * largest, "{name}: {error}");
+fn nf4_of_a_file_is_held_to_the_bit() {
+    // As bitsandbytes' own, which the quantized numbers are compared with above.
+    let levels = tensor(&SafeTensors::deserialize(&fixtures()).unwrap(), "nf4.levels");
+    let levels: Vec<f32> = levels.into_data().to_vec().unwrap();
+    let mut levels = levels[..16].to_vec();
+    levels.sort_by(f32::total_cmp);
+    let codes: Vec<_> = (0..3 * 128 / 2).map(|it| (it * 89 % 256) as u8).collect();
+    let scales: Vec<_> = (0..6).map(|it| 0.3 + 0.17 * it as f32).collect();
+    let from = |shape, levels: &[f32], codes: &[u8], scales: &[f32]| {
+        let scales = scales.to_vec();
+        QuantizedWeight::<Plain>::from_nf4(shape, levels, codes, scales, &device::<Plain>())
+    };
+    let held = from([3, 128], &levels, &codes, &scales).unwrap();
+    let number = |place: usize| {
+        let byte = codes[place / 2];
+        let code = if place.is_multiple_of(2) { byte / 16 } else { byte % 16 };
+        levels[usize::from(code)] * scales[place / 64]
+    };
+    let expected: Vec<_> = (0..3 * 128).map(|place| number(place).to_bits()).collect();
+    assert_eq!(bits(held.dense()), expected);
 
-        // Products, of few rows with the codes as they are, and of more.
-        let mut layer = linear::<Plain>([96, 7], false, 1);
-        layer.set_quantized(held);
-        let numbers = matrix(&tensors, &format!("{name}.numbers"));
-        for rows in [1, 3, 6] {
-            let x = Matrix::random(rows, 96, 8);
-            let y = layer.forward(x.tensor([rows, 96], &device::<Plain>()));
-            assert_close(y, &x.times(&numbers.transpose()), 1e-5);
-        }
-
-        for (shape, cut, expected) in [
-            ([7, 95], 0, "95 columns are no blocks of 32"),
-            ([7, 96], 1, "bytes cannot be 7 x 96 numbers"),
-            ([usize::MAX, 96], 0, "numbers"),
-            ([1, usize::MAX - 31], 0, "numbers"),
-            ([0, 96], data.data().len(), "0 bytes cannot be 0 x 96 numbers"),
-        ] {
-            let error = from(shape, &data.data()[cut..]).unwrap_err().to_string();
-            assert!(error.contains(expected), "{error}");
-        }
-        let mut infinite = data.data().to_vec();
-        infinite[..2].copy_from_slice(&[0, 0x7c]);
-        let error = from([7, 96], &infinite).unwrap_err().to_string();
-        assert_eq!(error, format!("a matrix of {name}: a scale is not finite"));
+    for (shape, cut, expected) in [
+        ([3, 128], 0, "its levels are not those of NF4"),
+        ([4, 96], 16, "96 columns are no blocks of 64"),
+        ([3, 64], 16, "192 bytes cannot be 3 x 64 numbers"),
+        ([usize::MAX, 128], 16, "192 bytes cannot be"),
+        ([0, 128], 16, "192 bytes cannot be 0 x 128 numbers"),
+    ] {
+        let error = from(shape, &levels[..cut], &codes, &scales).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
     }
+    let error = from([3, 128], &levels, &codes, &scales[1..]).unwrap_err().to_string();
+    assert!(error.contains("5 scales cannot be those of 3 x 128 numbers"), "{error}");
+    let infinite = [&[f32::INFINITY], &scales[1..]].concat();
+    let error = from([3, 128], &levels, &codes, &infinite).unwrap_err().to_string();
+    assert_eq!(error, "a matrix of bitsandbytes: a scale is not finite");
 }
 
 /// What rounding may change in a number, of the largest in its block.

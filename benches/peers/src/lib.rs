@@ -1,6 +1,8 @@
 //! How the programs are talked to.
 
-use std::{io::stdin, time::Instant};
+use std::{env, io::stdin, time::Instant};
+
+use burn_lora::nn::Precision;
 
 /// As in the examples and benches of burn-lora.
 #[global_allocator]
@@ -21,7 +23,7 @@ pub struct Task {
 impl Task {
     /// Reads the command line.
     pub fn from_args() -> Self {
-        let args: Vec<String> = std::env::args().skip(1).collect();
+        let args: Vec<String> = env::args().skip(1).collect();
         let [method, tokens, width, rank] = &args[..] else {
             panic!("expected METHOD TOKENS WIDTH RANK, got {args:?}")
         };
@@ -31,10 +33,20 @@ impl Task {
     }
 }
 
-/// Says `ready`, and then answers each line that comes, a number of steps, with the seconds that each
-/// of them took.
+/// The precision of products that the variable `PRECISION` names: `f32`, which is the default, or `bf16`.
+pub fn precision() -> Precision {
+    match env::var("PRECISION").as_deref() {
+        Ok("bf16") => Precision::Bf16,
+        Ok("f32") | Err(_) => Precision::F32,
+        Ok(other) => panic!("PRECISION is f32 or bf16, got {other}"),
+    }
+}
+
+/// Warms up, says `ready`, and then answers each line that comes, a number of steps, with the seconds that each
+/// of them took. The variable `WARM_UP` says how many steps come first, by default 3.
 pub fn serve<L>(mut layer: L, mut step: impl FnMut(L) -> L) {
-    for _ in 0..3 {
+    let warm_up = env::var("WARM_UP").map_or(3, |it| it.parse().expect("a number of steps"));
+    for _ in 0..warm_up {
         layer = step(layer);
     }
     println!("ready");

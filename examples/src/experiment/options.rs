@@ -2,12 +2,12 @@
 
 use std::{fs, path::PathBuf};
 
-use burn_lora::LoraConfig;
+use burn_lora::{LoraConfig, nn::Precision};
 use burn_lora_llm::{
     Context, Result,
     cli::{self, workers::WorkersArg},
 };
-use clap::{Arg, Args};
+use clap::{Arg, Args, ValueEnum};
 use serde::Serialize;
 
 use crate::{backend, classifier::Recipe};
@@ -31,6 +31,9 @@ pub struct Options {
     /// Passes over the training images, for each training
     #[arg(long, default_value = "4", value_parser = cli::positive)]
     pub epochs: usize,
+    /// The type of the numbers that layers multiply in training, on the CPU backends flex and ndarray
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    dtype: Dtype,
     #[command(flatten)]
     #[serde(skip)]
     workers: WorkersArg,
@@ -41,6 +44,16 @@ pub struct Options {
     #[arg(long, value_name = "DIR", default_value = "out")]
     #[serde(skip)]
     pub out: PathBuf,
+}
+
+/// The type of the numbers that layers multiply.
+#[derive(Clone, Copy, Debug, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+enum Dtype {
+    /// Single precision.
+    F32,
+    /// The upper half of single precision.
+    Bf16,
 }
 
 /// Sets the default of an option.
@@ -68,8 +81,11 @@ pub fn help(text: &'static str) -> impl FnOnce(Arg) -> Arg {
 }
 
 impl Options {
-    /// Creates the directory of the results.
+    /// Creates the directory of the results. Fails if the backend has no products in bf16, and they are asked for.
     pub fn create_out(&self) -> Result<()> {
+        if matches!(self.dtype, Dtype::Bf16) && !backend::ON_CPU {
+            return Err(format!("`--dtype bf16` cannot be used on the backend {}", backend::NAME));
+        }
         fs::create_dir_all(&self.out).context(self.out.display())
     }
 
@@ -83,6 +99,14 @@ impl Options {
         self.workers.count(backend::cores())
     }
 
+    /// The precision of the products of layers, in trainings.
+    pub fn precision(&self) -> Precision {
+        match self.dtype {
+            Dtype::F32 => Precision::F32,
+            Dtype::Bf16 => Precision::Bf16,
+        }
+    }
+
     /// A training of this name, without checkpoints.
     pub fn recipe<'a>(&self, name: &'a str, learning_rate: f64) -> Recipe<'a> {
         Recipe {
@@ -91,6 +115,7 @@ impl Options {
             epochs: self.epochs,
             seed: self.seed,
             lora_plus: 1.0,
+            precision: self.precision(),
             workers: self.workers(),
             start: None,
             logs: self.out.join("logs"),

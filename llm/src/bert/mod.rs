@@ -21,7 +21,7 @@ use burn::{
 };
 use burn_lora::{
     LoraLinear,
-    nn::{LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention, gelu},
+    nn::{LoraEmbedding, LoraMhaInput, LoraMultiHeadAttention, gelu, layer_norm},
     peft::Renaming,
 };
 use serde::Deserialize;
@@ -169,16 +169,16 @@ impl<B: Backend> Embeddings<B> {
         // A text has one segment, the first.
         let segments = Tensor::zeros([1, length], &ids.device());
         let positions = self.positions.forward(positions) + self.segments.forward(segments);
-        self.norm.forward(self.words.forward(ids) + positions)
+        layer_norm(&self.norm, self.words.forward(ids) + positions)
     }
 }
 
 impl<B: Backend> Block<B> {
     fn forward(&self, x: Tensor<B, 3>, padding: Tensor<B, 2, Bool>) -> Tensor<B, 3> {
         let input = LoraMhaInput::self_attn(x.clone()).mask_pad(padding);
-        let x = self.attention_norm.forward(x + self.attention.forward(input).context);
+        let x = layer_norm(&self.attention_norm, x + self.attention.context(input));
         let inner = gelu(self.expand.forward(x.clone()));
-        self.output_norm.forward(x + self.contract.forward(inner))
+        layer_norm(&self.output_norm, x + self.contract.forward(inner))
     }
 }
 

@@ -5,8 +5,10 @@
 use std::fmt::Write;
 
 use chrono::{Local, NaiveDateTime};
-use minijinja::{Environment, Error, ErrorKind, Value};
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+use serde::Serialize;
 
+use super::json;
 use crate::error::{Context, Result};
 
 /// Tells the local time.
@@ -33,6 +35,7 @@ impl Template {
         environment.add_function("raise_exception", |message: String| {
             Err::<String, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
+        environment.add_filter("tojson", json::filter);
         environment.add_function("strftime_now", move |format: &str| strftime(clock(), format));
         let source = without_generation(source);
         environment.add_template_owned(NAME, source).context("the chat template")?;
@@ -42,6 +45,24 @@ impl Template {
     pub(super) fn render(&self, context: Value) -> Result<String> {
         let rendered = self.0.get_template(NAME).and_then(|it| it.render(context));
         rendered.context("the chat template")
+    }
+}
+
+/// What a template is told. Without an answer to come, nobody is asked for one. There are no tools and documents, which
+/// is told, too: templates take what they were not told of for something.
+pub(super) fn conversation(
+    messages: &[impl Serialize],
+    answer: bool,
+    begin: &str,
+    end: &str,
+) -> Value {
+    context! {
+        messages => messages,
+        add_generation_prompt => answer,
+        bos_token => begin,
+        eos_token => end,
+        tools => (),
+        documents => (),
     }
 }
 
@@ -101,8 +122,9 @@ fn without_generation(source: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::{fs, path::Path};
+
     use chrono::NaiveDate;
-    use minijinja::context;
 
     use super::*;
 
@@ -148,6 +170,32 @@ mod tests {
         assert!(rendered("{% genre %}").unwrap_err().contains("unknown statement genre"));
         for cut in ["{%", "{{ a", "{% raw", "{% raw %}", "{#", "{% generation"] {
             let _ = rendered(cut);
+        }
+    }
+
+    /// `transformers` rendered the conversations.
+    #[test]
+    fn families_render_as_in_transformers() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/chat/fixtures/templates.json");
+        let fixture: serde_json::Value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();
+        let text = |value: &serde_json::Value| value.as_str().map(str::to_owned);
+        let cases = fixture["cases"].as_array().unwrap();
+        assert!(cases.len() > 50);
+        for case in cases {
+            let name = case["name"].as_str().unwrap();
+            let source = text(&fixture["templates"][name]).unwrap();
+            let messages: Vec<crate::chat::Message> =
+                serde_json::from_value(case["messages"].clone()).unwrap();
+            let answer = case["answer"].as_bool().unwrap();
+            let rendered = Template::new(&source, noon)
+                .and_then(|it| it.render(conversation(&messages, answer, "<s>", "</s>")));
+            match text(&case["error"]) {
+                Some(expected) => {
+                    let error = rendered.unwrap_err();
+                    assert!(error.contains(&expected), "{name}: {error}");
+                }
+                None => assert_eq!(rendered.ok(), text(&case["expected"]), "{name}: {messages:?}"),
+            }
         }
     }
 

@@ -43,6 +43,9 @@ pub fn forget(out: &Path, checkpoints: &str) -> Result<()> {
     Ok(())
 }
 
+/// What runs did before they wrote it down.
+const ADDED: [(&str, &str); 1] = [("dtype", "f32")];
+
 /// Fails unless the run with the directory `out` had the same arguments. Those in `growing` are numbers that may be
 /// greater now.
 pub fn resume(out: &Path, arguments: &Value, growing: &[&str]) -> Result<()> {
@@ -50,7 +53,9 @@ pub fn resume(out: &Path, arguments: &Value, growing: &[&str]) -> Result<()> {
     let fields = arguments.as_object().into_iter().flatten();
     for (field, now) in fields {
         let old_name = RENAMED.iter().find(|(name, _)| name == field).map(|(_, old)| *old);
-        let then = before.get(field).or_else(|| before.get(old_name?)).unwrap_or(&Value::Null);
+        let unsaid = ADDED.iter().find(|(name, _)| name == field).map(|&(_, value)| value.into());
+        let unsaid: Value = unsaid.unwrap_or_default();
+        let then = before.get(field).or_else(|| before.get(old_name?)).unwrap_or(&unsaid);
         let grows = growing.contains(&field.as_str());
         let has_grown = grows && then.as_f64().zip(now.as_f64()).is_some_and(|(a, b)| a < b);
         if then != now && !has_grown {

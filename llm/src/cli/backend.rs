@@ -1,10 +1,11 @@
 //! The backend of a program, which its cargo features choose.
 
-use std::panic;
+use std::{env, panic};
 
 use burn::tensor::{Tensor, backend::Backend};
+use burn_lora_kernels::{Instructions, VARIABLE};
 
-use crate::Result;
+use crate::{Context, Result};
 
 /// Defines in a module what the cargo features of the calling package choose: `Plain` and `Train`, the backend for
 /// inference and for training; its `NAME`; `cores`, the number of threads that can share a training step; and
@@ -47,9 +48,13 @@ macro_rules! choose_backend {
             "ndarray"
         };
 
+        /// Whether it computes on the processor, in the memory of the machine.
+        pub const ON_CPU: bool =
+            !cfg!(any(feature = "cuda", feature = "rocm", feature = "wgpu"));
+
         /// The number of threads that can share a training step: GPUs are busy with one.
         pub fn cores() -> usize {
-            if cfg!(any(feature = "cuda", feature = "rocm", feature = "wgpu")) {
+            if !ON_CPU {
                 return 1;
             }
             std::thread::available_parallelism().map_or(1, std::num::NonZero::get)
@@ -99,19 +104,41 @@ macro_rules! choose_backend {
         /// The chosen backend, for training.
         pub type Train = burn::backend::Autodiff<Plain>;
 
-        /// Runs one operation, so that a missing driver gives a clear message and not a panic later.
+        /// Runs one operation, so that a missing driver gives a clear message and not a panic later. Checks the
+        /// variable that chooses instructions, too.
         pub fn check() -> $crate::Result<()> {
             $crate::cli::backend::check::<Plain>(NAME)
         }
     };
 }
 
+/// Checks that the environment variable [`VARIABLE`], if there is one, names instructions that are there. Products would
+/// panic.
+///
+/// # Errors
+///
+/// If it names none, or some that this processor does not have.
+pub fn check_instructions() -> Result<()> {
+    let Some(name) = env::var_os(VARIABLE) else { return Ok(()) };
+    let chosen: Instructions = name.to_string_lossy().parse().context(VARIABLE)?;
+    match chosen.are_there() {
+        true => Ok(()),
+        false => {
+            let there = Instructions::ALL.into_iter().filter(|it| it.are_there());
+            let there: Vec<_> = there.map(Instructions::name).collect();
+            let there = there.join(", ");
+            Err(format!("{VARIABLE}: this processor has no {chosen}; it has {there}"))
+        }
+    }
+}
+
 /// Runs one operation on the backend of this name.
 ///
 /// # Errors
 ///
-/// If it panics, as Burn does where there is no driver.
+/// If it panics, as Burn does where there is no driver. As [`check_instructions`].
 pub fn check<B: Backend>(name: &str) -> Result<()> {
+    check_instructions()?;
     let hook = panic::take_hook();
     panic::set_hook(Box::new(|_| {}));
     let probe = panic::catch_unwind(|| Tensor::<B, 1>::ones([1], &Default::default()).into_data());

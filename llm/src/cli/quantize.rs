@@ -10,6 +10,8 @@ pub enum Kind {
     Int8,
     /// 4 bits: NormalFloat.
     Nf4,
+    /// 16 bits: bfloat16.
+    Bf16,
 }
 
 impl From<Kind> for Quantization {
@@ -17,6 +19,7 @@ impl From<Kind> for Quantization {
         match kind {
             Kind::Int8 => Self::Int8,
             Kind::Nf4 => Self::Nf4,
+            Kind::Bf16 => Self::Bf16,
         }
     }
 }

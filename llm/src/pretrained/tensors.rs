@@ -3,13 +3,17 @@
 use std::{
     cell::RefCell,
     collections::{BTreeMap, BTreeSet},
+    fs::File,
+    io::{self, BufReader, Read, Seek, SeekFrom},
+    ops::Range,
     path::{Component, Path, PathBuf},
     rc::Rc,
 };
 
-use burn::tensor::DType;
+use burn::tensor::{DType, TensorData};
 use burn_store::{ModuleStore, SafetensorsStore, TensorSnapshot, TensorSnapshotError};
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::{
     error::{Context, Result},
@@ -28,11 +32,16 @@ pub(crate) type Problems = Rc<RefCell<Vec<String>>>;
 
 /// All tensors of the directory.
 pub(super) fn read_tensors(dir: &Path) -> Result<Tensors> {
-    let Some(map) = weight_map(dir)? else { return read_file(&dir.join(WEIGHTS)) };
+    let map = weight_map(dir)?;
     let mut tensors = Tensors::new();
-    for file in map.values().collect::<BTreeSet<_>>() {
-        tensors.extend(read_file(&dir.join(file))?);
+    for path in files_by(dir, map.as_ref())? {
+        for (name, tensor) in read_file(&path)? {
+            if tensors.insert(name.clone(), tensor).is_some() {
+                return Err(format!("{}: `{name}` is in another file, too", path.display()));
+            }
+        }
     }
+    let Some(map) = map else { return Ok(tensors) };
     let listed = map.into_keys().collect::<BTreeSet<_>>();
     let found = tensors.keys().cloned().collect();
     match listed.symmetric_difference(&found).next() {
@@ -46,22 +55,75 @@ pub(super) fn read_tensors(dir: &Path) -> Result<Tensors> {
 
 /// The files of the directory that [`read_tensors`] reads, in the order of their names.
 pub(super) fn files(dir: &Path) -> Result<Vec<PathBuf>> {
-    let names: BTreeSet<_> = match weight_map(dir)? {
-        Some(map) => map.into_values().collect(),
-        None => [WEIGHTS.to_owned()].into(),
+    files_by(dir, weight_map(dir)?.as_ref())
+}
+
+fn files_by(dir: &Path, map: Option<&WeightMap>) -> Result<Vec<PathBuf>> {
+    let names: BTreeSet<_> = match map {
+        Some(map) => map.values().cloned().collect(),
+        None => parts(dir)?.unwrap_or([WEIGHTS.to_owned()].into()),
     };
     Ok(names.into_iter().map(|name| dir.join(name)).collect())
 }
 
+/// The names of the parts of a model without an index, `model-00001-of-00003.safetensors` and so on, unless it is in
+/// one file.
+///
+/// # Errors
+///
+/// If one of them is missing, or there are parts of several models.
+fn parts(dir: &Path) -> Result<Option<BTreeSet<String>>> {
+    if is_there(&dir.join(WEIGHTS)) {
+        return Ok(None);
+    }
+    let found: BTreeSet<_> = names_ending(dir, &[".safetensors"]).into_iter().collect();
+    let counts: BTreeSet<_> = found.iter().filter_map(|name| count_of(name)).collect();
+    let count = match Vec::from_iter(counts)[..] {
+        [] => return Ok(None),
+        [count] => count,
+        [one, other, ..] => {
+            return Err(format!(
+                "{}: there are parts of a model in {one} files and of one in {other}, and {INDEX} does not say which \
+                 are meant",
+                dir.display(),
+            ));
+        }
+    };
+    let missing = (1..=count).map(|number| part(number, count)).find(|it| !found.contains(it));
+    match missing {
+        Some(missing) => Err(format!(
+            "{}: it is missing, and other parts of the model are there",
+            dir.join(missing).display()
+        )),
+        None => Ok(Some((1..=count).map(|number| part(number, count)).collect())),
+    }
+}
+
+/// The name of a part.
+fn part(number: usize, count: usize) -> String {
+    format!("model-{number:05}-of-{count:05}.safetensors")
+}
+
+/// In how many files the model is that a file with this name is a part of.
+fn count_of(name: &str) -> Option<usize> {
+    let numbers = name.strip_prefix("model-")?.strip_suffix(".safetensors")?;
+    let (number, count) = numbers.split_once("-of-")?;
+    let (number, count) = (number.parse().ok()?, count.parse().ok()?);
+    (part(number, count) == name && (1..=count).contains(&number)).then_some(count)
+}
+
+/// The name of the file of each tensor.
+type WeightMap = BTreeMap<String, String>;
+
 /// The name of the file of each tensor, if the tensors are in several files.
-fn weight_map(dir: &Path) -> Result<Option<BTreeMap<String, String>>> {
+fn weight_map(dir: &Path) -> Result<Option<WeightMap>> {
     let index = dir.join(INDEX);
     if !is_there(&index) {
         return Ok(None);
     }
     #[derive(Deserialize)]
     struct Index {
-        weight_map: BTreeMap<String, String>,
+        weight_map: WeightMap,
     }
     let Index { weight_map } =
         serde_json::from_value(read_json(&index)?).context(index.display())?;
@@ -85,7 +147,64 @@ pub(crate) fn read_file(path: &Path) -> Result<Tensors> {
     // burn-store would not name the file.
     check_start(path, &start_of(path).context(path.display())?)?;
     let mut file = SafetensorsStore::from_file(path);
-    Ok(file.get_all_snapshots().context(path.display())?.clone())
+    let tensors = file.get_all_snapshots().context(path.display())?;
+    let places = places(path).context(path.display())?;
+    let tensors = tensors.iter().map(|(name, tensor)| match places.get(name) {
+        Some(place) => (name.clone(), at(place.clone(), path.to_owned(), tensor)),
+        None => (name.clone(), tensor.clone()),
+    });
+    Ok(tensors.collect())
+}
+
+/// Where the bytes of each tensor are in a safetensors file, which was checked.
+fn places(path: &Path) -> Result<BTreeMap<String, Range<u64>>> {
+    #[derive(Deserialize)]
+    struct Info {
+        data_offsets: [u64; 2],
+    }
+    let mut file = File::open(path).context("opening")?;
+    let mut length = [0; 8];
+    file.read_exact(&mut length).context("its header")?;
+    let length = u64::from_le_bytes(length);
+    let header: BTreeMap<String, Value> =
+        serde_json::from_reader(BufReader::new(file.take(length))).context("its header")?;
+    let infos = header.into_iter().filter(|(name, _)| name != "__metadata__");
+    let place = |(name, info)| {
+        let Info { data_offsets: [start, end] } =
+            serde_json::from_value(info).context(format!("`{name}`"))?;
+        Ok((name, 8 + length + start..8 + length + end))
+    };
+    infos.map(place).collect()
+}
+
+/// A tensor whose bytes are read from the file when they are needed. burn-store maps the file into memory, and every page
+/// that was looked at counts as memory of this program until the last tensor is dropped.
+fn at(place: Range<u64>, path: PathBuf, tensor: &TensorSnapshot) -> TensorSnapshot {
+    let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
+    let id = tensor.tensor_id.unwrap_or_default();
+    let names = tensor.path_stack.clone().unwrap_or_default();
+    let values = {
+        let shape = shape.clone();
+        move || {
+            let read = || {
+                let mut file = File::open(&path)?;
+                file.seek(SeekFrom::Start(place.start))?;
+                let length = place.end - place.start;
+                let mut bytes = Vec::with_capacity(length as usize);
+                file.take(length).read_to_end(&mut bytes)?;
+                Ok(bytes)
+            };
+            let bytes = read().map_err(|error: io::Error| {
+                TensorSnapshotError::IoError(format!("{}: {error}", path.display()))
+            })?;
+            if (bytes.len() as u64) < place.end - place.start {
+                let problem = format!("{}: it became shorter", path.display());
+                return Err(TensorSnapshotError::DataError(problem));
+            }
+            Ok(TensorData::from_bytes_vec(bytes, shape.clone(), dtype))
+        }
+    };
+    TensorSnapshot::from_closure(Rc::new(values), dtype, shape, names, Vec::new(), id)
 }
 
 /// Fails if other files are there than the one of the weights, and says what to do.

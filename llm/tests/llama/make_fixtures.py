@@ -2,7 +2,7 @@
 reads, and what Hugging Face's `transformers` and PEFT compute with them.
 
     python -m venv venv
-    venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0 gguf==0.19.0
+    venv/bin/pip install torch==2.15.0 peft==0.21.2 transformers==5.24.0 safetensors==0.8.0 gguf==0.19.0 libgguf==0.2.2
     venv/bin/python llm/tests/llama/make_fixtures.py SMOLLM2
 
 SMOLLM2 is a directory with SmolLM2-135M-Instruct. The fixture does not contain its weights, only tokens and
@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 
 import gguf
+import libgguf
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -129,6 +131,30 @@ GGUF_NAMES = {
 TYPES = ["Q4_0", "Q4_1", "Q8_0", "F16", "BF16", "F32"]
 
 
+# What llama.cpp's program makes of a model in Q4_K_M, in the order of its parameters. Values and down projections are
+# Q6_K in some layers; rows that are no blocks of 256 are Q5_0 instead of Q4_K, and Q8_0 instead of Q6_K.
+Q4_K_M = [
+    "Q4_K",
+    "Q4_K", "Q4_K", "Q6_K", "Q5_0", "Q4_K", "Q4_K", "Q8_0",
+    "Q4_K", "Q4_K", "Q4_K", "Q5_0", "Q4_K", "Q4_K", "Q5_0",
+    "Q6_K",
+]
+
+# The others, the second half of them in blocks of 32.
+OTHERS = ["Q2_K", "Q3_K", "Q5_K", "IQ4_XS", "IQ4_NL", "Q2_K", "Q5_K", "Q5_1", "Q3_K"]
+
+
+def quantized(value, kind):
+    """By GGUF's own package as far as it can, and by ggml's code."""
+    try:
+        return gguf.quants.quantize(value, kind)
+    except NotImplementedError:
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        rows, columns = value.shape
+        data = np.asarray(libgguf.quantize_rows(value, kind))
+        return data.view(np.uint8).reshape(rows, columns // block * size)
+
+
 def write_gguf(path, model, types, frequencies=None):
     config = model.config
     kind = {"mistral": "llama"}.get(config.model_type, config.model_type)
@@ -161,9 +187,9 @@ def write_gguf(path, model, types, frequencies=None):
             value = value.reshape(heads, 2, rows // heads // 2, -1).swapaxes(1, 2).reshape(value.shape)
         value = value.float().contiguous().numpy()
         if value.ndim == 2:
-            kind_of = getattr(gguf.GGMLQuantizationType, types[number % len(types)])
+            kind_of = gguf.GGMLQuantizationType[types[number % len(types)]]
             number += 1
-            writer.add_tensor(f"{module}.{parts[-1]}", gguf.quants.quantize(value, kind_of), raw_dtype=kind_of)
+            writer.add_tensor(f"{module}.{parts[-1]}", quantized(value, kind_of), raw_dtype=kind_of)
         else:
             writer.add_tensor(f"{module}.{parts[-1]}", value)
     writer.write_header_to_file()
@@ -205,6 +231,28 @@ def as_gguf():
     write(FIXTURES / "packed.json", ids, model.eval()(ids).logits)
 
 
+def in_blocks():
+    """Decoders that are wide enough for blocks of 256, with the outputs of the numbers that the blocks stand for."""
+    torch.manual_seed(34)
+    sizes = SIZES | {"hidden_size": 256, "intermediate_size": 32, "num_attention_heads": 4, "head_dim": 8}
+    for name, types, layers in [("q4_k_m", Q4_K_M, 2), ("others", OTHERS, 1)]:
+        config = LlamaConfig(**sizes | {"num_hidden_layers": layers})
+        model = LlamaForCausalLM(config)
+        for parameter in model.parameters():
+            parameter.copy_(0.1 * torch.randn_like(parameter))
+        write_gguf(FIXTURES / f"{name}.gguf", model, types)
+        number = 0
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                kind = gguf.GGMLQuantizationType[types[number]]
+                number += 1
+                numbers = gguf.quants.dequantize(quantized(parameter.numpy(), kind), kind)
+                parameter.copy_(torch.from_numpy(numbers))
+        assert number == len(types)
+        ids = torch.randint(0, config.vocab_size, (2, 9))
+        write(FIXTURES / f"{name}.json", ids, model.eval()(ids).logits)
+
+
 def smollm2(directory):
     """For each text the scores of 60 tokens after its last, the largest score, and the sum of minus the
     logarithms of its tokens' probabilities."""
@@ -234,6 +282,7 @@ def main():
         as_gguf()
         if len(sys.argv) > 1:
             smollm2(sys.argv[1])
+        in_blocks()
 
 
 if __name__ == "__main__":

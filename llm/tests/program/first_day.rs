@@ -39,7 +39,32 @@ fn d7_the_bare_command_prints_all_of_its_help() {
 fn d7_the_version_is_told() {
     let place = Place::new();
     let expected = format!("burn-lora {}\n", env!("CARGO_PKG_VERSION"));
-    assert_eq!([place.done("--version").0, place.done("-V").0], [expected.clone(), expected]);
+    assert_eq!(
+        [place.done("--version").0, place.done("-V").0],
+        [expected.clone(), expected.clone()]
+    );
+
+    // With `-v` also what it computes with.
+    let verbose = place.done("--version -v").0;
+    let lines: Vec<_> = verbose.strip_prefix(&expected).unwrap().lines().collect();
+    assert!(lines[0].starts_with("backend: "), "{verbose}");
+    for command in ["-V -v", "-vV", "-v --version", "--verbose --version"] {
+        assert_eq!(place.done(command).0, verbose);
+    }
+    if lines.len() > 1 {
+        let done = place.run_with("-V -v", &[("BURN_LORA_KERNELS", "portable")]);
+        let out = text(&done.stdout);
+        assert!(out.contains("\nproducts in bf16: portable"), "{out}");
+        let (used, others) =
+            lines[1].split_once("; this processor also has ").unwrap_or((lines[1], ""));
+        let used = used.strip_prefix("products in bf16: ").unwrap();
+        assert!(used == "portable" || others.ends_with("portable"), "{verbose}");
+        assert!(!others.split(", ").any(|it| it == used), "{verbose}");
+    }
+    let error = place.refused("-v");
+    assert!(error.contains("--version"), "{error}");
+    let error = place.refused("--version evaluate");
+    assert!(error.contains("cannot be used with"), "{error}");
 }
 
 #[test]

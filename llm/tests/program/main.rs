@@ -1,6 +1,7 @@
 //! The program `burn-lora` as its users meet it: commands, what they print, and the files that they leave.
 
 mod data;
+mod dtype;
 mod first_day;
 mod results;
 mod server;
@@ -102,9 +103,12 @@ impl Place {
     fn command(&self, arguments: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_burn-lora"));
         command.args(arguments.split_whitespace()).current_dir(self.dir.path());
-        // Tests may run in a cluster.
+        // Tests may run in a cluster, and the library with other instructions.
         for (name, _) in std::env::vars() {
-            if ["OMPI_", "PMI", "MPI_", "MV2_", "SLURM_"].iter().any(|it| name.starts_with(it)) {
+            if ["OMPI_", "PMI", "MPI_", "MV2_", "SLURM_", "BURN_LORA_"]
+                .iter()
+                .any(|it| name.starts_with(it))
+            {
                 command.env_remove(name);
             }
         }

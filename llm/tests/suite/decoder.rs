@@ -1,8 +1,11 @@
 //! The decoder computes the same as Hugging Face's `transformers`, for
-//! each architecture that it reads, with and without an adapter. `tests/llama/make_fixtures.py` wrote the
-//! models and the reference outputs.
+//! each architecture that it reads, with and without an adapter. `tests/llama/make_fixtures.py` and `make_nf4.py` wrote
+//! the models and the reference outputs.
 
+mod families;
+mod nf4;
 mod packed;
+mod rules;
 
 use std::{
     fs,
@@ -64,7 +67,7 @@ fn ids(texts: &[&[i32]]) -> Tensor<Plain, 2, Int> {
 fn assert_computes(llama: &Llama<Plain>, expected: PathBuf) {
     let expected = Expected::read(expected);
     let texts: Vec<_> = expected.ids.iter().map(Vec::as_slice).collect();
-    let positions = llama.positions(0, texts[0].len(), &device::<Plain>());
+    let positions = llama.positions(texts[0].len(), &device::<Plain>());
     let logits = llama.logits(llama.hidden(ids(&texts), &positions));
     let (rows, cols) = (expected.logits.len(), expected.logits[0].len());
     assert_eq!(llama.vocab_size(), cols);
@@ -144,7 +147,7 @@ fn scores_of_smollm2_are_those_of_transformers() {
     let (mut difference, mut sum, mut expected_sum, mut targets) = (0.0_f64, 0.0, 0.0, 0);
     for text in &expected.texts {
         let length = text.ids.len();
-        let hidden = llama.hidden(ids(&[&text.ids]), &llama.positions(0, length, &device));
+        let hidden = llama.hidden(ids(&[&text.ids]), &llama.positions(length, &device));
         let scores = llama.logits(hidden).squeeze_dim::<2>(0);
         let last = scores.clone().narrow(0, length - 1, 1).squeeze_dim::<1>(0);
         let some: Vec<f64> = last.select(0, ints(&expected.some)).into_data().iter().collect();
@@ -267,7 +270,6 @@ fn what_the_decoder_is_not_is_refused_by_name() {
     for (model, key, value, expected) in [
         ("llama2", "model_type", json!("gemma3"), "unknown variant `gemma3`"),
         ("llama2", "hidden_act", json!("gelu"), "`hidden_act` must be \"silu\", and is \"gelu\""),
-        ("mistral", "sliding_window", json!(8), "`sliding_window` 8 is not supported"),
         ("llama2", "num_key_value_heads", json!(4), "6 query heads cannot share 4"),
         ("llama2", "head_dim", json!(3), "the size of a head must be even, and is 3"),
         (
@@ -286,8 +288,8 @@ fn what_the_decoder_is_not_is_refused_by_name() {
         (
             "llama2",
             "rope_parameters",
-            json!({"rope_type": "yarn"}),
-            "`rope_type` \"yarn\" is not supported",
+            json!({"rope_type": "proportional"}),
+            "`rope_type` \"proportional\" is not supported",
         ),
         ("llama2", "rms_norm_eps", json!(0), "`rms_norm_eps` must be above 0"),
     ] {

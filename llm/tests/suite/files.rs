@@ -2,8 +2,12 @@
 
 mod broken;
 mod gguf;
+mod headers;
 mod merging;
+mod split;
+mod table;
 mod texts;
+mod tokens;
 mod variants;
 
 use std::{collections::BTreeMap, fs, path::Path};
@@ -20,6 +24,7 @@ use tokenizers::{
 use burn_lora_llm::{
     chat::{Chat, Message},
     data::{self, Reading, Text},
+    llama::Llama,
     pretrained,
 };
 
@@ -121,21 +126,44 @@ impl Made {
         if !self.settings.is_null() {
             write("tokenizer_config.json", self.settings.to_string());
         }
-        let bytes = self.tensors.iter().map(|(name, (shape, numbers))| {
-            let bytes = numbers.iter().flat_map(|&number| match dtype(name) {
-                Dtype::F16 => half::f16::from_f32(number).to_le_bytes().to_vec(),
-                Dtype::BF16 => half::bf16::from_f32(number).to_le_bytes().to_vec(),
-                _ => number.to_le_bytes().to_vec(),
-            });
-            (name, shape.clone(), bytes.collect::<Vec<_>>())
-        });
-        let bytes: Vec<_> = bytes.collect();
-        let views = bytes.iter().map(|(name, shape, bytes)| {
-            (name, TensorView::new(dtype(name), shape.clone(), bytes).unwrap())
-        });
-        safetensors::serialize_to_file(views, None, &dir.path().join("model.safetensors")).unwrap();
+        write_tensors(&dir.path().join("model.safetensors"), &self.tensors, dtype);
         dir
     }
+
+    /// The same in parts of so many tensors, without an index.
+    fn write_in_parts(&self, size: usize) -> TempDir {
+        let dir = self.write();
+        fs::remove_file(dir.path().join("model.safetensors")).unwrap();
+        let tensors = Vec::from_iter(self.tensors.clone());
+        let parts = tensors.chunks(size);
+        for (number, part) in (1..).zip(parts.clone()) {
+            let name = format!("model-{number:05}-of-{:05}.safetensors", parts.len());
+            let tensors = part.iter().cloned().collect();
+            write_tensors(&dir.path().join(name), &tensors, |_| Dtype::F32);
+        }
+        dir
+    }
+}
+
+/// Writes a safetensors file, with weights of these types, which must hold their values.
+fn write_tensors(
+    path: &Path,
+    tensors: &BTreeMap<String, (Vec<usize>, Vec<f32>)>,
+    dtype: impl Fn(&str) -> Dtype,
+) {
+    let bytes = tensors.iter().map(|(name, (shape, numbers))| {
+        let bytes = numbers.iter().flat_map(|&number| match dtype(name) {
+            Dtype::F16 => half::f16::from_f32(number).to_le_bytes().to_vec(),
+            Dtype::BF16 => half::bf16::from_f32(number).to_le_bytes().to_vec(),
+            _ => number.to_le_bytes().to_vec(),
+        });
+        (name, shape.clone(), bytes.collect::<Vec<_>>())
+    });
+    let bytes: Vec<_> = bytes.collect();
+    let views = bytes.iter().map(|(name, shape, bytes)| {
+        (name, TensorView::new(dtype(name), shape.clone(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
 /// Numbers between -0.5 and 0.5, other ones for each seed.
@@ -151,10 +179,13 @@ fn noise(count: usize, seed: usize) -> Vec<f32> {
 /// The scores of all tokens of a text.
 #[track_caller]
 fn scores(model: &Path) -> Vec<f32> {
-    let llama = pretrained::load::<Plain>(model, None, &device::<Plain>()).unwrap().llama;
+    scores_of(&pretrained::load::<Plain>(model, None, &device::<Plain>()).unwrap().llama)
+}
+
+fn scores_of(llama: &Llama<Plain>) -> Vec<f32> {
     let ids = TensorData::new(vec![6_i32, 7, 8, 9, 10, 11, 1, 3], [1, 8]);
     let ids = Tensor::<Plain, 2, Int>::from_data(ids, &device::<Plain>());
-    let hidden = llama.hidden(ids, &llama.positions(0, 8, &device::<Plain>()));
+    let hidden = llama.hidden(ids, &llama.positions(8, &device::<Plain>()));
     llama.logits(hidden).into_data().to_vec().unwrap()
 }
 

@@ -79,6 +79,7 @@ pub(super) fn output_of<K: Cpu, C: CheckpointStrategy>(
         stride: conv.stride,
         dilation: conv.dilation,
         padding: conv.padding,
+        precision: conv.precision,
     };
     let y = plain.output(inner(&x), window);
 

@@ -18,9 +18,10 @@ use crate::{
     ops::{
         autodiff::{inner, nothing, output, parents, register},
         backend::Cpu,
+        bf16::{self, Side, pack},
         pool::in_pool,
-        quantized::{gradient, without_autodiff},
         rows::{add_product, transposed},
+        weight::plain,
     },
     quantized::Weight,
     tensors::{primitive, tensor},
@@ -84,25 +85,41 @@ impl<K: Cpu> State<K> {
     ) -> [Option<Tensor<K, 2>>; 4] {
         let Self { reads_x, weight, a, b, hidden, scale, .. } = self;
         in_pool(dy.dims()[0], weight.dims(), || {
+            let packed = weight.in_bf16(dy.dims()[0]).then(|| pack(dy.clone()));
             let db = hidden.map(|hidden| K::product(hidden.transpose(), dy.clone()));
             let by_adapter = read.is_some() || read_wanted || (x_wanted && reads_x);
-            let d_hidden =
-                by_adapter.then(|| K::times_thin(dy.clone(), b.transpose()).mul_scalar(scale));
+            let d_hidden = by_adapter.then(|| {
+                let product = match &packed {
+                    Some(packed) => bf16::product(packed, &b, Side::Transposed),
+                    None => K::times_thin(dy.clone(), b.transpose()),
+                };
+                product.mul_scalar(scale)
+            });
             // `dA` is computed as its transpose: CPU kernels are several times slower at `xᵀ·dh`.
             let da = read.zip(d_hidden.clone());
             let da = da.map(|(read, dh)| transposed(K::product(dh.transpose(), read)));
-            let dx = x_wanted.then(|| times_transposed(dy, weight));
-            match d_hidden {
-                Some(dh) if reads_x => {
-                    let dx = dx.map(|dx| add_product(dx, None, dh, transposed(a)));
-                    [dx, None, da, db]
+            let adds = d_hidden.clone().filter(|_| reads_x && x_wanted);
+            let update = adds.map(|dh| (dh, transposed(a.clone())));
+            let dx = x_wanted.then(|| match &packed {
+                Some(packed) => {
+                    let update = update.as_ref().map(|(dh, up)| [dh, up]);
+                    let device = dy.device();
+                    bf16::times(packed, &weight, Side::Transposed, update, None, &device)
                 }
-                Some(dh) => {
-                    let d_read = read_wanted.then(|| K::product(dh, a.transpose()));
-                    [dx, d_read, da, db]
+                None => {
+                    let dx = weight.times_transposed(dy);
+                    match update {
+                        Some((dh, up)) => add_product(dx, None, dh, up),
+                        None => dx,
+                    }
                 }
-                None => [dx, None, da, db],
-            }
+            });
+            let d_read = d_hidden.filter(|_| read_wanted && !reads_x);
+            let d_read = d_read.map(|dh| match packed {
+                Some(_) => bf16::product(&pack(dh), &a, Side::Transposed),
+                None => K::product(dh, a.transpose()),
+            });
+            [dx, d_read, da, db]
         })
     }
 }
@@ -112,18 +129,15 @@ pub(super) fn output_of<K: Cpu, C: CheckpointStrategy>(
     x: Tensor<Autodiff<K, C>, 2>,
     layer: &AdaptedLinear<Autodiff<K, C>>,
 ) -> Tensor<Autodiff<K, C>, 2> {
-    let plain = AdaptedLinear {
-        weight: match &layer.weight {
-            Weight::Full(weight) => Weight::Full(inner(weight)),
-            Weight::Quantized(weight) => Weight::Quantized(without_autodiff(weight)),
-        },
+    let values = AdaptedLinear {
+        weight: plain(&layer.weight),
         bias: layer.bias.as_ref().map(inner),
         read: layer.read.as_ref().map(inner),
         a: inner(&layer.a),
         b: inner(&layer.b),
         scale: layer.scale,
     };
-    let (hidden, y) = plain.hidden_and_output(inner(&x));
+    let (hidden, y) = values.hidden_and_output(inner(&x));
 
     let [x, a, b] = [x, layer.a.clone(), layer.b.clone()].map(primitive);
     let (read, bias) = (layer.read.clone().map(primitive), layer.bias.clone().map(primitive));
@@ -133,22 +147,7 @@ pub(super) fn output_of<K: Cpu, C: CheckpointStrategy>(
         let reads_x = read.is_none();
         let read = a.is_tracked().then(|| prep.checkpoint(read.as_ref().unwrap_or(&x)));
         let hidden = b.is_tracked().then_some(hidden);
-        let AdaptedLinear { weight, a, b, scale, .. } = plain;
+        let AdaptedLinear { weight, a, b, scale, .. } = values;
         State { read, reads_x, weight, a, b, hidden, scale }
     })
-}
-
-/// `y·Wᵀ`, for `y: [batch, d_output]` and `weight: [d_input, d_output]`.
-fn times_transposed<K: Cpu>(y: Tensor<K, 2>, weight: Weight<K>) -> Tensor<K, 2> {
-    let weight = match weight {
-        Weight::Full(weight) => weight,
-        Weight::Quantized(weight) => return gradient(y, &weight),
-    };
-    let ([batch, _], [d_input, d_output]) = (y.dims(), weight.dims());
-    // CPU kernels reorder a transposed weight before they multiply. For few rows it is cheaper to
-    // compute `(W·yᵀ)ᵀ`, which reorders the input and the output instead.
-    if batch * (d_input + d_output) > d_input * d_output {
-        return K::product(y, weight.transpose());
-    }
-    transposed(K::product(weight, transposed(y)))
 }

@@ -2,7 +2,9 @@
 
 use crate::quantized::{APART, Format, Levels};
 
-/// Unpacks a row into `numbers`. There is a scale for each block and, in some formats, a smallest number.
+/// Unpacks a row, or whole blocks of it, into `numbers`. In some formats there is a scale for each block, and in some a
+/// smallest number.
+#[inline(always)]
 pub(super) fn unpack_row(
     format: Format,
     bytes: &[u8],
@@ -12,6 +14,19 @@ pub(super) fn unpack_row(
 ) {
     // Each arm is compiled by itself, so that the loop over the bytes has no decision left in it.
     match (format.levels(), minima) {
+        (Levels::Upper, _) => {
+            for (number, &bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
+                *number = widened(bytes);
+            }
+        }
+        (Levels::Half, _) => {
+            for (number, &bytes) in numbers.iter_mut().zip(bytes.as_chunks().0) {
+                *number = of_half(bytes);
+            }
+        }
+        (Levels::Blocks(format), _) => {
+            format.unpack(&bytes[..format.row_bytes(numbers.len())], numbers);
+        }
         (Levels::Of(levels), _) => {
             let number = |code: u8, scale: f32, _| levels[usize::from(code & 15)] * scale;
             unpack_by(format, bytes, scales, None, numbers, number);
@@ -29,6 +44,23 @@ pub(super) fn unpack_row(
     }
 }
 
+/// The number whose upper half these bytes are.
+#[inline(always)]
+pub(super) fn widened(bytes: [u8; 2]) -> f32 {
+    f32::from_bits(u32::from(u16::from_le_bytes(bytes)) << 16)
+}
+
+/// The finite number that these bytes are in half precision. The exponent of an `f32` counts from 127 and that of a half
+/// from 15, so the bits in the place of those of an `f32` are a number that is 2¹¹² times too small.
+#[inline(always)]
+pub(super) fn of_half(bytes: [u8; 2]) -> f32 {
+    const TOO_SMALL: f32 = f32::from_bits((127 + 112) << 23);
+
+    let bits = u16::from_le_bytes(bytes);
+    let magnitude = f32::from_bits(u32::from(bits & 0x7fff) << 13) * TOO_SMALL;
+    f32::from_bits(magnitude.to_bits() | u32::from(bits & 0x8000) << 16)
+}
+
 #[inline(always)]
 fn unpack_by(
     format: Format,
@@ -38,7 +70,7 @@ fn unpack_by(
     numbers: &mut [f32],
     number: impl Fn(u8, f32, f32) -> f32,
 ) {
-    let (size, packs_two) = (format.block(), format.bits() == 4);
+    let (size, packs_two) = (format.block(), format.packs_two());
     let blocks = numbers.chunks_mut(size).zip(bytes.chunks_exact(format.block_bytes()));
     for (block, (numbers, bytes)) in blocks.enumerate() {
         let (scale, least) = (scales[block], minima.map_or(0.0, |it| it[block]));

@@ -6,8 +6,8 @@ use burn::{
     optim::{AdamWConfig, GradientsParams, Optimizer},
     tensor::{Distribution, Tensor, activation::relu},
 };
-use burn_lora::{LoraConfig, LoraLinear};
-use burn_lora_peers::{Task, serve};
+use burn_lora::{LoraConfig, LoraLinear, LoraModule, nn::Precision, quantize::Quantization};
+use burn_lora_peers::{Task, precision, serve};
 
 #[cfg(feature = "ndarray")]
 type Plain = burn::backend::NdArray;
@@ -22,7 +22,16 @@ fn main() {
     let config = LoraConfig::peft(rank, 16.0);
     let layer = |_| -> LoraLinear<Train> {
         let base = LinearConfig::new(width, width).init::<Train>(&device);
-        if method == "full" { base.into() } else { config.init(base) }
+        let mut layer: LoraLinear<Train> =
+            if method == "full" { base.into() } else { config.init(base) };
+        layer.set_precision(precision());
+        // As a file in bf16 is held.
+        match precision() {
+            Precision::Bf16 if method != "full" => {
+                layer.quantize(Quantization::Bf16).expect("a linear layer").0
+            }
+            _ => layer,
+        }
     };
     let layers: Vec<_> = (0..if method == "mlp" { 4 } else { 1 }).map(layer).collect();
     let mut optimizer = AdamWConfig::new().init();

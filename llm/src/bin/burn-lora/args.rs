@@ -2,22 +2,38 @@
 
 use std::{net::IpAddr, path::PathBuf};
 
+use burn::tensor::backend::Backend;
 use burn_lora::quantize::Quantization;
 use burn_lora_llm::{
     Result,
     cli::{self, quantize::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg},
+    llama::Llama,
     merged::Precision,
 };
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
 
+use crate::dtype::Dtype;
+
 /// Fine-tune a language model of the Llama family with LoRA, evaluate it, let it answer, and merge the
 /// adapters into its weights.
 #[derive(Parser, Debug)]
-#[command(name = "burn-lora", version)]
+#[command(
+    name = "burn-lora",
+    disable_version_flag = true,
+    arg_required_else_help = true,
+    args_conflicts_with_subcommands = true
+)]
 pub struct Args {
+    /// Print the version
+    #[arg(short = 'V', long)]
+    pub version: bool,
+    /// With --version: print the backend, and which instructions of the processor are used, too
+    #[arg(short = 'v', long, requires = "version")]
+    pub verbose: bool,
+    /// None is given with `--version` alone.
     #[command(subcommand)]
-    pub command: Command,
+    pub command: Option<Command>,
 }
 
 #[derive(Subcommand, Debug)]
@@ -37,13 +53,17 @@ pub enum Command {
 /// The model that adapters are put on.
 #[derive(Parser, Debug)]
 pub struct BaseArgs {
-    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file, whose 4 or 8 bits
+    /// Directory with config.json, model.safetensors and tokenizer.json, or a GGUF file, whose 2 to 8 bits
     /// stay as they are; otherwise the Hugging Face cache, or a download of SmolLM2-135M-Instruct
     #[arg(long, value_name = "PATH")]
     pub model: Option<PathBuf>,
-    /// Hold the linear layers in 8 or in 4 bits
+    /// Hold the linear layers in 16, 8 or 4 bits
     #[arg(long, alias = "quantise", value_name = "KIND")]
     pub quantize: Option<Kind>,
+    /// Hold matrices that are bf16 or f16 in the file as they are, in half the memory of f32. A training with --quantize,
+    /// or with products in bf16, does it anyway
+    #[arg(long)]
+    pub keep_16_bits: bool,
 }
 
 impl BaseArgs {
@@ -87,20 +107,24 @@ pub struct TrainArgs {
     /// Start from the adapters in this directory, with their ranks, alphas and layers
     #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "targets", "relative", "full"])]
     pub adapter: Option<PathBuf>,
+    /// Type of the numbers that are multiplied; sums, adapters and all that trains are f32. `auto` is bf16 for a model
+    /// in bf16, if the processor has instructions that make it faster. A run that goes on keeps its type
+    #[arg(long, value_name = "TYPE", default_value = "auto")]
+    pub dtype: Dtype,
     /// Rank of the adapters
     #[arg(long, default_value = "8", value_parser = cli::positive)]
     pub rank: usize,
     /// Scale of the adapters: their update is multiplied by alpha/rank
     #[arg(long, default_value = "16", value_parser = cli::nonzero)]
     pub alpha: f64,
-    /// Layers that get adapters
+    /// Layers that get adapters; the default stands for all linear layers, whatever a model calls them
     #[arg(long, value_delimiter = ',', default_value = ALL_LINEAR)]
     pub targets: Vec<String>,
     /// Train with a relative of LoRA
     #[arg(long, value_name = "KIND")]
     pub relative: Option<Relative>,
     /// Train all weights instead of adapters, to compare; only curves and checkpoints are written
-    #[arg(long, conflicts_with_all = ["relative", "quantize"])]
+    #[arg(long, conflicts_with_all = ["relative", "quantize", "keep_16_bits"])]
     pub full: bool,
     /// Number of steps
     #[arg(long, default_value = "200", value_parser = cli::positive)]
@@ -152,6 +176,14 @@ pub struct TrainArgs {
 }
 
 impl TrainArgs {
+    /// The layers of this model that get adapters.
+    pub fn targets_of<B: Backend>(&self, llama: &Llama<B>) -> Vec<String> {
+        match self.targets.iter().eq(ALL_LINEAR.split(',')) {
+            true => llama.linear_layers().into_iter().map(str::to_owned).collect(),
+            false => self.targets.clone(),
+        }
+    }
+
     /// The fields of JSON that say what adapters are made: nothing of it, if there are some to start from.
     pub fn shape(&self) -> [(String, Value); 3] {
         let fields = [
@@ -169,6 +201,9 @@ impl TrainArgs {
 pub struct EvaluateArgs {
     #[command(flatten)]
     pub base: BaseArgs,
+    /// Type of the numbers that are multiplied; bf16 is faster on some processors, and changes answers slightly
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Dtype,
     /// File with a text, or a conversation, per line
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
@@ -194,6 +229,9 @@ pub struct EvaluateArgs {
 pub struct GenerateArgs {
     #[command(flatten)]
     pub base: BaseArgs,
+    /// Type of the numbers that are multiplied; bf16 is faster on some processors, and changes answers slightly
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Dtype,
     /// Directory of adapters; several are used one after the other
     #[arg(long, value_name = "DIR")]
     pub adapter: Vec<PathBuf>,
@@ -224,7 +262,7 @@ pub struct MergeArgs {
     /// Directory for the merged model
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Type of the merged weights; otherwise that of the base, and f16 for what has 4 or 8 bits there
+    /// Type of the merged weights; otherwise that of the base, and f16 for what has 2 to 8 bits there
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<Precision>,
 }
@@ -233,6 +271,9 @@ pub struct MergeArgs {
 pub struct ServeArgs {
     #[command(flatten)]
     pub base: BaseArgs,
+    /// Type of the numbers that are multiplied; bf16 is faster on some processors, and changes answers slightly
+    #[arg(long, value_name = "TYPE", default_value = "f32")]
+    pub dtype: Dtype,
     /// Directory with a directory of adapters for each name; they are loaded when they are asked for, and again
     /// when they change
     #[arg(long, value_name = "DIR")]

@@ -20,7 +20,10 @@ mod args;
 mod backend;
 mod base;
 mod checkpoint;
+mod dtype;
 mod generated;
+mod memory;
+mod merge;
 mod remembered;
 mod report;
 mod results;
@@ -30,48 +33,37 @@ mod serve;
 mod tests;
 mod texts;
 mod train;
+mod training;
+mod version;
 
 use std::{
     io::Write,
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
     time::Instant,
 };
 
-use burn::{module::AutodiffModule, tensor::backend::Backend};
-use burn_lora::{
-    Lora, LoraAdapters, LoraConfig, LoraModule, quantize::Quantization, train::Replicas,
-};
+use burn::tensor::backend::Backend;
+use burn_lora::{LoraAdapters, LoraModule, nn::Precision};
 use burn_lora_llm::{
-    Context, Result,
+    Result,
     chat::Chat,
-    cli::{self, hub, live::during, relatives::Relative, replicas::Counted},
+    cli::{self, hub, live::during},
     config::LlamaConfig,
-    data::{self, Batch, Reading, pack},
+    data::{self, Reading},
     generate::{Sampling, generate},
     llama::Llama,
     loss,
-    merged::{self, Precision},
-    pretrained,
+    pretrained::{self, Holding},
 };
 use mimalloc::MiMalloc;
 use rand::{SeedableRng, rngs::StdRng};
-use serde_json::json;
 
-use args::{
-    Args, Command, EvaluateArgs, GenerateArgs, MAX_LENGTH, MergeArgs, ServeArgs, TrainArgs,
-};
-use backend::{Plain, Train};
+use args::{Args, BaseArgs, Command, EvaluateArgs, GenerateArgs, MAX_LENGTH, ServeArgs};
+use backend::Plain;
 use base::Base;
+use dtype::{Chosen, Dtype};
 use remembered::Remembered;
-use report::report;
-use results::Start;
-use texts::Material;
-use train::{Keeping, Recipe};
 
 /// Reuses the memory of large tensors: every training step allocates them again.
 #[global_allocator]
@@ -89,23 +81,24 @@ const SMOLLM2: hub::Model = hub::Model {
     ],
 };
 
-/// The directory of the model that was generated, in that of the run.
-const MODEL: &str = "model";
-
 /// What adapters of language models are for, in PEFT's files.
 const TASK: &str = "CAUSAL_LM";
 
-/// The number of texts that EVA sees.
-const SEEN: usize = 512;
-
 fn main() -> ExitCode {
-    cli::main(backend::NAME, backend::check, |args: Args| match args.command {
-        Command::Train(args) => args.mpi.run(|replicas| run_train(&args, replicas)),
+    // The version is told without a driver.
+    cli::main(backend::NAME, || Ok(()), run)
+}
+
+fn run(args: Args) -> Result<()> {
+    let Some(command) = args.command else { return version::print(args.verbose) };
+    backend::check()?;
+    match command {
+        Command::Train(args) => args.mpi.run(|replicas| training::run(&args, replicas)),
         Command::Evaluate(args) => run_evaluate(&args),
         Command::Generate(args) => run_generate(&args),
-        Command::Merge(args) => run_merge(&args),
+        Command::Merge(args) => merge::run(&args),
         Command::Serve(args) => run_serve(&args),
-    })
+    }
 }
 
 /// The model that the user gave, or the usual one.
@@ -113,27 +106,37 @@ fn find(given: &Option<PathBuf>) -> Result<PathBuf> {
     given.clone().map_or_else(|| SMOLLM2.find(), Ok)
 }
 
-/// The model.
-fn read<B: Backend>(
-    path: &Path,
-    quantize: Option<Quantization>,
-    device: &B::Device,
-) -> Result<Llama<B>> {
+/// The model, with its weights held so.
+fn read<B: Backend>(path: &Path, holding: Holding, device: &B::Device) -> Result<Llama<B>> {
     let start = Instant::now();
     let doing = format!("reading {}", path.display());
-    let loaded = during(&doing, || pretrained::load::<B>(path, quantize, device))?;
+    let loaded = during(&doing, || pretrained::load_held::<B>(path, holding, device))?;
     let (llama, stored) = (loaded.llama, loaded.stored.unwrap_or("F32".to_owned()));
-    match quantized_bytes(&llama) {
-        0 if stored == "F32" => {}
-        0 => println!("The weights are {stored} in the file, and F32 here."),
-        bytes => println!(
-            "The weights are {stored} in the file; {:.1} MB are held in 4 or 8 bits here.",
-            bytes as f64 / 1e6
-        ),
-    }
+    let few_bits = quantized_bytes(&llama) - loaded.bytes_in_16_bits;
+    let [few_bits, halves] = [few_bits, loaded.bytes_in_16_bits]
+        .map(|bytes| (bytes > 0).then(|| format!("{:.1} MB", bytes as f64 / 1e6)));
+    let held = match (few_bits, halves) {
+        (None, None) if stored == "F32" => None,
+        (None, None) => Some(", and F32 here".to_owned()),
+        (Some(few), None) => Some(format!("; {few} are held in 2 to 8 bits here")),
+        (None, Some(halves)) => Some(format!("; {halves} are held in 16 bits here")),
+        (Some(few), Some(halves)) => {
+            Some(format!("; {few} are held in 2 to 8 bits here, and {halves} in 16"))
+        }
+    };
+    held.into_iter().for_each(|held| println!("The weights are {stored} in the file{held}."));
     let millions = llama.parameters().total as f64 / 1e6;
     println!("{millions:.1} million parameters, read in {:.1} s", start.elapsed().as_secs_f64());
     Ok(llama)
+}
+
+/// The model to answer with, which multiplies in this type.
+fn read_to_use(path: &Path, base: &BaseArgs, dtype: Dtype) -> Result<Llama<Plain>> {
+    let Chosen { precision, note } = dtype.choose(path)?;
+    note.into_iter().for_each(|note| println!("{note}"));
+    let keep_16_bits = base.keep_16_bits || precision == Precision::Bf16;
+    let holding = Holding { quantize: base.quantization(), keep_16_bits };
+    Ok(read(path, holding, &Default::default())?.with_precision(precision))
 }
 
 /// The bytes of the weights that are quantized.
@@ -179,203 +182,6 @@ fn adapters(
     Ok((set, remembered))
 }
 
-fn run_train(args: &TrainArgs, replicas: &Counted) -> Result<()> {
-    let device = Default::default();
-    let is_first = replicas.is_first();
-    let mut arguments = json!({
-        "model": args.base.model, "quantize": args.base.quantize.map(|it| format!("{it:?}")),
-        "generated": args.generated, "data": args.data, "valid_share": args.valid_share, "sst2": args.sst2,
-        "adapter": args.adapter, "relative": args.relative.map(Relative::name), "full": args.full,
-        "iters": args.iters, "batch": args.batch,
-        "accumulate": args.accumulate, "max_length": args.max_length,
-        "learning_rate": args.learning_rate, "warmup": args.warmup, "clip": args.clip,
-        "mask_prompt": args.mask_prompt, "pack": args.pack, "eval_every": args.eval_every,
-        "segments": args.segments, "workers": args.workers.count(backend::cores()), "seed": args.seed,
-        "backend": backend::NAME,
-    });
-    if let Some(fields) = arguments.as_object_mut() {
-        fields.extend(args.shape());
-    }
-    let start = match (args.resume, args.force) {
-        (true, _) => Start::Resume,
-        (_, true) => Start::Force,
-        _ => Start::New,
-    };
-    results::check(&args.out, start, &arguments)?;
-    let reviews = match args.sst2 {
-        Some(_) => results::reviews(&args.out, start, &mut arguments)?,
-        None => 0,
-    };
-    texts::check(args)?;
-    let stop = stopper()?;
-    let path = replicas.first_then_others(|| match args.generated {
-        true => generated(args, is_first, &stop),
-        false => find(&args.base.model),
-    })?;
-    // What is read quickly is checked before the model is read.
-    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
-    let config = pretrained::config(&path)?;
-    // No parameter tells the constants of a model, such as RoPE's.
-    replicas.agree(&config.to_lines()).context("the replicas' models differ")?;
-    let reading = reading(args.max_length, args.mask_prompt, &config);
-    let Material { texts, valid, files } =
-        replicas.first_then_others(|| texts::read(args, reviews, is_first, &chat, &reading))?;
-    let adapted = args.adapter.as_ref().map(|dir| match is_first {
-        true => started(dir, args, &base, &chat),
-        false => load(dir),
-    });
-    let adapted = adapted.transpose()?;
-    let mut fingerprints: Vec<_> =
-        files.into_iter().map(|(path, hash)| (path.display().to_string(), hash)).collect();
-    fingerprints.extend(base.fingerprint.clone().map(|it| (path.display().to_string(), it)));
-    if let (Some(dir), Some(set)) = (&args.adapter, &adapted) {
-        fingerprints.push((dir.display().to_string(), set.fingerprint()));
-    }
-    if start == Start::Resume {
-        results::check_files(&args.out, &fingerprints)?;
-    }
-    let mut questions = match &args.sst2 {
-        Some(dir) => reviews::questions(&dir.join("test.tsv"), &chat)?,
-        None => Vec::new(),
-    };
-    questions.truncate(args.questions.unwrap_or(usize::MAX));
-    let quantize = args.base.quantization();
-    let llama = match is_first {
-        true => read::<Train>(&path, quantize, &device)?,
-        false => pretrained::load(&path, quantize, &device)?.llama,
-    };
-    let config =
-        LoraConfig::peft(args.rank, args.alpha).with_targets(&args.targets).with_seed(args.seed);
-    if args.full && quantized_bytes(&llama) > 0 {
-        let path = path.display();
-        return Err(format!("{path}: `--full` needs weights that are not quantized"));
-    }
-    let model = match (&adapted, args.relative) {
-        (Some(set), _) => llama.valid().switch(set).map(Lora::from_inner),
-        (None, None) if args.full => llama.train_only(&[".*"]),
-        (None, None) => llama.attach(&config),
-        (None, Some(relative)) => {
-            // What is seen is computed without gradients.
-            let see = |llama: &Llama<Plain>| {
-                let seen: Vec<_> = texts.iter().take(SEEN).collect();
-                // A row at a time, because what fills up shorter ones is not to be seen.
-                for row in pack(&seen, reading.max_length) {
-                    let Batch { ids, positions, .. } = Batch::new(llama, &[row], &device);
-                    llama.logits(llama.hidden(ids, &positions));
-                }
-            };
-            relative.attach(&llama.valid(), config, see).map(Lora::from_inner)
-        }
-    };
-    let model = model.map_err(|error| error.to_string())?;
-    let parameters = model.parameters();
-    if is_first {
-        println!(
-            "{} texts to learn, {} to evaluate; {} of {} parameters train ({:.2} %); {}",
-            texts.len(),
-            valid.len(),
-            parameters.trainable,
-            parameters.total,
-            100.0 * parameters.trainable as f64 / parameters.total as f64,
-            backend::NAME,
-        );
-        for warning in parameters.warnings() {
-            println!("warning: {warning}");
-        }
-    }
-    // Not before: a wrong path must not remove the checkpoints of an earlier run. Not after, for none of the
-    // replicas may find these, in the same directory or in one of its own.
-    replicas.first_then_others(|| match is_first {
-        true => results::begin(&args.out, start, &arguments, &fingerprints),
-        false if start == Start::Resume => Ok(()),
-        false => results::forget(&args.out),
-    })?;
-    let recipe = Recipe {
-        name: match args.relative {
-            None if args.full => "full fine-tuning",
-            relative => relative.map_or("LoRA", Relative::name),
-        },
-        iters: args.iters,
-        batch: args.batch,
-        accumulate: args.accumulate,
-        learning_rate: args.learning_rate,
-        warmup: args.warmup.min(args.iters - 1),
-        clip: args.clip,
-        pack: args.pack.then_some(reading.max_length),
-        eval_every: args.eval_every,
-        seed: args.seed,
-        workers: args.workers.count(backend::cores()),
-        segments: args.segments,
-    };
-    let ask = |llama: &Llama<Plain>| {
-        let doing = format!("asking about {} reviews", questions.len());
-        during(&doing, || reviews::accuracy(llama, &chat, &questions, &device))
-    };
-    let mut accuracies = Vec::new();
-    let asks = is_first && args.sst2.is_some();
-    if asks {
-        accuracies.push(ask(&model.valid())?);
-        println!("before the training, {:.1} % of the answers are right", accuracies[0]);
-    }
-    let keeping = Keeping {
-        out: &args.out,
-        base: &base.name,
-        remembered: Remembered {
-            base: base.fingerprint.clone(),
-            template: remembered::template(&chat),
-            mask_prompt: args.mask_prompt,
-            max_length: reading.max_length,
-        },
-    };
-    let (model, history) =
-        train::train(model, &texts, &valid, &recipe, Some(&keeping), &stop, replicas)?;
-    if asks {
-        accuracies.push(ask(&model.valid())?);
-    }
-    match is_first {
-        true => report(args, &history, &accuracies, replicas.count()),
-        false => Ok(()),
-    }
-}
-
-/// What becomes true when the user presses Ctrl-C.
-fn stopper() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    let stopper = stop.clone();
-    let again = "a second Ctrl-C ends without a checkpoint";
-    ctrlc::set_handler(move || {
-        if stopper.swap(true, Ordering::Relaxed) {
-            std::process::exit(130);
-        }
-        eprintln!("The training stops after this step; {again}.");
-    })
-    .context("Ctrl-C")?;
-    Ok(stop)
-}
-
-/// The small model of this run or, if it is resumed, the one it began with.
-fn generated(args: &TrainArgs, is_first: bool, stop: &AtomicBool) -> Result<PathBuf> {
-    let dir = args.out.join(MODEL);
-    if is_first && !args.resume {
-        generated::write_model(&dir, args.seed, stop)?;
-    }
-    Ok(dir)
-}
-
-/// The adapters that the training starts from.
-fn started(dir: &Path, args: &TrainArgs, base: &Base, chat: &Chat) -> Result<LoraAdapters<Plain>> {
-    let out = args.out.canonicalize();
-    if out.is_ok_and(|out| dir.canonicalize().is_ok_and(|dir| dir.starts_with(out))) {
-        let (dir, out) = (dir.display(), args.out.display());
-        return Err(format!(
-            "{dir}: it is in {out}, where the new adapters go; write to another --out"
-        ));
-    }
-    let (set, _) = adapters(dir, base, chat)?;
-    println!("Starts from the {} adapters in {}", set.len(), dir.display());
-    Ok(set)
-}
-
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
     let path = find(&args.base.model)?;
@@ -402,7 +208,7 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let read_texts = data::read(&args.data, &chat, &reading)?;
     texts::tell(&args.data, &read_texts, max_length, &reading);
     let texts = read_texts.texts;
-    let llama = read::<Plain>(&path, args.base.quantization(), &device)?;
+    let llama = read_to_use(&path, &args.base, args.dtype)?;
     let told = |name: &str, llama: &Llama<Plain>| {
         let doing = format!("evaluating {name} on {} texts", texts.len());
         let loss = during(&doing, || loss::evaluate(llama, &texts, args.batch, &device));
@@ -417,14 +223,13 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
 }
 
 fn run_generate(args: &GenerateArgs) -> Result<()> {
-    let device = Default::default();
     let path = find(&args.base.model)?;
     let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
     let prompt = chat.prompt(&args.prompt)?;
     let room = room(&prompt, &pretrained::config(&path)?)?;
     let sets = args.adapter.iter().map(|dir| Ok(adapters(dir, &base, &chat)?.0));
     let sets = sets.collect::<Result<Vec<_>>>()?;
-    let llama = read::<Plain>(&path, args.base.quantization(), &device)?;
+    let llama = read_to_use(&path, &args.base, args.dtype)?;
     let sampling = Sampling { temperature: args.temperature, top_p: args.top_p };
     let answer = |llama: &Llama<Plain>| {
         let mut rng = StdRng::seed_from_u64(args.seed);
@@ -470,28 +275,10 @@ fn room(prompt: &[u32], config: &LlamaConfig) -> Result<usize> {
     }
 }
 
-fn run_merge(args: &MergeArgs) -> Result<()> {
-    let path = find(&args.base.model)?;
-    let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
-    let (set, _) = adapters(&args.adapter, &base, &chat)?;
-    let llama = read::<Plain>(&path, args.base.quantization(), &Default::default())?;
-    let adapted = llama.switch(&set).map_err(|error| error.to_string())?;
-    let merged = adapted.merge().map_err(|error| error.to_string())?;
-    let saved = merged::save(&merged.dequantize(), &chat, &path, &args.out, args.dtype)?;
-    let types: Vec<_> = saved.precisions.iter().map(Precision::to_string).collect();
-    println!(
-        "The merged model is in {}: {:.1} MB in {}; `--dtype` chooses another type.",
-        args.out.display(),
-        saved.bytes as f64 / 1e6,
-        types.join(" and "),
-    );
-    Ok(())
-}
-
 fn run_serve(args: &ServeArgs) -> Result<()> {
     args.adapters.as_deref().map_or(Ok(()), serve::check)?;
     let path = find(&args.base.model)?;
     let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
-    let llama = read::<Plain>(&path, args.base.quantization(), &Default::default())?;
+    let llama = read_to_use(&path, &args.base, args.dtype)?;
     serve::serve(args, llama, chat, base)
 }

@@ -1,5 +1,6 @@
 //! What a training came to.
 
+use burn_lora::nn::Precision;
 use plotters::chart::SeriesLabelPosition;
 use serde_json::json;
 
@@ -22,6 +23,7 @@ use crate::{
 /// Draws the curves, prints the results and writes them to files.
 pub fn report(
     args: &TrainArgs,
+    precision: Precision,
     history: &History,
     accuracies: &[f64],
     replicas: usize,
@@ -81,6 +83,7 @@ pub fn report(
         "backend": backend::NAME,
         "replicas": replicas,
         "adapter": args.adapter,
+        "dtype": precision.to_string(),
         "perplexity_before": first.exp(),
         "perplexity_after": last.exp(),
         "accuracies": accuracies,

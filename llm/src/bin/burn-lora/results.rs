@@ -3,9 +3,13 @@
 use std::{fs, path::Path};
 
 use burn_lora_llm::{Context, Result, cli::arguments};
+use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::train::{ADAPTER, CHECKPOINTS};
+use crate::{
+    dtype::Dtype,
+    train::{ADAPTER, CHECKPOINTS},
+};
 
 /// Files that a run leaves in the end.
 pub const CURVES: &str = "curves.svg";
@@ -16,6 +20,9 @@ const GROWING: [&str; 1] = ["iters"];
 
 /// What is read from files, and must not have changed when a run is resumed.
 const FINGERPRINTS: &str = "fingerprints";
+
+/// In which type a run multiplies.
+pub const DTYPE: &str = "dtype";
 
 /// The number of reviews that a run learns from.
 const REVIEWS: &str = "reviews";
@@ -70,6 +77,32 @@ pub fn reviews(out: &Path, start: Start, arguments: &mut Value) -> Result<usize>
     });
     arguments[REVIEWS] = count.into();
     Ok(count as usize)
+}
+
+/// In which type to multiply where `given` is asked for. A run that goes on keeps the type that it began with, whatever
+/// `auto` would be now.
+///
+/// # Errors
+///
+/// If it is asked to go on with another, or its arguments cannot be read.
+pub fn dtype(out: &Path, start: Start, given: Dtype) -> Result<Dtype> {
+    if start != Start::Resume {
+        return Ok(given);
+    }
+    let before = arguments::read(out)?;
+    let then = match before[DTYPE].as_str() {
+        Some(then) => Dtype::from_str(then, false).context(out.display())?,
+        // Runs of the first version multiplied in f32, and did not write it down.
+        None if given == Dtype::Auto => Dtype::F32,
+        None => given,
+    };
+    match given == Dtype::Auto || given == then {
+        true => Ok(then),
+        false => Err(format!(
+            "{}: `{DTYPE}` was {then}, and is {given} now; resume with --dtype {then}",
+            out.display()
+        )),
+    }
 }
 
 /// Fails if files have changed since the run in `out` began. Those of a run that has no fingerprints are not compared.

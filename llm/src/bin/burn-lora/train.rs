@@ -32,6 +32,7 @@ use crate::{
     TASK,
     backend::{Plain, Train},
     checkpoint::{self, Checkpoint},
+    memory,
     remembered::Remembered,
 };
 use rand::{SeedableRng, rngs::StdRng, seq::SliceRandom};
@@ -91,6 +92,14 @@ impl Recipe {
         let rest = (self.iters - self.warmup).max(1) as f64;
         let done = (step - self.warmup) as f64 / rest;
         self.learning_rate * 0.5 * (1.0 + (PI * done).cos())
+    }
+
+    /// The texts of a batch in rows.
+    fn rows<'a>(&self, batch: &[&'a Text]) -> Vec<Vec<&'a Text>> {
+        match self.pack {
+            Some(length) => pack(batch, length),
+            None => batch.iter().map(|&text| vec![text]).collect(),
+        }
     }
 }
 
@@ -192,6 +201,19 @@ pub fn train(
             false => live.line(format_args!("goes on after step {done}/{}", recipe.iters)),
         }
     }
+    if let Some(live) = &live {
+        let mut ahead = Order::new(texts.len(), recipe.seed);
+        ahead.skip(done * recipe.accumulate * recipe.batch);
+        let foreseen = 0..FORESEEN.min(recipe.iters - done);
+        let steps = foreseen.map(|_| {
+            let batch: Vec<_> = (0..recipe.batch).map(|_| &texts[ahead.next()]).collect();
+            deal_to(recipe.rows(&batch), workers.count(), replicas.index(), replicas.count())
+        });
+        let steps: Vec<_> = steps.collect();
+        if let Some(warning) = memory::warning(&model, &steps, recipe.segments) {
+            live.warn(warning);
+        }
+    }
     for step in done..recipe.iters {
         let start = Instant::now();
         // The texts of all batches first: the loss is a mean over the targets of the whole step.
@@ -200,10 +222,7 @@ pub fn train(
             .collect();
         let targets: usize = batches.iter().flatten().map(|text| text.targets()).sum();
         let passes = batches.iter().map(|texts| {
-            let rows = match recipe.pack {
-                Some(length) => pack(texts, length),
-                None => texts.iter().map(|&text| vec![text]).collect(),
-            };
+            let rows = recipe.rows(texts);
             history.tokens += rows.iter().map(|row| tokens(row)).sum::<usize>();
             let own = deal_to(rows, workers.count(), replicas.index(), replicas.count());
             workers.backward(&model, own, |model, rows| gradients(model, &rows, recipe.segments))
@@ -302,6 +321,9 @@ impl ModuleVisitor<Train> for Scaler<'_> {
         }
     }
 }
+
+/// Of how many batches the memory is estimated before the first step.
+const FORESEEN: usize = 32;
 
 /// Goes through the texts again and again, each time in another order.
 struct Order {

@@ -53,6 +53,13 @@ fn u3_what_is_there_instead_of_weights_is_named() {
         assert_holds(&refusal(lone.path()), &expected);
         assert_holds(&Chat::read(lone.path()).err().unwrap(), &expected);
     }
+    for name in ["adapter_config.json", "q4.gguf"] {
+        fs::remove_file(lone.path().join(name)).unwrap();
+    }
+    // Ollama names files by what is in them.
+    fs::write(lone.path().join("sha256-01"), "GGUF\x03").unwrap();
+    fs::write(lone.path().join("sha256-00"), "GGML").unwrap();
+    assert_holds(&refusal(lone.path()), "give the path of sha256-01, which is there");
     fs::remove_file(at("q4.gguf")).unwrap();
     fs::remove_file(at("adapter_config.json")).unwrap();
 

@@ -11,9 +11,12 @@ use tempfile::TempDir;
 use burn_lora_llm::{
     chat::Chat,
     gguf::{model, tokens},
+    pretrained::{self, Holding},
 };
 
-use super::{Made, WORDS, assert_holds, broken::POINTER, refusal, scores};
+use super::{Made, WORDS, assert_holds, broken::POINTER, refusal, scores, scores_of};
+use crate::{backend::Plain, oracle::device};
+use half::bf16;
 
 /// The names in GGUF files. `*` is the number of a layer.
 const NAMES: [(&str, &str); 12] = [
@@ -56,6 +59,16 @@ pub(super) fn fields() -> Map<String, Value> {
 
 /// The bytes of a GGUF file.
 pub(super) fn bytes(made: &Made, fields: &Map<String, Value>, is_big: bool) -> Vec<u8> {
+    bytes_with(made, fields, is_big, false)
+}
+
+/// The same, with matrices in bf16 if one says so.
+fn bytes_with(
+    made: &Made,
+    fields: &Map<String, Value>,
+    is_big: bool,
+    matrices_in_bf16: bool,
+) -> Vec<u8> {
     let order = |mut bytes: Vec<u8>| {
         if is_big {
             bytes.reverse();
@@ -97,8 +110,12 @@ pub(super) fn bytes(made: &Made, fields: &Map<String, Value>, is_big: bool) -> V
         values.resize(values.len().next_multiple_of(32), 0_u8);
         file.extend([text(&name_of(name)), u32(shape.len() as u32)].concat());
         shape.iter().rev().for_each(|&size| file.extend(u64(size as u64)));
-        file.extend([u32(0), u64(values.len() as u64)].concat());
-        values.extend(numbers.iter().flat_map(|it| order(it.to_le_bytes().to_vec())));
+        let is_bf16 = matrices_in_bf16 && shape.len() == 2;
+        file.extend([u32(if is_bf16 { 30 } else { 0 }), u64(values.len() as u64)].concat());
+        values.extend(numbers.iter().flat_map(|&it| match is_bf16 {
+            true => order(bf16::from_f32(it).to_le_bytes().to_vec()),
+            false => order(it.to_le_bytes().to_vec()),
+        }));
     }
     file.resize(file.len().next_multiple_of(32), 0);
     [file, values].concat()
@@ -135,6 +152,38 @@ pub(super) fn divided(divisors: [f32; 4]) -> Made {
 fn linear(fields: &mut Map<String, Value>) {
     fields.insert("llama.rope.scaling.type".to_owned(), json!("linear"));
     fields.insert("llama.rope.scaling.factor".to_owned(), json!(2.0));
+}
+
+#[test]
+fn matrices_in_bf16_compute_the_same_kept_as_in_f32() {
+    let dir = TempDir::new().unwrap();
+    let path = dir.path().join("model.gguf");
+    let write = |made: &Made| fs::write(&path, bytes_with(made, &fields(), false, true)).unwrap();
+    let made = Made::new().with_head();
+    write(&made);
+    assert!(pretrained::is_mostly_bf16(&path).unwrap());
+    let load = |keep_16_bits| {
+        let holding = Holding { quantize: None, keep_16_bits };
+        pretrained::load_held::<Plain>(&path, holding, &device::<Plain>())
+    };
+    // Queries and keys have other places in the file.
+    let [full, kept] = [false, true].map(|keeps| load(keeps).unwrap());
+    let matrices = made.tensors.values().filter(|(shape, _)| shape.len() == 2);
+    let numbers: usize = matrices.map(|(_, numbers)| numbers.len()).sum();
+    assert_eq!((full.bytes_in_16_bits, kept.bytes_in_16_bits), (0, 2 * numbers));
+    let [full, kept] = [full, kept].map(|it| scores_of(&it.llama));
+    for (full, kept) in full.iter().zip(kept) {
+        assert!((full - kept).abs() < 1e-5, "{kept}, not {full}");
+    }
+    assert!(full.iter().any(|it| it.abs() > 0.1));
+
+    let name = "model.layers.1.self_attn.q_proj.weight";
+    write(&made.with(|it| it.tensors.get_mut(name).unwrap().1[3] = f32::NAN));
+    for (keeps, name) in [(false, name), (true, "blk.1.attn_q.weight")] {
+        let error = load(keeps).err().expect("it has a number that is none");
+        assert_holds(&error, name);
+        assert_holds(&error, "model.gguf: ");
+    }
 }
 
 /// The expected numbers are what llama.cpp gives for these fields.
@@ -237,30 +286,47 @@ fn u2_unusual_gguf_files_are_read_or_named() {
         fs::write(&path, start).unwrap();
         assert_holds(&refusal(&path), &format!("model.gguf: {problem}"));
     }
+}
 
-    for key in ["attention.head_count", "attention.head_count_kv", "feed_forward_length"] {
-        let key = format!("llama.{key}");
-        let (_dir, path) = write(&Made::new(), |it| it[&key] = json!([it[&key], it[&key]]));
+#[test]
+fn what_is_no_number_is_named() {
+    for key in fields().keys().filter(|key| key.starts_with("llama.")) {
+        for (value, problem) in
+            [(json!("NaN"), "\"NaN\" is no number"), (json!(true), "true is no number")]
+        {
+            let (_dir, path) = write(&Made::new(), |it| it[key] = value);
+            assert_holds(&refusal(&path), &format!("model.gguf: `{key}`: {problem}"));
+        }
+    }
+    let (_dir, path) = write(&Made::new(), |it| it["llama.block_count"] = json!(1.5));
+    assert_holds(&refusal(&path), "model.gguf: `llama.block_count`: 1.5 is no whole number");
+}
+
+/// Rows that are no heads.
+#[test]
+fn rows_of_queries_and_keys_are_checked_before_they_are_sorted() {
+    for (name, rows) in [
+        ("model.layers.1.self_attn.q_proj.weight", 6),
+        ("model.layers.1.self_attn.k_proj.weight", 3),
+    ] {
+        let made = Made::new().with(|it| {
+            let width = it.tensors[name].0[1];
+            it.tensors.insert(name.to_owned(), (vec![rows, width], vec![0.5; rows * width]));
+        });
+        let (_dir, path) = write(&made, |_| ());
+        assert_holds(&refusal(&path), &format!("and has {rows}"));
+    }
+}
+
+#[test]
+fn sizes_may_be_lists_of_the_same_for_each_layer() {
+    let expected = scores(&write(&Made::new(), |_| ()).1);
+    for key in fields().keys().filter(|key| key.starts_with("llama.")) {
+        let (_dir, path) = write(&Made::new(), |it| it[key] = json!([it[key], it[key]]));
         assert_eq!(scores(&path), expected);
-        let (_dir, path) = write(&Made::new(), |it| it[&key] = json!([it[&key], 7]));
+        let (_dir, path) = write(&Made::new(), |it| {
+            it[key] = if it[key].is_u64() { json!([it[key], 7]) } else { json!([it[key], 0.5]) };
+        });
         assert_holds(&refusal(&path), &format!("model.gguf: `{key}`: layers that differ in it"));
     }
-
-    let part = |name: &str, number: u32, count: u32| {
-        let mut fields = fields();
-        fields.insert("split.no".to_owned(), json!(number));
-        fields.insert("split.count".to_owned(), json!(count));
-        let path = dir.path().join(name);
-        fs::write(&path, bytes(&Made::new(), &fields, false)).unwrap();
-        let error = refusal(&path);
-        assert_eq!(Chat::read(&path).err(), Some(error.clone()));
-        error
-    };
-    let error = part("a-00002-of-00003.gguf", 1, 3);
-    let parts = "`a-00001-of-00003.gguf`, `a-00002-of-00003.gguf`, `a-00003-of-00003.gguf`";
-    assert_holds(&error, &format!("it is part 2 of a model in 3 files ({parts}); "));
-    assert_holds(&error, "`llama-gguf-split --merge ");
-    let error = part("a-00007-of-00012.gguf", 6, 12);
-    assert_holds(&error, "`a-00002-of-00012.gguf`, ..., `a-00012-of-00012.gguf`");
-    assert_holds(&part("renamed.gguf", 0, 2), "it is part 1 of a model in 2 files; ");
 }

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use burn::tensor::{Tensor, TensorData};
-use burn_lora::{LoraAdapter, LoraAdapters, LoraModule, Scaling};
+use burn_lora::{LoraAdapter, LoraAdapters, LoraModule, Scaling, quantize::Quantization};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -125,6 +125,20 @@ fn w9_whatever_is_refused_leaves_no_files() {
     assert_eq!(names(dir.path()), before);
 }
 
+#[test]
+fn a_merged_gguf_file_keeps_all_tokens_that_end_answers() {
+    let ((_dir, path), out) = (gguf::write(&Made::new(), |_| ()), TempDir::new().unwrap());
+    save(&path, out.path(), None).unwrap();
+    // The file names the first, and the second is known by its name.
+    assert_eq!(config(out.path())["eos_token_id"], json!([2, 3]));
+    for path in [&path, out.path()] {
+        let chat = Chat::read(path).unwrap();
+        let ends: Vec<_> = (0..13).filter(|&id| chat.stops(id)).collect();
+        assert_eq!(ends, [2, 3]);
+        assert_eq!(chat.encode_to_end("user").unwrap().last(), Some(&2));
+    }
+}
+
 /// The type of 16 bits with this many bits of exponent and mantissa, after a sign.
 #[derive(Clone, Copy)]
 struct Half {
@@ -175,6 +189,10 @@ const ADAPTED: &str = "model.layers.1.mlp.down_proj.weight";
 
 /// The model with `2.5 · A · B` added to this weight.
 fn merged_on(base: &Path) -> Llama<Plain> {
+    merged_with(&load(base))
+}
+
+fn merged_with(llama: &Llama<Plain>) -> Llama<Plain> {
     let matrix = |rows: usize, cols: usize, seed| {
         let data = TensorData::new(noise(rows * cols, seed), [rows, cols]);
         Tensor::<Plain, 2>::from_data(data, &device::<Plain>())
@@ -182,7 +200,7 @@ fn merged_on(base: &Path) -> Llama<Plain> {
     let (a, b) = (matrix(24, 2, 5), matrix(2, 16, 6));
     let adapter = LoraAdapter::new(a, b, 5.0, Scaling::AlphaOverRank);
     let path = ADAPTED.strip_suffix(".weight").unwrap();
-    load(base).switch(&LoraAdapters::new([(path, adapter)])).unwrap().merge().unwrap()
+    llama.switch(&LoraAdapters::new([(path, adapter)])).unwrap().merge().unwrap()
 }
 
 /// The numbers in single precision.
@@ -299,4 +317,100 @@ fn d8_weights_keep_the_type_of_the_base() {
     assert_eq!(Vec::from_iter(saved.precisions), [Precision::F32, Precision::F16, Precision::BF16]);
     let stored = pretrained::load::<Plain>(&out, None, &device::<Plain>()).unwrap().stored;
     assert_eq!(stored.as_deref(), Some("BF16, F16"));
+}
+
+#[test]
+fn a_model_is_mostly_bf16_by_the_numbers_of_its_matrices() {
+    // The table of embeddings has 208 of 2,768 numbers in matrices, and the norms count for nothing.
+    let (table, norm) = (|it: &str| it.contains("embed"), |it: &str| it.contains("norm"));
+    type Names<'a> = &'a dyn Fn(&str) -> bool;
+    let cases: [(Names<'_>, bool); 5] = [
+        (&|_| true, true),
+        (&|_| false, false),
+        (&|it| !table(it) && !norm(it), true),
+        (&|it| table(it) || norm(it), false),
+        (&|it| it.contains("mlp"), true),
+    ];
+    for (index, (is_bf16, expected)) in cases.into_iter().enumerate() {
+        for other in [Dtype::F32, Dtype::F16] {
+            let dtype = |name: &str| if is_bf16(name) { Dtype::BF16 } else { other };
+            let dir = Made::new().write_as(dtype);
+            let found = pretrained::is_mostly_bf16(dir.path()).unwrap();
+            assert_eq!(found, expected, "{index} {other:?}");
+        }
+    }
+    let error = pretrained::is_mostly_bf16(TempDir::new().unwrap().path()).unwrap_err();
+    assert_holds(&error, "config.json");
+}
+
+/// The norm of the numbers.
+fn norm(numbers: impl Iterator<Item = f64>) -> f64 {
+    numbers.map(|it| it * it).sum::<f64>().sqrt()
+}
+
+#[track_caller]
+fn assert_near(found: f64, expected: f64) {
+    assert!((found - expected).abs() <= 1e-4 * expected, "{found}, not {expected}");
+}
+
+#[test]
+fn what_rounding_changed_is_told_beside_what_adapters_changed() {
+    // A base in bf16, and quantized ones. Only the adapted weight is rounded there.
+    let base = Made::new().write_as(|_| Dtype::BF16);
+    let (dir, chat) = (TempDir::new().unwrap(), Chat::read(base.path()).unwrap());
+    let (a, b) = (noise(24 * 2, 5), noise(2 * 16, 6));
+    let update = |index: usize| {
+        let (row, col) = (index / 24, index % 24);
+        let product = |rank| f64::from(a[col * 2 + rank]) * f64::from(b[rank * 16 + row]);
+        2.5 * (0..2).map(product).sum::<f64>()
+    };
+    let llama = load(base.path());
+    let updates = merged::updates(&llama, &merged_on(base.path()));
+    assert_eq!(Vec::from_iter(updates.keys()), [ADAPTED]);
+    assert_near(updates[ADAPTED], norm((0..16 * 24).map(update)));
+    assert!(merged::updates(&llama, &llama).is_empty());
+    for (precision, half) in [
+        (Precision::BF16, Half { exponent: 8, mantissa: 7 }),
+        (Precision::F16, Half { exponent: 5, mantissa: 10 }),
+    ] {
+        let out = dir.path().join(precision.to_string());
+        let merged = merged_on(base.path());
+        let saved = merged::save(&merged, &chat, base.path(), &out, Some(precision)).unwrap();
+        let tensors = Made::new().tensors;
+        assert!(saved.rounding.keys().eq(tensors.keys()));
+        for (name, (_, numbers)) in &tensors {
+            let bf16 = Half { exponent: 8, mantissa: 7 };
+            let sums = numbers.iter().enumerate().map(|(index, &number)| {
+                let update = if name == ADAPTED { update(index) } else { 0.0 };
+                bf16.value(bf16.round(number)) + update
+            });
+            let errors = sums.clone().map(|it| half.value(half.round(it as f32)) - it);
+            let found = saved.rounding[name];
+            assert_near(found.norm, norm(sums.clone()));
+            assert_near(found.error, norm(errors));
+        }
+        let errors = saved.rounding.iter().filter(|(_, it)| it.error > 0.0);
+        let changed: Vec<_> = errors.map(|(name, _)| name).collect();
+        assert!(precision == Precision::F16 || changed == [ADAPTED], "{changed:?}");
+    }
+    // Nothing is rounded to single precision.
+    let saved = merged::save(
+        &merged_on(base.path()),
+        &chat,
+        base.path(),
+        &dir.path().join("full"),
+        Some(Precision::F32),
+    );
+    assert!(saved.unwrap().rounding.is_empty());
+
+    // The update of a quantized base is that of the numbers that its codes stand for.
+    for quantization in [Quantization::Int8, Quantization::Nf4, Quantization::Bf16] {
+        let quantized =
+            pretrained::load::<Plain>(base.path(), Some(quantization), &device::<Plain>());
+        let quantized = quantized.unwrap().llama;
+        let merged = merged_with(&quantized);
+        let updates = merged::updates(&quantized, &merged);
+        assert_eq!(Vec::from_iter(updates.keys()), [ADAPTED]);
+        assert_near(updates[ADAPTED], norm((0..16 * 24).map(update)));
+    }
 }

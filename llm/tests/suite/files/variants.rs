@@ -5,9 +5,16 @@ use std::fs;
 use serde_json::{Value, json};
 use tokenizers::{PaddingParams, PaddingStrategy, TruncationParams};
 
-use burn_lora_llm::{chat::Chat, config::LlamaConfig, sst2};
+use burn_lora_llm::{
+    chat::Chat,
+    config::LlamaConfig,
+    pretrained::{self, Holding},
+    sst2,
+};
+use safetensors::Dtype;
 
-use super::{CHATML, Made, assert_holds, read, refusal, scores, user};
+use super::{CHATML, Made, assert_holds, read, refusal, scores, scores_of, user};
+use crate::{backend::Plain, oracle::device};
 
 const TEXT: &str = r#"{"text": "the dog lives in a house the dog lives in a house ?"}"#;
 
@@ -63,6 +70,60 @@ fn r4_a_tied_table_may_have_the_name_of_the_head() {
         &refusal(untied.write().path()),
         "`model.embed_tokens.weight` is [13, 16], and it is missing",
     );
+}
+
+#[test]
+fn several_files_need_no_index() {
+    let expected = scores(Made::new().write().path());
+    let dir = Made::new().write_in_parts(8);
+    assert_eq!(scores(dir.path()), expected);
+    let part = |number: usize, count: usize| {
+        dir.path().join(format!("model-{number:05}-of-{count:05}.safetensors"))
+    };
+    assert_eq!(pretrained::weight_files(dir.path()).unwrap(), [1, 2, 3].map(|it| part(it, 3)));
+
+    // A tensor in two parts, a part that is missing, and parts of another model.
+    let saved = fs::read(part(2, 3)).unwrap();
+    fs::copy(part(1, 3), part(2, 3)).unwrap();
+    let found = refusal(dir.path());
+    assert_holds(&found, "model-00002-of-00003.safetensors: `model.embed_tokens.weight` is in");
+    fs::remove_file(part(2, 3)).unwrap();
+    assert_holds(&refusal(dir.path()), "model-00002-of-00003.safetensors: it is missing");
+    fs::write(part(2, 3), &saved).unwrap();
+    fs::write(part(2, 4), &saved).unwrap();
+    assert_holds(&refusal(dir.path()), "parts of a model in 3 files and of one in 4");
+    // The one file of a whole model counts before them, as in `transformers`.
+    fs::copy(
+        Made::new().write().path().join("model.safetensors"),
+        dir.path().join("model.safetensors"),
+    )
+    .unwrap();
+    assert_eq!(scores(dir.path()), expected);
+}
+
+#[test]
+fn matrices_of_16_bits_compute_the_same_kept_as_in_f32() {
+    for dtype in [Dtype::F16, Dtype::BF16] {
+        let made = Made::new().with_head().with(|it| {
+            for number in it.tensors.values_mut().flat_map(|(_, numbers)| numbers) {
+                *number = half::bf16::from_f32(*number).to_f32();
+            }
+        });
+        let dir = made.write_as(|_| dtype);
+        let load = |keep_16_bits| {
+            let holding = Holding { quantize: None, keep_16_bits };
+            let loaded = pretrained::load_held::<Plain>(dir.path(), holding, &device::<Plain>());
+            let loaded = loaded.unwrap();
+            (loaded.bytes_in_16_bits, scores_of(&loaded.llama))
+        };
+        let matrices = made.tensors.values().filter(|(shape, _)| shape.len() == 2);
+        let numbers: usize = matrices.map(|(_, numbers)| numbers.len()).sum();
+        let ((none, full), (bytes, kept)) = (load(false), load(true));
+        assert_eq!((none, bytes), (0, 2 * numbers));
+        for (full, kept) in full.iter().zip(kept) {
+            assert!((full - kept).abs() < 1e-5, "{dtype:?}: {kept}, not {full}");
+        }
+    }
 }
 
 #[test]

@@ -1,23 +1,24 @@
 //! A training step of a whole model with burn-lora: `whole_model MODEL METHOD WORKERS SEGMENTS`, where MODEL is
 //! `minilm` (32 texts of 32 tokens), `smollm2` (4 of 128), `resnet` (32 images of 32×32 pixels) or `conv` (one
 //! convolution of 64 to 64 channels, 3×3, that passes gradients on), METHOD is `lora` or `full`, and SEGMENTS
-//! is `plain` or `segments`. With MODEL `product`, it multiplies two matrices of 1024 × 1024 instead.
+//! is `plain` or `segments`. With MODEL `product`, it multiplies instead, and METHOD is the size, `ROWSxINNERxCOLUMNS`.
 
 mod resnet;
 
 use burn::{
     backend::Autodiff,
     module::{AutodiffModule, Module},
-    nn::{PaddingConfig2d, conv::Conv2dConfig},
+    nn::{LinearConfig, PaddingConfig2d, conv::Conv2dConfig},
     optim::{AdamConfig, Optimizer},
     tensor::{BasicOps, Distribution, Int, Tensor, backend::Backend},
 };
 use burn_lora::{
-    Lora, LoraConfig, LoraModule,
-    nn::LoraConv2d,
+    Lora, LoraConfig, LoraLinear, LoraModule,
+    nn::{LoraConv2d, Precision},
+    quantize::Quantization,
     train::{Backward, Workers, segments},
 };
-use burn_lora_peers::serve;
+use burn_lora_peers::{precision, serve};
 
 use burn_lora_llm::{
     bert::{
@@ -48,18 +49,29 @@ fn main() {
     match model.as_str() {
         "conv" => train_conv(lora, &workers),
         "minilm" => train_minilm(lora, &workers, segmented),
-        "product" => {
-            let shape = [1024, 1024];
-            let matrix =
-                Tensor::<Plain, 2>::random(shape, Distribution::Default, &Default::default());
-            serve(matrix, |matrix| {
-                let _ = matrix.clone().matmul(matrix.clone());
-                matrix
-            })
-        }
+        "product" => multiply(method),
         "resnet" => train_resnet(lora, &workers),
         _ => train_smollm2(lora, &workers, segmented),
     }
+}
+
+/// The product of a linear layer.
+fn multiply(size: &str) {
+    let sizes: Vec<usize> = size.split('x').map(|it| it.parse().expect("a size")).collect();
+    let [rows, inner, columns] = sizes[..] else { panic!("ROWSxINNERxCOLUMNS, got {size}") };
+    let device = Default::default();
+    let x = Tensor::<Plain, 2>::random([rows, inner], Distribution::Default, &device);
+    let layer = LinearConfig::new(inner, columns).with_bias(false).init::<Plain>(&device);
+    let layer = LoraLinear::from(layer).with_precision(precision());
+    // As a file in bf16 is held.
+    let layer = match precision() {
+        Precision::Bf16 => layer.quantize(Quantization::Bf16).expect("a linear layer").0,
+        _ => layer,
+    };
+    serve(x, |x| {
+        let _ = layer.forward(x.clone());
+        x
+    })
 }
 
 /// Adapters on `targets` of which `also` trains in full, or all of the model.
@@ -71,6 +83,7 @@ fn trained<M: LoraModule<Train> + Module<Train>>(
 ) -> Lora<Train, M> {
     let config = LoraConfig::peft(8, 16.0).with_targets(targets.iter().copied());
     let config = config.with_modules_to_save(also.iter().copied());
+    let base = base.with_precision(precision());
     match lora {
         true => base.attach(&config).expect("it can be attached"),
         false => base.train_only(&[".*"]).expect("it has parameters"),
@@ -119,6 +132,11 @@ fn train_minilm(lora: bool, workers: &Workers, segmented: bool) {
 
 fn train_smollm2(lora: bool, workers: &Workers, segmented: bool) {
     let base = smollm2::base::<Train>(&Default::default());
+    // As a file in bf16 is held.
+    let base = match precision() {
+        Precision::Bf16 if lora => base.quantize(Quantization::Bf16).expect("it has layers").0,
+        _ => base,
+    };
     let model = trained(base, lora, &smollm2::LAYERS, &[]);
     let ids: Vec<_> = smollm2::texts(4).iter().flat_map(|text| text.ids.clone()).collect();
     let ids = Tensor::<Train, 1, Int>::from_ints(&*ids, &Default::default());

@@ -9,7 +9,10 @@ use burn::{
     },
     tensor::{Tensor, activation::relu, backend::Backend},
 };
-use burn_lora::{LoraLinear, nn::LoraConv2d};
+use burn_lora::{
+    LoraLinear,
+    nn::{LoraConv2d, group_norm},
+};
 
 /// The layers that get adapters.
 pub const LAYERS: [&str; 5] = ["stem", "first", "second", "shortcut", "head"];
@@ -70,8 +73,8 @@ impl<B: Backend> Block<B> {
     }
 
     fn forward(&self, x: Tensor<B, 4>) -> Tensor<B, 4> {
-        let y = relu(self.first_norm.forward(self.first.forward(x.clone())));
-        let y = self.second_norm.forward(self.second.forward(y));
+        let y = relu(group_norm(&self.first_norm, self.first.forward(x.clone())));
+        let y = group_norm(&self.second_norm, self.second.forward(y));
         let x = self.shortcut.iter().fold(x, |x, it| it.forward(x));
         relu(x + y)
     }
@@ -93,7 +96,7 @@ impl<B: Backend> ResNet<B> {
 
     /// Images `[batch, 3, 32, 32]` to logits `[batch, 10]`.
     pub fn forward(&self, images: Tensor<B, 4>) -> Tensor<B, 2> {
-        let x = relu(self.stem_norm.forward(self.stem.forward(images)));
+        let x = relu(group_norm(&self.stem_norm, self.stem.forward(images)));
         let x = self.blocks.iter().fold(x, |x, block| block.forward(x));
         self.head.forward(self.pool.forward(x).flatten::<2>(1, 3))
     }

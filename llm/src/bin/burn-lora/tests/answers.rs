@@ -92,7 +92,7 @@ fn d8_the_type_of_a_merged_model_is_an_argument() {
     let parse = |dtype: &[&str]| {
         let words = ["burn-lora", "merge", "--adapter", "a", "--out", "b"];
         let args = Args::try_parse_from(words.iter().chain(dtype));
-        let Command::Merge(merge) = args.map_err(|error| error.to_string())?.command else {
+        let Some(Command::Merge(merge)) = args.map_err(|error| error.to_string())?.command else {
             panic!("it is another command");
         };
         Ok::<_, String>(merge.dtype)

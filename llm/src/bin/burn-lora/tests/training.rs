@@ -1,6 +1,9 @@
 //! Tests of the loss, and of how it becomes small.
 
+use clap::Parser;
+
 use super::*;
+use crate::args::{Args, Command};
 
 fn number(tensor: Tensor<Plain, 1>) -> f64 {
     tensor.into_data().iter().next().unwrap()
@@ -325,4 +328,17 @@ fn the_learning_rate_grows_and_falls() {
     assert_eq!(rates[..5], [0.5, 1.0, 1.5, 2.0, 2.0]);
     assert!(rates[4..].windows(2).all(|pair| pair[1] < pair[0]));
     assert_near(rates[7], 1.0);
+}
+
+#[test]
+fn the_default_targets_are_all_linear_layers_of_the_model() {
+    let targets = |name: &str, words: &[&str]| {
+        let args = Args::try_parse_from(["burn-lora", "train"].iter().chain(words)).unwrap();
+        let Some(Command::Train(args)) = args.command else { panic!("it is another command") };
+        args.targets_of(&tiny::<Plain>(name)).join(",")
+    };
+    let usual = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj";
+    assert_eq!(targets("llama3", &[]), usual);
+    assert_eq!(targets("phi3", &[]), "qkv_proj,o_proj,gate_up_proj,down_proj");
+    assert_eq!(targets("phi3", &["--targets", "o_proj"]), "o_proj");
 }

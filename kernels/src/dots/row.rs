@@ -1,0 +1,147 @@
+//! The product of a row with vectors: chunks of blocks, whose scales are read before their codes.
+
+use std::ops::Range;
+
+use pulp::NullaryFnOnce;
+
+use super::{
+    Dots, Vector8,
+    layout::Format,
+    part::{Part, Sums},
+    portable,
+    scales::{CHUNK, Scales},
+};
+
+#[cfg(target_arch = "x86_64")]
+use super::{avx2, vnni};
+
+/// The codes of a row.
+#[derive(Clone, Copy)]
+pub(super) struct Row<'a> {
+    pub bytes: &'a [u8],
+    /// The number of blocks of 32.
+    pub blocks: usize,
+    /// Whether blocks have a smallest number.
+    pub minima: bool,
+}
+
+impl Row<'_> {
+    /// The products with some vectors of one length, all in the same order by whatever instructions. `read` writes the
+    /// scales of some blocks.
+    ///
+    /// # Panics
+    ///
+    /// If the vectors are shorter than the row, or the instructions are not there.
+    pub fn dots<F: Format, const N: usize>(
+        &self,
+        by: Dots,
+        x: [&Vector8; N],
+        read: impl Fn(Range<usize>, &mut Scales),
+    ) -> [f32; N] {
+        assert!(by.are_there(), "this processor has no {by}");
+        let arch = pulp::Arch::new();
+        let (mut sums, mut minima) = ([[0.0; 16]; N], [[0.0; 8]; N]);
+        let (mut scales, mut factors) = (Scales::new(), [[[0.0; 2]; CHUNK]; N]);
+        for start in (0..self.blocks).step_by(CHUNK) {
+            let blocks = start..self.blocks.min(start + CHUNK);
+            arch.dispatch(Prepare {
+                row: *self,
+                blocks: blocks.clone(),
+                x,
+                read: &read,
+                scales: &mut scales,
+                factors: &mut factors,
+                minima: &mut minima,
+            });
+            let bytes = bytes_of::<F>(self.bytes, blocks.clone());
+            for ((x, factors), sums) in x.iter().zip(&factors).zip(&mut sums) {
+                let (x, factors) = (&x.codes()[blocks.clone()], &factors[..blocks.len()]);
+                add::<F>(by, Part { bytes, x, factors }, sums);
+            }
+        }
+        std::array::from_fn(|vector| total(sums[vector]) + total(minima[vector]))
+    }
+}
+
+/// The bytes of some blocks of 32, which are whole blocks of the format.
+pub(super) fn bytes_of<F: Format>(bytes: &[u8], blocks: Range<usize>) -> &[u8] {
+    let (of, stride) = (F::LAYOUT.blocks(), F::LAYOUT.stride);
+    &bytes[blocks.start / of * stride..blocks.end / of * stride]
+}
+
+/// What comes before codes are read. It is a type, since a closure is not always compiled for the instructions that
+/// `pulp` finds.
+struct Prepare<'a, R, const N: usize> {
+    row: Row<'a>,
+    blocks: Range<usize>,
+    x: [&'a Vector8; N],
+    read: &'a R,
+    scales: &'a mut Scales,
+    factors: &'a mut [[[f32; 2]; CHUNK]; N],
+    minima: &'a mut [[f32; 8]; N],
+}
+
+impl<R: Fn(Range<usize>, &mut Scales), const N: usize> NullaryFnOnce for Prepare<'_, R, N> {
+    type Output = ();
+
+    #[inline(always)]
+    fn call(self) {
+        let Self { row, blocks, x, read, scales, factors, minima } = self;
+        read(blocks.clone(), scales);
+        for ((x, factors), minima) in x.iter().zip(factors).zip(minima) {
+            multiply_scales(scales, &x.scales()[blocks.clone()], factors);
+            if row.minima {
+                add_minima(scales, &x.sums()[blocks.clone()], minima);
+            }
+        }
+    }
+}
+
+/// What the sum over each half of a block is multiplied by.
+#[inline(always)]
+fn multiply_scales(scales: &Scales, x: &[f32], to: &mut [[f32; 2]; CHUNK]) {
+    for ((to, scales), x) in to.iter_mut().zip(&scales.scales).zip(x) {
+        *to = [scales[0] * x, scales[1] * x];
+    }
+}
+
+/// Adds what the smallest numbers of blocks contribute, to one of eight sums in turn.
+#[inline(always)]
+fn add_minima(scales: &Scales, x: &[[f32; 2]], sums: &mut [f32; 8]) {
+    let minima = scales.minima.as_flattened();
+    let (whole, rest) = x.as_flattened().as_chunks::<8>();
+    for (numbers, x) in minima.as_chunks::<8>().0.iter().zip(whole) {
+        for lane in 0..8 {
+            sums[lane] += numbers[lane] * x[lane];
+        }
+    }
+    for (lane, x) in rest.iter().enumerate() {
+        sums[lane] += minima[whole.len() * 8 + lane] * x;
+    }
+}
+
+fn add<F: Format>(by: Dots, part: Part, sums: &mut Sums) {
+    match by {
+        Dots::Portable => portable::add::<F>(part, 0, sums),
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: `Row::dots` has found that they are there.
+        Dots::Avx2 => unsafe { avx2::add::<F>(part, sums) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Dots::Vnni => unsafe { vnni::add::<F>(part, sums) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("they are not there"),
+    }
+}
+
+/// The sum, of which one half is added to the other until one number is left.
+fn total<const N: usize>(mut sums: [f32; N]) -> f32 {
+    let mut half = N / 2;
+    while half > 0 {
+        for lane in 0..half {
+            sums[lane] += sums[lane + half];
+        }
+        half /= 2;
+    }
+    sums[0]
+}
