@@ -10,7 +10,7 @@ from pathlib import Path
 src = Path(__file__).resolve().parent.parent / "src"
 # The modules of a folder, the lowest first.
 orders = {
-    "src": """error pattern files table decomposition tensors burn_faults config precision quantized ops products adapter layer
+    "src": """error pattern files table decomposition tensors burn_faults config precision quantized gguf_file ops products adapter layer
         adapters traverse model overlay formats train serve""",
     "src/ops": """pool backend operation autodiff rows simd patches quantized bf16 weight times linear mixed conv columns channels
         gelu gated heads rotation normalize attention cross_entropy along dispatch testing""",

@@ -1,7 +1,7 @@
 //! Files that get their name when they are complete and on the disk.
 
 use std::{
-    fs::{File, Metadata},
+    fs::{self, File, Metadata},
     io,
     path::Path,
 };
@@ -11,10 +11,33 @@ use std::time::SystemTime;
 
 use tempfile::{Builder, TempDir};
 
+use crate::error::LoraError;
+
 /// A hidden directory in `dir` for files that are not complete. It is removed in the end, with what is
 /// left in it. A process that is killed leaves it there.
 pub(crate) fn unfinished_in(dir: &Path) -> io::Result<TempDir> {
     Builder::new().prefix(".unfinished-").tempdir_in(dir)
+}
+
+/// Writes the file at `path`, which gets its name when it is complete and on the disk. Until then, an old file stays.
+pub(crate) fn replace(
+    path: &Path,
+    write: impl FnOnce(&mut File) -> Result<(), LoraError>,
+) -> Result<(), LoraError> {
+    let io = |source| LoraError::Io { path: path.to_owned(), source };
+    // A link to a file stays one.
+    let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let dir = match path.parent() {
+        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        _ => Path::new("."),
+    };
+    // It must be on the same disk to get the name in one step.
+    let unfinished = unfinished_in(dir).map_err(io)?;
+    let new = unfinished.path().join("file");
+    let mut file = File::create(&new).map_err(io)?;
+    write(&mut file)?;
+    file.sync_all().map_err(io)?;
+    fs::rename(&new, path).and_then(|()| sync(dir)).map_err(io)
 }
 
 #[cfg(unix)]

@@ -4,6 +4,7 @@
 mod config;
 mod directory;
 mod find;
+mod gguf;
 mod json;
 mod keys;
 mod mlx;
@@ -16,6 +17,8 @@ use burn::tensor::backend::Backend;
 use crate::{adapters::LoraAdapters, error::LoraError};
 use config::PeftConfig;
 use mlx::MlxConfig;
+
+pub use gguf::Family;
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";

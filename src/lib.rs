@@ -98,6 +98,7 @@ mod decomposition;
 pub mod error;
 mod files;
 mod formats;
+mod gguf_file;
 mod layer;
 mod model;
 mod ops;
@@ -149,6 +150,21 @@ pub mod peft {
 pub mod quantize {
     pub use crate::model::{QuantizationReport, QuantizeConfig, QuantizedLayer};
     pub use crate::quantized::{GgufType, Quantization, QuantizedWeight, QuantizedWeightItem};
+}
+
+/// Files in the [GGUF](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) format, which llama.cpp and what is
+/// built on it read.
+///
+/// Adapters are read and written by [`LoraAdapters::load_gguf`] and [`save_gguf`](LoraAdapters::save_gguf), for which a
+/// [`Family`](gguf::Family) says how a model's layers are called there. [`Gguf`](gguf::Gguf) and
+/// [`write()`](gguf::write) are for all other files.
+pub mod gguf {
+    pub use crate::{
+        formats::Family,
+        gguf_file::{
+            Field, Gguf, NewTensor, Packed, Packing, halves_to_pairs, pairs_to_halves, paths, write,
+        },
+    };
 }
 
 /// What trains in a model, and tables like those of this crate's reports.

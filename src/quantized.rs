@@ -8,6 +8,7 @@ mod halves;
 mod nf4;
 mod pack;
 mod record;
+mod rounding;
 mod weight;
 mod words;
 

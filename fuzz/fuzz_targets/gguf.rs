@@ -11,7 +11,7 @@ use std::{fs, path::Path};
 
 use burn::backend::Flex;
 use burn_lora::quantize::QuantizedWeight;
-use burn_lora_llm::{gguf::Gguf, pretrained};
+use burn_lora_llm::{gguf, pretrained};
 use libfuzzer_sys::fuzz_target;
 
 /// What lies between the two parts of a model.
@@ -35,7 +35,7 @@ fuzz_target!(|bytes: &[u8]| {
 
 /// Reads all numbers of the model of which this is a file. All its files have these bytes.
 fn check(path: &Path, bytes: &[u8]) {
-    let Ok(file) = Gguf::open(path) else { return };
+    let Ok(file) = gguf::open(path) else { return };
     assert!(file.fields.len() <= bytes.len());
     for (name, tensor) in &file.tensors {
         // What is in the file was checked when it was opened.

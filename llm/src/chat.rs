@@ -5,6 +5,7 @@ mod template;
 
 use std::{collections::BTreeSet, path::Path};
 
+use burn_lora::gguf::Gguf;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -12,7 +13,7 @@ use tokenizers::Tokenizer;
 use crate::{
     error::{Context, Result},
     files::{check_model, is_gguf, is_there, read_json_if_exists, read_text, write_atomically},
-    gguf::{Gguf, tokens},
+    gguf::{self, tokens},
     tokenizer,
 };
 use template::Template;
@@ -84,7 +85,7 @@ impl Chat {
     }
 
     fn read_gguf(path: &Path) -> Result<Self> {
-        let Gguf { fields, tensors, .. } = Gguf::open(path)?;
+        let Gguf { fields, tensors, .. } = gguf::open(path)?;
         let tokenizer = tokens::tokenizer(&fields, path)?;
         let [begin, end] = ["bos", "eos"].map(|it| tokens::special(&fields, it));
         let [begin, end] = [begin, end].map(Option::unwrap_or_default);

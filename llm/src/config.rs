@@ -149,6 +149,12 @@ impl LlamaConfig {
         Ok(self)
     }
 
+    /// The name of the family in `config.json`.
+    pub fn model_type(&self) -> String {
+        let name = serde_json::to_value(self.family).expect("it is a name");
+        name.as_str().expect("it is a name").to_owned()
+    }
+
     /// What it says, one field in a line, for replicas that have to agree on it: no parameter tells these constants.
     pub fn to_lines(&self) -> String {
         format!("{self:?}").replace(", ", "\n")

@@ -14,18 +14,18 @@ use burn::{
     module::Initializer,
     tensor::{DType, backend::Backend},
 };
-use burn_lora::{LoraModule, quantize::Quantization};
+use burn_lora::{
+    LoraModule,
+    gguf::{Packing, paths},
+    quantize::Quantization,
+};
 use burn_store::{BurnToPyTorchAdapter, ModuleSnapshot, PyTorchToBurnAdapter, TensorSnapshot};
 
 use super::{config::LlamaConfig, llama::Llama};
 use crate::{
     error::{Context, Result},
     files::{check_model, is_gguf, is_there},
-    gguf::{
-        Packing,
-        model::{self, Model},
-        split,
-    },
+    gguf::model::{self, Model},
 };
 use holding::{Matrix, quantized};
 use tensors::{Tensors, read_tensors};
@@ -139,7 +139,7 @@ impl Files {
 ///
 /// If there is an index of several files, and it cannot be read.
 pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
-    let mut files = if is_gguf(path) { split::paths(path) } else { tensors::files(path)? };
+    let mut files = if is_gguf(path) { paths(path) } else { tensors::files(path)? };
     files.retain(|file| is_there(file));
     Ok(files)
 }

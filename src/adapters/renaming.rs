@@ -80,8 +80,12 @@ impl Renaming {
 
     /// The new name of the module or parameter at `path`.
     pub fn apply(&self, path: &str) -> String {
-        let renamed = self.pairs.iter().find_map(|(from, to)| rename(path, from, to));
-        renamed.unwrap_or_else(|| path.to_owned())
+        self.find(path).unwrap_or_else(|| path.to_owned())
+    }
+
+    /// The new name, if a template matches.
+    pub(crate) fn find(&self, path: &str) -> Option<String> {
+        self.pairs.iter().find_map(|(from, to)| rename(path, from, to))
     }
 
     /// Fails if templates that should match one of the names match none.
@@ -102,6 +106,11 @@ impl Renaming {
         let problem = format!("has templates that match nothing: {}; {remedy}", quoted(&unused));
         Err(LoraError::InvalidArgument { argument: "names", problem })
     }
+}
+
+/// Whether the template matches the whole path.
+pub(crate) fn is_at(path: &str, template: &str) -> bool {
+    rename(path, template, "").is_some_and(|rest| rest.is_empty())
 }
 
 /// The path with the template `from` replaced by `to`; `None` if the path does not match `from`.

@@ -240,7 +240,7 @@ pub(super) fn read_values(source: &mut impl Read, info: &TensorInfo) -> Result<V
 }
 
 /// The transpose of a matrix of `rows` × `columns`.
-fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+pub(super) fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
     let mut transposed = Vec::with_capacity(values.len());
     for column in 0..columns {
         transposed.extend((0..rows).map(|row| values[row * columns + column]));
@@ -401,7 +401,7 @@ fn serialize<Bk: Backend, R>(
     Ok(stored)
 }
 
-fn host<Bk: Backend, const D: usize>(tensor: Tensor<Bk, D>) -> Vec<f32> {
+pub(super) fn host<Bk: Backend, const D: usize>(tensor: Tensor<Bk, D>) -> Vec<f32> {
     // The product with 1 has the same bits and is not shared. burn-ndarray returns the memory of an
     // unshared tensor as it is, but reads a shared one element by element, which is ten times slower.
     let data = tensor.mul_scalar(1.0).into_data().convert::<f32>();

@@ -7,7 +7,7 @@ use burn_lora_kernels::BlockFormat;
 use half::{bf16, f16};
 
 use super::{
-    Format, Levels, QuantizedWeight, Scales,
+    Format, Levels, QuantizedWeight, Scales, rounding,
     words::{self, to_words},
 };
 use crate::error::LoraError;
@@ -88,6 +88,23 @@ impl GgufType {
             }
             None => bytes.as_chunks().0.iter().map(|&it| self.number(it)).collect(),
         }
+    }
+
+    /// The numbers rounded to this type, in whole blocks, to the bit as GGUF's own package rounds them. None for types in
+    /// blocks of 256 and for [`IQ4_NL`](Self::IQ4_NL), which that does not write.
+    ///
+    /// Numbers that are too large become infinite.
+    ///
+    /// # Panics
+    ///
+    /// If the numbers are no whole [blocks](Self::block).
+    pub fn pack(self, numbers: &[f32]) -> Option<Vec<u8>> {
+        let ([block, _], found) = (self.block(), numbers.len());
+        assert!(
+            found.is_multiple_of(block),
+            "{found} numbers are no blocks of {block} in {self:?}"
+        );
+        rounding::pack(self, numbers)
     }
 
     /// The number of 16 bits.

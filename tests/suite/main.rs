@@ -22,6 +22,7 @@ mod eva;
 mod folding;
 mod freezing;
 mod functions;
+mod gguf;
 mod golden;
 mod half;
 mod init;

@@ -1,5 +1,7 @@
 //! The families of decoders as GGUF files have them.
 
+use burn_lora::peft::Renaming;
+
 /// A family.
 pub(super) struct Architecture {
     /// Its name in GGUF files.
@@ -93,17 +95,23 @@ impl Architecture {
         })
     }
 
-    /// The name of a tensor at Hugging Face, or the same if it is unknown.
-    pub fn python_name(&self, name: &str) -> String {
-        let Some((module, parameter)) = name.rsplit_once('.') else { return name.to_owned() };
-        let layer = module.strip_prefix("blk.").and_then(|rest| rest.split_once('.'));
-        let pattern = layer.map_or(module.to_owned(), |(_, rest)| format!("blk.*.{rest}"));
-        match self.names.iter().chain(&NAMES).find(|(there, _)| *there == pattern) {
-            Some((_, here)) => {
-                let layer = layer.map_or("", |(layer, _)| layer);
-                format!("{}.{parameter}", here.replace('*', layer))
-            }
-            None => name.to_owned(),
-        }
+    /// The family of the decoders that `config.json` calls so.
+    pub fn of_model_type(model_type: &str) -> Option<&'static Self> {
+        // llama.cpp has no other name for it.
+        let model_type = if model_type == "mistral" { "llama" } else { model_type };
+        FAMILIES.iter().find(|it| it.model_type == model_type)
+    }
+
+    /// From the names of the modules in files to those at Hugging Face.
+    pub fn modules(&self) -> Renaming {
+        Renaming::new(self.names.iter().chain(&NAMES).copied()).partial()
+    }
+}
+
+/// The name of a tensor, `module.parameter`, where the module has the name that the renaming gives.
+pub(super) fn renamed(tensor: &str, modules: &Renaming) -> String {
+    match tensor.rsplit_once('.') {
+        Some((module, parameter)) => format!("{}.{parameter}", modules.apply(module)),
+        None => tensor.to_owned(),
     }
 }

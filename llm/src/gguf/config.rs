@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use burn_lora::gguf::Gguf;
 use serde_json::{Value, json};
 
-use super::{Gguf, architecture::Architecture, rope};
+use super::{architecture::Architecture, open, rope};
 use crate::{config::LlamaConfig, error::Context};
 
 /// By how much RoPE's frequencies are divided, for Llama 3.
@@ -14,16 +15,21 @@ pub(super) const DIVISORS: &str = "rope_freqs.weight";
 pub(super) const SHORT: &str = "rope_factors_short.weight";
 pub(super) const LONG: &str = "rope_factors_long.weight";
 
+/// The values of a tensor.
+pub(super) fn values(file: &Gguf, name: &str) -> Result<Vec<f32>, String> {
+    file.values(name).map_err(|error| error.to_string())
+}
+
 /// What Hugging Face's `config.json` says of the model in a GGUF file.
 ///
 /// # Errors
 ///
 /// If the file cannot be read, or has frequencies of RoPE that are no rule of `config.json`.
 pub fn hugging_face_config(path: &Path) -> Result<Value, String> {
-    let file = Gguf::open(path)?;
+    let file = open(path)?;
     let mut json = config(&file).context(path.display())?;
     if file.tensors.contains_key(DIVISORS) {
-        let divisors = file.values(DIVISORS)?;
+        let divisors = values(&file, DIVISORS)?;
         json["rope_scaling"] = rope_scaling(&json, &divisors).context(path.display())?;
     }
     json["architectures"] = json!([architecture(&file).context(path.display())?.class]);
@@ -257,7 +263,7 @@ fn scaling(fields: &Fields) -> Result<Value, String> {
     if fields.file.tensors.contains_key(LONG) {
         let [short, long] =
             [SHORT, LONG].map(|name| match fields.file.tensors.contains_key(name) {
-                true => fields.file.values(name),
+                true => values(fields.file, name),
                 false => Err(format!("`{name}` is missing")),
             });
         return Ok(json!({

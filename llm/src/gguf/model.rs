@@ -6,11 +6,15 @@ use burn::{
     module::ParamId,
     tensor::{DType, TensorData, backend::Backend},
 };
-use burn_lora::quantize::{GgufType, QuantizedWeight};
+use burn_lora::{
+    gguf::{Gguf, Packing, pairs_to_halves},
+    quantize::{GgufType, QuantizedWeight},
+};
 
 use super::{
-    Gguf, Packing,
-    config::{DIVISORS, LONG, SHORT, architecture, config},
+    architecture::renamed,
+    config::{DIVISORS, LONG, SHORT, architecture, config, values},
+    open,
 };
 use crate::config::LlamaConfig;
 use burn_store::{TensorSnapshot, TensorSnapshotError};
@@ -49,9 +53,9 @@ impl Matrix {
     ///
     /// If the file cannot be read, or a scale in it, or a number of 16 bits, is not finite.
     pub fn read<B: Backend>(&self, device: &B::Device) -> Result<QuantizedWeight<B>, String> {
-        let mut bytes = self.file.bytes(&self.name)?;
+        let mut bytes = self.file.bytes(&self.name).map_err(|error| error.to_string())?;
         if let Some(heads) = self.heads {
-            bytes = in_halves(&bytes, heads, self.shape[0]);
+            bytes = pairs_to_halves(&bytes, heads, self.shape[0]);
         }
         QuantizedWeight::from_gguf(self.kind, self.shape, &bytes, device)
             .map_err(|error| format!("`{}`: {error}", self.name))
@@ -64,25 +68,25 @@ impl Matrix {
 ///
 /// If the file cannot be read, or describes a model that the decoder is not.
 pub fn read(path: &Path) -> Result<Model, String> {
-    let file = Gguf::open(path)?;
+    let file = open(path)?;
     let told = |problem: String| format!("{}: {problem}", path.display());
     let family = architecture(&file).map_err(told)?;
     let divisors = match file.tensors.contains_key(DIVISORS) {
-        true => Some(file.values(DIVISORS)?),
+        true => Some(values(&file, DIVISORS)?),
         false => None,
     };
     let config = LlamaConfig::from_json(config(&file).map_err(told)?).map_err(told)?;
     let config = config.with_divided_frequencies(divisors.as_deref()).map_err(told)?;
     let (heads, head_dim) =
         ([config.num_attention_heads, config.key_value_heads()], config.head_dim());
-    let file = Rc::new(file);
+    let (file, modules) = (Rc::new(file), family.modules());
     let (mut tensors, mut matrices, mut packings) =
         (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     for (name, tensor) in &file.tensors {
         if [DIVISORS, SHORT, LONG].contains(&&**name) {
             continue;
         }
-        let new_name = family.python_name(name);
+        let new_name = renamed(name, &modules);
         // What is added to a number there is not at Hugging Face.
         let added = if family.norms_add_one && name.ends_with("_norm.weight") { 1.0 } else { 0.0 };
         let heads = match () {
@@ -110,9 +114,9 @@ pub fn read(path: &Path) -> Result<Model, String> {
         let values = {
             let shape = shape.clone();
             move || {
-                let mut values = file.values(&name).map_err(TensorSnapshotError::IoError)?;
+                let mut values = values(&file, &name).map_err(TensorSnapshotError::IoError)?;
                 if let Some(heads) = heads {
-                    values = in_halves(&values, heads, shape[0]);
+                    values = pairs_to_halves(&values, heads, shape[0]);
                 }
                 values.iter_mut().for_each(|it| *it -= added);
                 Ok(TensorData::new(values, shape.clone()))
@@ -125,16 +129,4 @@ pub fn read(path: &Path) -> Result<Model, String> {
         tensors.insert(new_name, tensor);
     }
     Ok(Model { config, tensors, matrices, packings })
-}
-
-/// Puts the rows of queries or keys in Hugging Face's order. Files of Llamas have the pairs of rows that
-/// RoPE turns next to each other; Hugging Face has them half a head apart.
-fn in_halves<T: Copy>(values: &[T], heads: usize, rows: usize) -> Vec<T> {
-    let (width, head) = (values.len() / rows, rows / heads);
-    let row = |row: usize| {
-        let (start, in_head) = (row / head * head, row % head);
-        let (second, pair) = (in_head / (head / 2), in_head % (head / 2));
-        start + 2 * pair + second
-    };
-    (0..rows).flat_map(|it| values[row(it) * width..][..width].iter().copied()).collect()
 }

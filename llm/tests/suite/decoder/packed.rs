@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fs};
 use burn_lora::{LoraConfig, LoraModule, nn::Precision, quantize::Quantization};
 
 use burn_lora_llm::{
-    gguf::{Gguf, config::hugging_face_config},
+    gguf::{config::hugging_face_config, open},
     llama::Llama,
     pretrained::{self, Holding},
 };
@@ -67,7 +67,7 @@ fn blocks_take_the_memory_that_they_take_in_the_file() {
         let llama = pretrained::load::<Plain>(&path, None, &device::<Plain>()).unwrap().llama;
         let layers = llama.parameters().layers;
         let held: usize = layers.iter().map(|it| it.quantized_bytes).sum();
-        let file = Gguf::open(&path).unwrap();
+        let file = open(&path).unwrap();
         let matrices = file.tensors.iter().filter(|(_, it)| it.shape.len() == 2);
         let (mut bytes, mut most) = (0, 0);
         for (name, tensor) in matrices {

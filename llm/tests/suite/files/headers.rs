@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use burn_lora_llm::gguf::Gguf;
+use burn_lora_llm::gguf::open;
 use tempfile::TempDir;
 
 use super::assert_holds;
@@ -50,7 +50,7 @@ fn problem(bytes: &[u8]) -> String {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("x.gguf");
     fs::write(&path, bytes).unwrap();
-    let error = Gguf::open(&path).expect_err("it cannot be opened");
+    let error = open(&path).expect_err("it cannot be opened");
     assert_holds(&error, "x.gguf: ");
     error.split_once("x.gguf: ").unwrap().1.to_owned()
 }
@@ -62,7 +62,7 @@ fn a_header_that_says_what_can_be_is_read() {
     let fields = [field("a", U8, &[7]), field("nan", F32, &f32::NAN.to_le_bytes())];
     let tensors = [tensor("b", &[4, 2], 32), tensor("a", &[8], 0), tensor("one", &[], 64)];
     fs::write(&path, file(&fields, &tensors)).unwrap();
-    let read = Gguf::open(&path).unwrap();
+    let read = open(&path).unwrap();
     assert_eq!(read.fields["a"], 7);
     // As `null` it would be taken as missing.
     assert_eq!(read.fields["nan"], "NaN");
@@ -172,7 +172,7 @@ fn every_cut_and_every_large_number_is_an_error_or_nothing() {
             let mut changed = whole.clone();
             changed[at..at + bytes.len()].copy_from_slice(bytes);
             fs::write(&path, changed).unwrap();
-            if let Ok(file) = Gguf::open(&path) {
+            if let Ok(file) = open(&path) {
                 file.tensors.keys().for_each(|name| drop(file.values(name).unwrap()));
             }
         }

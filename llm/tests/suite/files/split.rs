@@ -8,7 +8,7 @@ use std::{
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
-use burn_lora_llm::{chat::Chat, gguf::Gguf, pretrained};
+use burn_lora_llm::{chat::Chat, gguf::open, pretrained};
 
 use super::{Made, assert_holds, gguf, refusal, scores};
 
@@ -58,7 +58,7 @@ fn any_part_stands_for_all() {
         for path in [&parts[0], &parts[1], &parts[count - 1]] {
             assert_eq!(Chat::read(path).unwrap().encode("<|im_end|>", false).unwrap(), [2]);
             assert_eq!(pretrained::weight_files(path).unwrap(), parts);
-            let [file, whole] = [path, &whole].map(|path| Gguf::open(path).unwrap());
+            let [file, whole] = [path, &whole].map(|path| open(path).unwrap());
             assert!(file.tensors.keys().eq(whole.tensors.keys()));
             for name in file.tensors.keys() {
                 assert_eq!(file.bytes(name).unwrap(), whole.bytes(name).unwrap(), "{name}");
@@ -87,7 +87,7 @@ fn parts_that_python_wrote_are_the_whole() {
 
 /// All numbers of the model.
 fn scores_of(path: &Path) -> Vec<(String, Vec<u8>)> {
-    let file = Gguf::open(path).unwrap();
+    let file = open(path).unwrap();
     file.tensors.keys().map(|name| (name.clone(), file.bytes(name).unwrap())).collect()
 }
 

@@ -2,7 +2,8 @@
 
 use std::{collections::BTreeSet, fs, path::Path};
 
-use burn_lora_llm::gguf::{Packing, families};
+use burn_lora::gguf::Packing;
+use burn_lora_llm::gguf::families;
 
 fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()

@@ -10,11 +10,14 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use super::{Packed, Packing};
-use crate::{
-    error::{Context, Result},
-    files::{check_start, is_gguf_start, start_of},
-};
+use super::{Packed, Packing, invalid};
+use crate::error::LoraError;
+
+/// A result whose error says what is wrong with the file.
+type Result<T> = std::result::Result<T, String>;
+
+/// What each file begins with.
+pub(super) const MAGIC: [u8; 4] = *b"GGUF";
 
 /// The nesting of arrays that is read.
 const DEPTH: usize = 3;
@@ -29,8 +32,10 @@ const TENSOR: u64 = 8 + 4 + 4 + 8;
 
 /// What a header says.
 pub(super) struct Header {
-    /// The metadata, by key.
+    /// The fields, by key.
     pub(super) fields: Map<String, Value>,
+    /// Where the value of each field is in the file, with its kind, in the order of the file.
+    pub(super) places: Vec<(String, [u64; 2])>,
     /// The tensors, by name.
     pub(super) tensors: BTreeMap<String, Packed>,
     /// Where the values of the tensors begin.
@@ -43,18 +48,12 @@ impl Header {
     /// # Errors
     ///
     /// If the file cannot be read, is malformed or shorter than its header says.
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let start = start_of(path).context(path.display())?;
-        if !is_gguf_start(&start) {
-            check_start(path, &start)?;
-            return Err(format!("{}: it is not a GGUF file", path.display()));
-        }
-        let read = || {
-            let file = File::open(path).map_err(|error| error.to_string())?;
-            let length = file.metadata().map_err(|error| error.to_string())?.len();
-            Reader { source: BufReader::new(file), at: 0, length, values: 0 }.read()
-        };
-        read().context(path.display())
+    pub(super) fn open(path: &Path) -> std::result::Result<Self, LoraError> {
+        let io = |source| LoraError::Io { path: path.to_owned(), source };
+        let file = File::open(path).map_err(io)?;
+        let length = file.metadata().map_err(io)?.len();
+        let reader = Reader { source: BufReader::new(file), at: 0, length, values: 0 };
+        reader.read().map_err(invalid(path))
     }
 }
 
@@ -70,8 +69,9 @@ struct Reader<R> {
 
 impl<R: Read> Reader<R> {
     fn read(mut self) -> Result<Header> {
-        // The name of the format.
-        self.bytes(4)?;
+        if self.length < MAGIC.len() as u64 || self.array()? != MAGIC {
+            return Err("it is not a GGUF file".to_owned());
+        }
         let version = self.u32()?;
         if (1..=3).contains(&version.swap_bytes()) {
             return Err(
@@ -84,10 +84,11 @@ impl<R: Read> Reader<R> {
             return Err(format!("version {version} of GGUF is not supported"));
         }
         let (tensors, fields) = (self.u64()?, self.u64()?);
-        self.check_count(fields, FIELD).context(format!("it says that it has {fields} fields"))?;
+        self.check_count(fields, FIELD)
+            .map_err(|problem| format!("it says that it has {fields} fields: {problem}"))?;
         self.check_count(tensors, TENSOR)
-            .context(format!("it says that it has {tensors} tensors"))?;
-        let fields = self.fields(fields)?;
+            .map_err(|problem| format!("it says that it has {tensors} tensors: {problem}"))?;
+        let (fields, places) = self.fields(fields)?;
         let tensors = self.tensors(tensors)?;
         let alignment = match fields.get("general.alignment") {
             None => 32,
@@ -98,27 +99,34 @@ impl<R: Read> Reader<R> {
         };
         let start = self.at.checked_next_multiple_of(alignment).unwrap_or(u64::MAX);
         check_places(&tensors, alignment, start, self.length)?;
-        Ok(Header { fields, tensors, start })
+        Ok(Header { fields, places, tensors, start })
     }
 
-    fn fields(&mut self, count: u64) -> Result<Map<String, Value>> {
-        let mut fields = Map::new();
+    /// The fields, and where the value of each is.
+    fn fields(&mut self, count: u64) -> Result<(Map<String, Value>, Vec<(String, [u64; 2])>)> {
+        let (mut fields, mut places) = (Map::new(), Vec::new());
         for number in 1..=count {
-            let name = self.string().context(format!("the name of field {number} of {count}"))?;
-            let kind = self.u32().context(format!("`{name}`"))?;
-            let value = self.value(kind, DEPTH).context(format!("`{name}`"))?;
+            let name = self.string();
+            let name = name
+                .map_err(|problem| format!("the name of field {number} of {count}: {problem}"))?;
+            let start = self.at;
+            let value = self.u32().and_then(|kind| self.value(kind, DEPTH));
+            let value = value.map_err(|problem| format!("`{name}`: {problem}"))?;
+            places.push((name.clone(), [start, self.at]));
             if fields.insert(name.clone(), value).is_some() {
                 return Err(format!("`{name}`: it is there twice"));
             }
         }
-        Ok(fields)
+        Ok((fields, places))
     }
 
     fn tensors(&mut self, count: u64) -> Result<BTreeMap<String, Packed>> {
         let mut tensors = BTreeMap::new();
         for number in 1..=count {
-            let name = self.string().context(format!("the name of tensor {number} of {count}"))?;
-            let tensor = self.tensor().context(format!("`{name}`"))?;
+            let name = self.string();
+            let name = name
+                .map_err(|problem| format!("the name of tensor {number} of {count}: {problem}"))?;
+            let tensor = self.tensor().map_err(|problem| format!("`{name}`: {problem}"))?;
             if tensors.insert(name.clone(), tensor).is_some() {
                 return Err(format!("`{name}`: there are two tensors of this name"));
             }
@@ -253,7 +261,7 @@ fn check_places(
     let mut places = Vec::new();
     for (name, tensor) in tensors {
         let Packed { shape, packing, offset, .. } = tensor;
-        let size = tensor.size().ok_or_else(|| {
+        let size = packing.size(shape).ok_or_else(|| {
             format!("`{name}`: {shape:?} cannot be the shape of values in {packing}")
         })?;
         if !offset.is_multiple_of(alignment) {

@@ -2,9 +2,7 @@
 
 use std::fmt;
 
-use burn_lora::quantize::GgufType;
-
-use crate::error::Result;
+use crate::quantized::GgufType;
 
 /// How values are packed.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -61,7 +59,7 @@ const NAMES: [(u32, &str); 36] = [
 
 impl Packing {
     /// The packing with this number in the format's list.
-    pub(super) fn new(number: u32) -> Result<Self> {
+    pub(super) fn new(number: u32) -> Result<Self, String> {
         let name = NAMES.iter().find(|(it, _)| *it == number).map(|(_, name)| *name);
         let found = name.and_then(|name| Self::all().find(|it| it.to_string() == name));
         found.ok_or_else(|| {
@@ -72,6 +70,12 @@ impl Packing {
             };
             format!("{found}; the types that can be read are {}", known.join(", "))
         })
+    }
+
+    /// Its number in the format's list.
+    pub(super) fn number(self) -> u32 {
+        let name = self.to_string();
+        NAMES.iter().find(|(_, it)| *it == name).expect("all are in the list").0
     }
 
     /// All of them.
@@ -91,8 +95,17 @@ impl Packing {
         }
     }
 
+    /// The number of bytes of values of this shape, or none if there are no values, no whole blocks in each row, or more
+    /// than can be counted.
+    pub fn size(self, shape: &[usize]) -> Option<u64> {
+        let [values, bytes] = self.block();
+        let count = shape.iter().try_fold(1_u64, |all, &size| all.checked_mul(size as u64))?;
+        let are_whole = count > 0 && shape.last().unwrap_or(&1).is_multiple_of(values);
+        (count / values as u64).checked_mul(bytes as u64).filter(|_| are_whole)
+    }
+
     /// The values of a block, and its size in bytes.
-    pub(super) fn block(self) -> [usize; 2] {
+    pub fn block(self) -> [usize; 2] {
         match self {
             Self::F32 => [1, 4],
             Self::F16 => GgufType::F16.block(),
@@ -112,6 +125,23 @@ impl Packing {
             Self::F16 => GgufType::F16.unpack(bytes),
             Self::BF16 => GgufType::BF16.unpack(bytes),
             Self::Blocks(kind) => kind.unpack(bytes),
+        }
+    }
+
+    /// The values rounded to this type, in whole blocks, to the bit as GGUF's own package rounds them; none if that does
+    /// not do it either, as for the types in blocks of 256.
+    ///
+    /// Numbers that are too large for it become infinite.
+    ///
+    /// # Panics
+    ///
+    /// If the values are no whole blocks.
+    pub fn pack(self, values: &[f32]) -> Option<Vec<u8>> {
+        match self {
+            Self::F32 => Some(values.iter().flat_map(|it| it.to_le_bytes()).collect()),
+            Self::F16 => GgufType::F16.pack(values),
+            Self::BF16 => GgufType::BF16.pack(values),
+            Self::Blocks(kind) => kind.pack(values),
         }
     }
 }

@@ -8,11 +8,8 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::{Gguf, Part, header::Header};
-use crate::{
-    error::{Context, Result},
-    files::is_there,
-};
+use super::{Gguf, Part, header::Header, invalid};
+use crate::error::LoraError;
 
 const NUMBER: &str = "split.no";
 const COUNT: &str = "split.count";
@@ -28,7 +25,7 @@ pub(super) struct Place {
 
 impl Place {
     /// What the fields of a file say. None if it is a whole model.
-    pub(super) fn of(fields: &Map<String, Value>) -> Result<Option<Self>> {
+    pub(super) fn of(fields: &Map<String, Value>) -> Result<Option<Self>, String> {
         let count = number(fields, COUNT)?.unwrap_or(1);
         if count <= 1 {
             return Ok(None);
@@ -60,7 +57,7 @@ impl Place {
     }
 }
 
-fn number(fields: &Map<String, Value>, name: &str) -> Result<Option<u64>> {
+fn number(fields: &Map<String, Value>, name: &str) -> Result<Option<u64>, String> {
     let value = fields.get(name);
     let problem = || format!("`{name}` is {}", value.unwrap_or(&Value::Null));
     value.map(|it| it.as_u64().ok_or_else(problem)).transpose()
@@ -71,9 +68,9 @@ fn number(fields: &Map<String, Value>, name: &str) -> Result<Option<u64>> {
 /// # Errors
 ///
 /// If another part is missing, cannot be read, or does not belong to this one.
-pub(super) fn gather(path: &Path, header: Header, own: Place) -> Result<Gguf> {
+pub(super) fn gather(path: &Path, header: Header, own: Place) -> Result<Gguf, LoraError> {
     let (mut own_header, mut parts, mut fields) = (Some(header), Vec::new(), Map::new());
-    let mut tensors = BTreeMap::new();
+    let (mut tensors, mut places) = (BTreeMap::new(), Vec::new());
     let mut expected = None;
     for number in 1..=own.count {
         let place = Place { number, ..own };
@@ -81,7 +78,7 @@ pub(super) fn gather(path: &Path, header: Header, own: Place) -> Result<Gguf> {
             Some(header) => (path.to_owned(), header),
             None => other(path, own, place)?,
         };
-        let told = |problem: String| format!("{}: {problem}", path.display());
+        let told = invalid(&path);
         let part = parts.len();
         for (name, mut tensor) in header.tensors {
             tensor.part = part;
@@ -92,54 +89,50 @@ pub(super) fn gather(path: &Path, header: Header, own: Place) -> Result<Gguf> {
         }
         expected = expected.or(self::number(&header.fields, TENSORS).map_err(told)?);
         if part == 0 {
-            fields = header.fields;
+            (fields, places) = (header.fields, header.places);
+            // They are no fields of the model.
+            places.retain(|(name, _)| ![NUMBER, COUNT, TENSORS].contains(&name.as_str()));
         }
         parts.push(Part { path, start: header.start });
     }
     match expected {
-        Some(count) if count != tensors.len() as u64 => Err(format!(
-            "{}: by `{TENSORS}` the model has {count} tensors, and its {} files have {}",
-            path.display(),
+        Some(count) if count != tensors.len() as u64 => Err(invalid(path)(format!(
+            "by `{TENSORS}` the model has {count} tensors, and its {} files have {}",
             own.count,
             tensors.len(),
-        )),
-        _ => Ok(Gguf { parts, fields, tensors }),
+        ))),
+        _ => Ok(Gguf { parts, fields, tensors, places }),
     }
 }
 
 /// The path and the header of another part than the one at `path`.
-fn other(path: &Path, own: Place, place: Place) -> Result<(PathBuf, Header)> {
+fn other(path: &Path, own: Place, place: Place) -> Result<(PathBuf, Header), LoraError> {
     let Place { number, count } = own;
-    let is_part = format!("{}: it is part {number} of a model in {count} files", path.display());
+    let is_part = format!("it is part {number} of a model in {count} files");
     let Some(other) = place.beside(path, own) else {
-        return Err(format!(
+        return Err(invalid(path)(format!(
             "{is_part}; its name must end in `{}.gguf`, and those of the others likewise, so that they are found",
             own.end(),
-        ));
+        )));
     };
-    if !is_there(&other) {
-        return Err(format!("{is_part}, and {} is missing", other.display()));
+    if other.symlink_metadata().is_err() {
+        return Err(invalid(path)(format!("{is_part}, and {} is missing", other.display())));
     }
     let header = Header::open(&other)?;
-    match Place::of(&header.fields).context(other.display())? {
+    let told = invalid(&other);
+    match Place::of(&header.fields).map_err(&told)? {
         Some(found) if found == place => Ok((other, header)),
-        Some(found) => Err(format!(
-            "{}: by its name it is part {} of {count}, and by `{NUMBER}` and `{COUNT}` part {} of {}",
-            other.display(),
-            place.number,
-            found.number,
-            found.count,
-        )),
-        None => Err(format!(
-            "{}: `{COUNT}` is missing, and its name is that of a part",
-            other.display()
-        )),
+        Some(found) => Err(told(format!(
+            "by its name it is part {} of {count}, and by `{NUMBER}` and `{COUNT}` part {} of {}",
+            place.number, found.number, found.count,
+        ))),
+        None => Err(told(format!("`{COUNT}` is missing, and its name is that of a part"))),
     }
 }
 
 /// The paths of all parts of the model, in their order, if the file at `path` is named as one of them; otherwise this
 /// path alone. Not all of them need exist.
-pub(crate) fn paths(path: &Path) -> Vec<PathBuf> {
+pub fn paths(path: &Path) -> Vec<PathBuf> {
     let found = || {
         let (start, count) = path.file_stem()?.to_str()?.rsplit_once("-of-")?;
         let (_, number) = start.rsplit_once('-')?;
