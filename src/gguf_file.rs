@@ -25,7 +25,7 @@ use split::Place;
 pub use heads::{halves_to_pairs, pairs_to_halves};
 pub use packing::Packing;
 pub use split::paths;
-pub use writing::{Field, NewTensor, write};
+pub use writing::{Field, NewTensor, WRITER, write};
 
 /// A file of which the header was read, or those of all files that a model is split into.
 #[derive(Clone, Debug)]

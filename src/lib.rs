@@ -162,7 +162,8 @@ pub mod gguf {
     pub use crate::{
         formats::Family,
         gguf_file::{
-            Field, Gguf, NewTensor, Packed, Packing, halves_to_pairs, pairs_to_halves, paths, write,
+            Field, Gguf, NewTensor, Packed, Packing, WRITER, halves_to_pairs, pairs_to_halves,
+            paths, write,
         },
     };
 }

@@ -5,7 +5,7 @@ mod template;
 
 use std::{collections::BTreeSet, path::Path};
 
-use burn_lora::gguf::Gguf;
+use burn_lora::gguf::{Field, Gguf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
@@ -13,7 +13,10 @@ use tokenizers::Tokenizer;
 use crate::{
     error::{Context, Result},
     files::{check_model, is_gguf, is_there, read_json_if_exists, read_text, write_atomically},
-    gguf::{self, tokens},
+    gguf::{
+        self, tokens,
+        tokens::writing::{self, Told},
+    },
     tokenizer,
 };
 use template::Template;
@@ -159,6 +162,24 @@ impl Chat {
         let tokenizer = self.tokenizer.to_string(false).context("the tokenizer")?;
         let settings = serde_json::to_vec_pretty(&settings).context("the tokenizer's settings")?;
         Ok([("tokenizer.json", tokenizer.into_bytes()), ("tokenizer_config.json", settings)])
+    }
+
+    /// The fields of a GGUF file that say the same, for a model that knows so many tokens.
+    ///
+    /// # Errors
+    ///
+    /// If it is a tokenizer of another kind than byte pairs and pieces of SentencePiece that are made of pairs, or divides
+    /// texts in a way for which llama.cpp has no name.
+    pub fn gguf_fields(&self, known: usize) -> Result<Vec<(String, Field)>> {
+        let ends = self.ends();
+        let begin = self.tokenizer.token_to_id(&self.begin);
+        let told = Told { begin, ends: &ends, template: self.template() };
+        writing::fields(&self.tokenizer, known, &told)
+    }
+
+    /// The tokens after which an answer ends, as texts.
+    pub fn stop_texts(&self) -> Vec<String> {
+        self.ends().into_iter().filter_map(|id| self.tokenizer.id_to_token(id)).collect()
     }
 
     /// Whether an answer ends with the token.

@@ -1,5 +1,6 @@
-//! Writes a decoder as a directory that Hugging Face's `transformers` loads.
+//! Writes a decoder as a directory that Hugging Face's `transformers` loads, or as a GGUF file.
 
+mod gguf;
 mod rounding;
 
 use std::{
@@ -23,6 +24,7 @@ use crate::{
     pretrained::{INDEX, WEIGHTS, check_finite, dtypes, python_name},
 };
 
+pub use gguf::{Kind, SavedGguf, save_gguf};
 pub use rounding::{Rounding, updates};
 
 /// Files of the base that describe the model and its tokens.
@@ -94,12 +96,7 @@ pub fn save<B: Backend>(
     }
     // Everything that may be refused comes before the first file.
     let stored = dtypes(base)?;
-    let of_base = |name: &str| match stored.get(name) {
-        Some(DType::F16) => Precision::F16,
-        Some(DType::BF16) => Precision::BF16,
-        _ => Precision::F32,
-    };
-    let tensors = rounded(llama, |name| precision.unwrap_or_else(|| of_base(name)))?;
+    let tensors = rounded(llama, |name| precision.unwrap_or_else(|| of_base(&stored, name)))?;
     let mut config = config(base, llama.is_tied(), most(&tensors))?;
     if is_gguf(base) {
         // A GGUF file names some of them, and others are known by their names.
@@ -133,6 +130,15 @@ pub fn save<B: Backend>(
     let rounded = tensors.into_iter().filter(|it| it.precision != Precision::F32);
     let rounding = rounded.map(|it| (it.name, it.rounding)).collect();
     Ok(Saved { bytes, precisions, rounding })
+}
+
+/// The type of a weight in the files of the base.
+fn of_base(stored: &BTreeMap<String, DType>, name: &str) -> Precision {
+    match stored.get(name) {
+        Some(DType::F16) => Precision::F16,
+        Some(DType::BF16) => Precision::BF16,
+        _ => Precision::F32,
+    }
 }
 
 /// Writes `model.safetensors` to `dir`, in single precision.

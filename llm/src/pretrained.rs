@@ -34,8 +34,8 @@ pub use holding::Holding;
 pub(crate) use tensors::{INDEX, Problems, WEIGHTS, check_finite, placed, read_file};
 
 /// The table of embeddings, and the head.
-const TABLE: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+pub(crate) const TABLE: &str = "model.embed_tokens.weight";
+pub(crate) const HEAD: &str = "lm_head.weight";
 
 /// A decoder that was read.
 pub struct Pretrained<B: Backend> {
@@ -61,7 +61,7 @@ impl Files {
     fn open(path: &Path) -> Result<Self> {
         check_model(path)?;
         if is_gguf(path) {
-            let Model { config, tensors, matrices, packings } = model::read(path)?;
+            let Model { config, tensors, matrices, packings, .. } = model::read(path)?;
             let matrices =
                 matrices.into_iter().map(|(name, it)| (name, Matrix::Gguf(it))).collect();
             return Ok(Self { config, tensors, matrices, packings });
@@ -149,6 +149,17 @@ pub fn weight_files(path: &Path) -> Result<Vec<PathBuf>> {
 pub(crate) fn dtypes(path: &Path) -> Result<BTreeMap<String, DType>> {
     let files = Files::open(path)?;
     Ok(files.tensors.keys().map(|name| (name.clone(), files.dtype(name))).collect())
+}
+
+/// The shape of each weight in the files of the model at `path`, by its name at Hugging Face. Only the beginnings of the
+/// files are read.
+///
+/// # Errors
+///
+/// If a file cannot be read, or describes a model that [`Llama`] is not.
+pub fn shapes(path: &Path) -> Result<BTreeMap<String, Vec<usize>>> {
+    let files = Files::open(path)?;
+    Ok(files.tensors.into_iter().map(|(name, it)| (name, it.shape.to_vec())).collect())
 }
 
 /// Whether more than half of the numbers in the matrices of the model at `path`, a directory or a GGUF file, are bf16

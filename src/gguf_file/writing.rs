@@ -18,6 +18,9 @@ const ALIGNMENT: u64 = 32;
 /// A name that says otherwise. It is not copied, because files are written with the usual one.
 const ALIGNMENT_FIELD: &str = "general.alignment";
 
+/// A field that all files have which this crate writes: its version. So a program can tell what it may overwrite.
+pub const WRITER: &str = "burn_lora.version";
+
 /// The value of a field, as it is in a file: its kind and its bytes.
 ///
 /// ```
@@ -122,7 +125,7 @@ pub struct NewTensor<'a> {
     pub bytes: Box<dyn FnOnce() -> Result<Vec<u8>, LoraError> + 'a>,
 }
 
-/// Writes a file with these fields and tensors, in this order. The file gets its name when it is complete and on the
+/// Writes a file with these fields, [`WRITER`], and these tensors, in this order. The file gets its name when it is complete and on the
 /// disk: until then, an old one stays as it was.
 ///
 /// # Errors
@@ -134,10 +137,11 @@ pub struct NewTensor<'a> {
 /// If the shape of a tensor has no whole blocks in each row, or its bytes are not as many as its shape needs.
 pub fn write(
     path: &Path,
-    fields: Vec<(String, Field)>,
+    mut fields: Vec<(String, Field)>,
     tensors: Vec<NewTensor<'_>>,
 ) -> Result<(), LoraError> {
-    let fields: Vec<_> = fields.into_iter().filter(|(name, _)| name != ALIGNMENT_FIELD).collect();
+    fields.retain(|(name, _)| ![ALIGNMENT_FIELD, WRITER].contains(&name.as_str()));
+    fields.push((WRITER.to_owned(), env!("CARGO_PKG_VERSION").into()));
     let mut header = MAGIC.to_vec();
     header.extend(VERSION.to_le_bytes());
     header.extend((tensors.len() as u64).to_le_bytes());

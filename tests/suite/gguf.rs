@@ -5,7 +5,7 @@ use std::{fs, path::PathBuf};
 use burn::tensor::{Tensor, backend::Backend};
 use burn_lora::{
     LoraAdapter, LoraAdapters, LoraError, Scaling,
-    gguf::{Family, Field, Gguf, NewTensor, Packing, write},
+    gguf::{Family, Field, Gguf, NewTensor, Packing, WRITER, write},
     peft::Renaming,
     quantize::GgufType,
 };
@@ -384,7 +384,8 @@ fn fields_are_copied_as_they_are() {
     write(&paths[0], fields.to_vec(), Vec::new()).unwrap();
     let one = Gguf::open(&paths[0]).unwrap();
     assert_eq!(one.fields["some.tokens"][1], "ß\n");
-    let copied = one.copied_fields().unwrap();
+    let mut copied = one.copied_fields().unwrap();
+    assert_eq!(copied.pop(), Some((WRITER.to_owned(), env!("CARGO_PKG_VERSION").into())));
     assert_eq!(copied, fields);
     write(&paths[1], copied, Vec::new()).unwrap();
     assert_eq!(fs::read(&paths[0]).unwrap(), fs::read(&paths[1]).unwrap());

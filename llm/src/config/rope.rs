@@ -14,6 +14,8 @@ pub struct Rope {
     pub frequencies: Vec<f64>,
     /// What cosines and sines are multiplied by, so that scores change by its square.
     pub amplitude: f64,
+    /// Without a rule, pair i of n would turn by `theta^(-i / n)` per token.
+    pub theta: f64,
     beyond: Option<Beyond>,
 }
 
@@ -49,6 +51,25 @@ impl Rope {
             Some(Beyond::Long { length, .. }) => Some(length),
             _ => None,
         }
+    }
+
+    /// By how much each frequency is divided from what it would be without a rule.
+    pub fn divisors(&self) -> Vec<f64> {
+        let usual = plain(self.theta, self.frequencies.len());
+        usual.into_iter().zip(&self.frequencies).map(|(usual, it)| usual / it).collect()
+    }
+
+    /// The same for longer texts, and the length up to which texts are usual, if they are turned otherwise from their
+    /// first token on.
+    pub fn long_divisors(&self) -> Option<(usize, Vec<f64>)> {
+        let Some(Beyond::Long { length, frequencies }) = &self.beyond else { return None };
+        let long = Self { frequencies: frequencies.clone(), ..self.clone() };
+        Some((*length, long.divisors()))
+    }
+
+    /// Whether the length of a text decides how it is turned.
+    pub fn depends_on_length(&self) -> bool {
+        self.beyond.is_some()
     }
 
     /// The same with each frequency divided by a number.

@@ -3,7 +3,7 @@
 use burn_lora::peft::Renaming;
 
 /// A family.
-pub(super) struct Architecture {
+pub(crate) struct Architecture {
     /// Its name in GGUF files.
     pub name: &'static str,
     /// Its name in `config.json`, and that of its class in `transformers`.
@@ -109,7 +109,7 @@ impl Architecture {
 }
 
 /// The name of a tensor, `module.parameter`, where the module has the name that the renaming gives.
-pub(super) fn renamed(tensor: &str, modules: &Renaming) -> String {
+pub(crate) fn renamed(tensor: &str, modules: &Renaming) -> String {
     match tensor.rsplit_once('.') {
         Some((module, parameter)) => format!("{}.{parameter}", modules.apply(module)),
         None => tensor.to_owned(),

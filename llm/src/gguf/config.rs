@@ -15,6 +15,9 @@ pub(super) const DIVISORS: &str = "rope_freqs.weight";
 pub(super) const SHORT: &str = "rope_factors_short.weight";
 pub(super) const LONG: &str = "rope_factors_long.weight";
 
+/// The tensors that are no weights.
+pub(crate) const POSITIONS: [&str; 3] = [DIVISORS, SHORT, LONG];
+
 /// The values of a tensor.
 pub(super) fn values(file: &Gguf, name: &str) -> Result<Vec<f32>, String> {
     file.values(name).map_err(|error| error.to_string())

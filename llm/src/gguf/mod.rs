@@ -1,8 +1,9 @@
 //! Language models in [GGUF](https://github.com/ggml-org/ggml/blob/master/docs/gguf.md) files: what their fields say of
 //! a decoder and of its tokens. [`burn_lora::gguf`] reads and writes the files themselves.
 
-mod architecture;
+pub(crate) mod architecture;
 pub mod config;
+pub(crate) mod fields;
 pub mod model;
 mod rope;
 pub mod tokens;

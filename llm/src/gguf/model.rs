@@ -13,7 +13,7 @@ use burn_lora::{
 
 use super::{
     architecture::renamed,
-    config::{DIVISORS, LONG, SHORT, architecture, config, values},
+    config::{DIVISORS, POSITIONS, architecture, config, values},
     open,
 };
 use crate::config::LlamaConfig;
@@ -29,6 +29,8 @@ pub struct Model {
     pub matrices: BTreeMap<String, Matrix>,
     /// How the values of each tensor are packed.
     pub packings: BTreeMap<String, Packing>,
+    /// The name of each tensor in the file.
+    pub names: BTreeMap<String, String>,
 }
 
 /// A matrix whose numbers have 2 to 8 bits, or 16.
@@ -80,10 +82,10 @@ pub fn read(path: &Path) -> Result<Model, String> {
     let (heads, head_dim) =
         ([config.num_attention_heads, config.key_value_heads()], config.head_dim());
     let (file, modules) = (Rc::new(file), family.modules());
-    let (mut tensors, mut matrices, mut packings) =
-        (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+    let (mut tensors, mut matrices) = (BTreeMap::new(), BTreeMap::new());
+    let (mut packings, mut names) = (BTreeMap::new(), BTreeMap::new());
     for (name, tensor) in &file.tensors {
-        if [DIVISORS, SHORT, LONG].contains(&&**name) {
+        if POSITIONS.contains(&name.as_str()) {
             continue;
         }
         let new_name = renamed(name, &modules);
@@ -104,6 +106,7 @@ pub fn read(path: &Path) -> Result<Model, String> {
             )));
         }
         packings.insert(new_name.clone(), tensor.packing);
+        names.insert(new_name.clone(), name.clone());
         let shape = tensor.shape.clone();
         if let (Some(kind), &[rows, columns]) = (tensor.packing.held(), &shape[..]) {
             let (file, name) = (file.clone(), name.clone());
@@ -128,5 +131,5 @@ pub fn read(path: &Path) -> Result<Model, String> {
             TensorSnapshot::from_closure(values, DType::F32, shape.into(), path, containers, id);
         tensors.insert(new_name, tensor);
     }
-    Ok(Model { config, tensors, matrices, packings })
+    Ok(Model { config, tensors, matrices, packings, names })
 }

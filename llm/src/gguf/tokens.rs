@@ -4,6 +4,7 @@ mod division;
 mod ends;
 mod pieces;
 mod vocabulary;
+pub(crate) mod writing;
 
 use std::path::Path;
 

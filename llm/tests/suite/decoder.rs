@@ -50,7 +50,7 @@ impl Expected {
     }
 }
 
-fn fixture(name: &str) -> PathBuf {
+pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/llama/fixtures").join(name)
 }
 
@@ -58,7 +58,7 @@ fn tiny(name: &str) -> Llama<Plain> {
     pretrained::load(&fixture(name), None, &device::<Plain>()).unwrap().llama
 }
 
-fn ids(texts: &[&[i32]]) -> Tensor<Plain, 2, Int> {
+pub fn ids(texts: &[&[i32]]) -> Tensor<Plain, 2, Int> {
     let shape = [texts.len(), texts[0].len()];
     Tensor::from_data(TensorData::new(texts.concat(), shape), &device::<Plain>())
 }

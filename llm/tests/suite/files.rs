@@ -51,7 +51,7 @@ const WORDS: [&str; 13] = [
 ];
 
 /// A small model, before it is written.
-struct Made {
+pub struct Made {
     config: Value,
     /// `tokenizer_config.json`, unless it is `null`.
     settings: Value,
@@ -61,7 +61,7 @@ struct Made {
 
 impl Made {
     /// A decoder of Llama's with two layers, whose table of embeddings is the head.
-    fn new() -> Self {
+    pub fn new() -> Self {
         let config = json!({
             "model_type": "llama", "vocab_size": WORDS.len(), "hidden_size": 16, "intermediate_size": 24,
             "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "rms_norm_eps": 1e-5,
@@ -113,7 +113,7 @@ impl Made {
     }
 
     /// Writes Hugging Face's files.
-    fn write(&self) -> TempDir {
+    pub fn write(&self) -> TempDir {
         self.write_as(|_| Dtype::F32)
     }
 

@@ -7,4 +7,5 @@ mod backend {
 mod bert;
 mod decoder;
 mod files;
+mod llamacpp;
 mod oracle;

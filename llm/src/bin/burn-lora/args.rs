@@ -8,7 +8,7 @@ use burn_lora_llm::{
     Result,
     cli::{self, quantize::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg},
     llama::Llama,
-    merged::Precision,
+    merged::{Kind as GgufKind, Precision},
 };
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};
@@ -44,8 +44,10 @@ pub enum Command {
     Evaluate(EvaluateArgs),
     /// Answer a prompt, with each of the adapters in turn
     Generate(GenerateArgs),
-    /// Write the model with adapters in its weights, as a Hugging Face directory
+    /// Write the model with adapters in its weights, as a Hugging Face directory or a GGUF file
     Merge(MergeArgs),
+    /// Write adapters as a file for llama.cpp and Ollama, or as a directory for PEFT
+    Export(ExportArgs),
     /// Answer over HTTP, in OpenAI's protocol, with many adapters at once
     Serve(ServeArgs),
 }
@@ -104,8 +106,8 @@ pub struct TrainArgs {
     /// generated
     #[arg(long, value_name = "DIR", default_value = "out/language_model")]
     pub out: PathBuf,
-    /// Start from the adapters in this directory, with their ranks, alphas and layers
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["rank", "alpha", "targets", "relative", "full"])]
+    /// Start from the adapters in this directory or GGUF file, with their ranks, alphas and layers
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["rank", "alpha", "targets", "relative", "full"])]
     pub adapter: Option<PathBuf>,
     /// Type of the numbers that are multiplied; sums, adapters and all that trains are f32. `auto` is bf16 for a model
     /// in bf16, if the processor has instructions that make it faster. A run that goes on keeps its type
@@ -207,8 +209,8 @@ pub struct EvaluateArgs {
     /// File with a text, or a conversation, per line
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Directory of adapters
-    #[arg(long, value_name = "DIR")]
+    /// Directory or GGUF file of adapters
+    #[arg(long, value_name = "PATH")]
     pub adapter: Option<PathBuf>,
     /// Number of texts of a batch
     #[arg(long, default_value = "4", value_parser = cli::positive)]
@@ -232,8 +234,8 @@ pub struct GenerateArgs {
     /// Type of the numbers that are multiplied; bf16 is faster on some processors, and changes answers slightly
     #[arg(long, value_name = "TYPE", default_value = "f32")]
     pub dtype: Dtype,
-    /// Directory of adapters; several are used one after the other
-    #[arg(long, value_name = "DIR")]
+    /// Directory or GGUF file of adapters; several are used one after the other
+    #[arg(long, value_name = "PATH")]
     pub adapter: Vec<PathBuf>,
     /// What to answer
     #[arg(long)]
@@ -256,15 +258,40 @@ pub struct GenerateArgs {
 pub struct MergeArgs {
     #[command(flatten)]
     pub base: BaseArgs,
-    /// Directory of adapters
-    #[arg(long, value_name = "DIR")]
-    pub adapter: PathBuf,
-    /// Directory for the merged model
-    #[arg(long, value_name = "DIR")]
+    /// Directory or GGUF file of adapters; otherwise the model is written as it is
+    #[arg(long, value_name = "PATH")]
+    pub adapter: Option<PathBuf>,
+    /// Directory for the merged model, or a file whose name ends in .gguf, for llama.cpp and Ollama
+    #[arg(long, value_name = "PATH")]
     pub out: PathBuf,
-    /// Type of the merged weights; otherwise that of the base, and f16 for what has 2 to 8 bits there
+    /// Type of the merged weights in a directory; otherwise that of the base, and f16 for what has 2 to 8 bits there
     #[arg(long, value_name = "TYPE")]
     pub dtype: Option<Precision>,
+    /// Type of the merged matrices in a GGUF file
+    #[arg(long, value_name = "TYPE", default_value = "keep")]
+    pub r#type: GgufKind,
+    /// File with a text, or a conversation, per line, to tell the perplexity before and after weights are rounded
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+    /// Overwrite a GGUF file, or a Modelfile, that this program has not written
+    #[arg(long)]
+    pub force: bool,
+}
+
+#[derive(Parser, Debug)]
+pub struct ExportArgs {
+    /// Directory or GGUF file of the model that the adapters are for; only the beginnings of its weights are read
+    #[arg(long, value_name = "PATH")]
+    pub model: Option<PathBuf>,
+    /// Directory or GGUF file of adapters
+    #[arg(long, value_name = "PATH")]
+    pub adapter: PathBuf,
+    /// File whose name ends in .gguf, for llama.cpp and Ollama, or a directory, for PEFT
+    #[arg(long, value_name = "PATH")]
+    pub out: PathBuf,
+    /// Overwrite what is there, and was written by another program
+    #[arg(long)]
+    pub force: bool,
 }
 
 #[derive(Parser, Debug)]

@@ -6,8 +6,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn_lora::LoraAdapters;
-use burn_lora_llm::{Context, Result, pretrained::weight_files};
+use burn_lora::{LoraAdapters, gguf::Family};
+use burn_lora_llm::{
+    Context, Result, gguf,
+    pretrained::{self, weight_files},
+};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -46,6 +49,15 @@ impl Base {
         let name = hub_name(path).unwrap_or_else(|| path.display().to_string());
         let fingerprint = (!files.is_empty()).then(|| hex(&hash.finalize()));
         Ok(Self { name, fingerprint, path: path.to_owned() })
+    }
+
+    /// How its layers are called in files of llama.cpp's.
+    ///
+    /// # Errors
+    ///
+    /// If llama.cpp has no such models.
+    pub fn family(&self) -> Result<Family> {
+        gguf::family(&pretrained::config(&self.path)?)
     }
 
     /// What to tell of adapters in `dir` that are those of another model. By the weights, if it is known on which

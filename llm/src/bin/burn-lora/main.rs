@@ -6,6 +6,7 @@
 //! burn-lora evaluate --model MODEL --data DATA/test.jsonl --adapter out/language_model/adapter
 //! burn-lora generate --model MODEL --adapter out/language_model/adapter --prompt "What is LoRA?"
 //! burn-lora merge --model MODEL --adapter out/language_model/adapter --out merged
+//! burn-lora export --model MODEL --adapter out/language_model/adapter --out adapter.gguf # for llama.cpp
 //! burn-lora serve --model MODEL --adapters out/language_model # the model `adapter`
 //! ```
 //!
@@ -21,14 +22,17 @@ mod backend;
 mod base;
 mod checkpoint;
 mod dtype;
+mod export;
 mod generated;
 mod memory;
 mod merge;
+mod modelfile;
 mod remembered;
 mod report;
 mod results;
 mod reviews;
 mod serve;
+mod target;
 #[cfg(test)]
 mod tests;
 mod texts;
@@ -51,6 +55,7 @@ use burn_lora_llm::{
     cli::{self, hub, live::during},
     config::LlamaConfig,
     data::{self, Reading},
+    files::is_gguf,
     generate::{Sampling, generate},
     llama::Llama,
     loss,
@@ -97,6 +102,7 @@ fn run(args: Args) -> Result<()> {
         Command::Evaluate(args) => run_evaluate(&args),
         Command::Generate(args) => run_generate(&args),
         Command::Merge(args) => merge::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Serve(args) => run_serve(&args),
     }
 }
@@ -155,10 +161,16 @@ fn hex(hash: &[u8]) -> String {
     hash.iter().take(16).map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn load(dir: &Path) -> Result<LoraAdapters<Plain>> {
-    let set = LoraAdapters::load(dir, &Default::default()).map_err(|error| error.to_string())?;
+/// Adapters of a directory, or of a file of llama.cpp's.
+fn load(path: &Path, base: &Base) -> Result<LoraAdapters<Plain>> {
+    let device = Default::default();
+    let set = match path.is_file() && is_gguf(path) {
+        true => LoraAdapters::load_gguf(path, &base.family()?, &device),
+        false => LoraAdapters::load(path, &device),
+    };
+    let set = set.map_err(|error| error.to_string())?;
     for key in set.unused() {
-        eprintln!("{}: `{}` is not used, as in PEFT", dir.display(), key.escape_debug());
+        eprintln!("{}: `{}` is not used, as in PEFT", path.display(), key.escape_debug());
     }
     Ok(set)
 }
@@ -171,7 +183,7 @@ fn adapters(
     chat: &Chat,
 ) -> Result<(LoraAdapters<Plain>, Option<Remembered>)> {
     // Adapters can be used without it, as those of PEFT are.
-    let (set, remembered) = (load(dir)?, Remembered::read(dir));
+    let (set, remembered) = (load(dir, base)?, Remembered::read(dir));
     let unreadable = remembered.as_ref().err().cloned();
     let remembered = remembered.ok().flatten();
     let other = base.other(dir, &set, remembered.as_ref());

@@ -31,6 +31,10 @@ impl Remembered {
     ///
     /// If the file is there and cannot be read.
     pub fn read(dir: &Path) -> Result<Option<Self>> {
+        // Files for llama.cpp have nothing beside them.
+        if dir.is_file() {
+            return Ok(None);
+        }
         let path = dir.join(FILE);
         match fs::read(&path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),

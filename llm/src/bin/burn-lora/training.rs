@@ -84,7 +84,7 @@ pub fn run(args: &TrainArgs, replicas: &Counted) -> Result<()> {
         .context("the replicas multiply in other types; give all the same --dtype")?;
     let adapted = args.adapter.as_ref().map(|dir| match is_first {
         true => started(dir, args, &base, &chat),
-        false => load(dir),
+        false => load(dir, &base),
     });
     let adapted = adapted.transpose()?;
     let mut fingerprints: Vec<_> =

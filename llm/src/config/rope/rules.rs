@@ -143,7 +143,7 @@ impl Plain<'_> {
         let frequencies = plain(theta, pairs);
         let factor = || need("factor", parameters.factor);
         let max = sizes.max_position_embeddings;
-        let rope = |frequencies| Rope { frequencies, amplitude: 1.0, beyond: None };
+        let rope = |frequencies| Rope { frequencies, amplitude: 1.0, theta, beyond: None };
         match parameters.rope_type.as_deref().or(parameters.old_type.as_deref()) {
             None if parameters.factor.is_some() => {
                 Err("RoPE has a `factor`, but no `rope_type` says what it does".to_owned())
@@ -225,13 +225,13 @@ impl Plain<'_> {
         };
         let amplitude = parameters.attention_factor.unwrap_or(usual);
         let amplitude = positive("attention_factor", amplitude)?;
-        Ok(Rope { frequencies: slowed.collect(), amplitude, beyond: None })
+        Ok(Rope { frequencies: slowed.collect(), amplitude, theta, beyond: None })
     }
 
     /// Each pair has a divisor, and another one in long texts ([Ding et al.
     /// 2024](https://arxiv.org/abs/2402.13753)).
     fn longrope(&self, frequencies: &[f64], max: usize) -> Result<Rope, String> {
-        let Self { parameters, pairs, .. } = *self;
+        let Self { parameters, theta, pairs, .. } = *self;
         let length = positive("original_max_position_embeddings", self.usual)?;
         let divided = |name: &str, divisors: &Option<Vec<f64>>| {
             let divisors =
@@ -250,7 +250,7 @@ impl Plain<'_> {
         let usual = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / length.ln()).sqrt() };
         let amplitude = positive("attention_factor", parameters.attention_factor.unwrap_or(usual))?;
         let beyond = Beyond::Long { length: length as usize, frequencies: long };
-        Ok(Rope { frequencies: short, amplitude, beyond: Some(beyond) })
+        Ok(Rope { frequencies: short, amplitude, theta, beyond: Some(beyond) })
     }
 }
 

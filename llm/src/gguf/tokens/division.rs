@@ -63,6 +63,21 @@ enum Way {
 }
 
 impl Division {
+    /// A name of each of the ways.
+    pub(super) const NAMES: [&str; 11] = [
+        "llama-bpe",
+        "dbrx",
+        "qwen2",
+        "qwen35",
+        "tekken",
+        "gpt-4o",
+        "deepseek-v3",
+        "gpt-2",
+        "smollm",
+        "falcon",
+        "default",
+    ];
+
     /// The one that the fields name.
     ///
     /// # Errors
