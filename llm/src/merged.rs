@@ -18,7 +18,7 @@ use serde_json::Value;
 use crate::{
     chat::Chat,
     error::{Context, Result},
-    files::{is_gguf, is_there, read_json, write_atomically},
+    files::{is_gguf, is_there, names_ending, read_json, write_atomically},
     gguf::config::hugging_face_config,
     llama::Llama,
     pretrained::{INDEX, WEIGHTS, check_finite, dtypes, python_name},
@@ -28,8 +28,9 @@ pub use gguf::{Kind, SavedGguf, save_gguf};
 pub use rounding::{Rounding, updates};
 
 /// Files of the base that describe the model and its tokens.
-const COPIED: [&str; 8] = [
+const COPIED: [&str; 10] = [
     "tokenizer.json",
+    "tokenizer.model",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -37,7 +38,11 @@ const COPIED: [&str; 8] = [
     "merges.txt",
     "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
+
+/// The directory of templates for other purposes than a conversation, in that of the base.
+const TEMPLATES: &str = "additional_chat_templates";
 
 /// The type in which weights are written. Numbers are rounded to the nearest, and between two to the even one.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
@@ -103,23 +108,24 @@ pub fn save<B: Backend>(
         config["eos_token_id"] = chat.ends().into();
     }
     let config = serde_json::to_vec_pretty(&config).context("config.json")?;
-    let mut files: BTreeMap<&str, Vec<u8>> = match is_gguf(base) {
-        true => chat.files()?.into(),
+    let mut files: BTreeMap<String, Vec<u8>> = match is_gguf(base) {
+        true => chat.files()?.map(|(name, bytes)| (name.to_owned(), bytes)).into(),
         false => {
-            let exist = COPIED.into_iter().filter(|file| is_there(&base.join(file)));
-            let read = |file| {
-                let path = base.join(file);
+            let copied = COPIED.map(str::to_owned).into_iter().chain(templates(base));
+            let read = |file: String| {
+                let path = base.join(&file);
                 Ok((file, fs::read(&path).context(path.display())?))
             };
-            exist.map(read).collect::<Result<_>>()?
+            copied.filter(|file| is_there(&base.join(file))).map(read).collect::<Result<_>>()?
         }
     };
-    files.insert("config.json", config);
-    files.insert(WEIGHTS, serialized(&tensors)?);
+    files.insert("config.json".to_owned(), config);
+    files.insert(WEIGHTS.to_owned(), serialized(&tensors)?);
     for (file, bytes) in &files {
         write(&out.join(file), bytes)?;
     }
-    for file in COPIED.into_iter().chain([INDEX]).filter(|it| !files.contains_key(it)) {
+    let known = COPIED.into_iter().chain([INDEX]).map(str::to_owned).chain(templates(out));
+    for file in known.filter(|it| !files.contains_key(it)) {
         let path = out.join(file);
         if is_there(&path) {
             fs::remove_file(&path).context(path.display())?;
@@ -130,6 +136,12 @@ pub fn save<B: Backend>(
     let rounded = tensors.into_iter().filter(|it| it.precision != Precision::F32);
     let rounding = rounded.map(|it| (it.name, it.rounding)).collect();
     Ok(Saved { bytes, precisions, rounding })
+}
+
+/// The names of the templates for other purposes in the directory of a model.
+fn templates(dir: &Path) -> impl Iterator<Item = String> + use<> {
+    let names = names_ending(&dir.join(TEMPLATES), &[".jinja"]);
+    names.into_iter().map(|name| format!("{TEMPLATES}/{name}"))
 }
 
 /// The type of a weight in the files of the base.

@@ -2,6 +2,7 @@
 
 mod data;
 mod dtype;
+mod export;
 mod first_day;
 mod results;
 mod server;

@@ -21,6 +21,13 @@ pub(super) enum Kind {
     UserDefined,
     /// A byte of a character that no other token has.
     Byte,
+    /// The name of a row of the table that has no token.
+    None,
+}
+
+/// The name that llama.cpp's converter has for a row of the table without a token.
+pub(super) fn no_token(id: usize) -> String {
+    format!("[PAD{id}]")
 }
 
 /// The tokens of a model, by their numbers.
@@ -66,6 +73,7 @@ impl<'a> Vocabulary<'a> {
                 Some(2) => Kind::Unknown,
                 Some(3) => Kind::Control,
                 Some(4) => Kind::UserDefined,
+                Some(5) if token == &no_token(id) => Kind::None,
                 Some(6) => Kind::Byte,
                 _ => Kind::Normal,
             };
@@ -108,7 +116,8 @@ impl<'a> Vocabulary<'a> {
 
     /// The numbers of the tokens.
     pub(super) fn ids(&self) -> Vocab {
-        self.tokens.iter().cloned().zip(0..).collect()
+        let all = self.tokens.iter().cloned().zip(0..).zip(&self.kinds);
+        all.filter(|(_, kind)| **kind != Kind::None).map(|(token, _)| token).collect()
     }
 
     /// The tokens that are looked for before all others: those that control the model, and those that are never
@@ -117,7 +126,7 @@ impl<'a> Vocabulary<'a> {
         let tokens = self.tokens.iter().zip(&self.kinds).filter_map(|(token, kind)| match kind {
             Kind::Control | Kind::Unknown => Some(AddedToken::from(token, true)),
             Kind::UserDefined => Some(AddedToken::from(token, false).normalized(false)),
-            Kind::Normal | Kind::Byte => None,
+            Kind::Normal | Kind::Byte | Kind::None => None,
         });
         tokens.collect()
     }

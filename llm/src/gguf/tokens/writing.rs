@@ -6,7 +6,7 @@ use burn_lora::gguf::Field;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::division::Division;
+use super::{division::Division, vocabulary::no_token};
 use crate::error::{Context, Result};
 
 /// Kinds of tokens, by their numbers in files.
@@ -102,7 +102,7 @@ struct Tokens {
 impl Tokens {
     fn read(json: &Value, known: usize) -> Result<Self> {
         // Rows of the table without a token have a name all the same.
-        let mut tokens: Vec<_> = (0..known).map(|id| format!("[PAD{id}]")).collect();
+        let mut tokens: Vec<_> = (0..known).map(no_token).collect();
         let mut kinds = vec![UNUSED; known];
         let mut set = |token: &str, id: &Value, kind| {
             let id = id.as_u64().unwrap_or(u64::MAX);

@@ -65,8 +65,22 @@ fn w8_files_of_another_model_do_not_stay_beside_a_merged_one() {
     assert_eq!(rendered(out), rendered(base.path()));
     // What the base has is there.
     fs::write(base.path().join("generation_config.json"), r#"{"eos_token_id": 3}"#).unwrap();
+    let templates = "additional_chat_templates";
+    for dir in [base.path(), out] {
+        fs::create_dir(dir.join(templates)).unwrap();
+    }
+    fs::write(out.join(templates).join("old.jinja"), "of another model").unwrap();
+    let copied =
+        ["tokenizer.model", "chat_template.json", "additional_chat_templates/tool_use.jinja"];
+    for name in copied {
+        fs::write(base.path().join(name), name).unwrap();
+    }
     save(base.path(), out, None).unwrap();
     assert!(Chat::read(out).unwrap().stops(3));
+    for name in copied {
+        assert_eq!(fs::read_to_string(out.join(name)).unwrap(), name);
+    }
+    assert_eq!(names(&out.join(templates)), ["tool_use.jinja"]);
 }
 
 #[test]
