@@ -35,9 +35,12 @@ pub struct Gguf {
     pub fields: Map<String, Value>,
     /// The tensors, by name.
     pub tensors: BTreeMap<String, Packed>,
-    /// Where the value of each field is in the first file, in the order of the file.
-    places: Vec<(String, [u64; 2])>,
+    /// Where the value of each field is in the first file.
+    places: Places,
 }
+
+/// Where the value of each field begins and ends in a file, in the order of the file.
+type Places = Vec<(String, [u64; 2])>;
 
 /// A file of a model.
 #[derive(Clone, Debug)]

@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Map, Value, json};
 
-use super::{Packed, Packing, invalid};
+use super::{Packed, Packing, Places, invalid};
 use crate::error::LoraError;
 
 /// A result whose error says what is wrong with the file.
@@ -35,7 +35,7 @@ pub(super) struct Header {
     /// The fields, by key.
     pub(super) fields: Map<String, Value>,
     /// Where the value of each field is in the file, with its kind, in the order of the file.
-    pub(super) places: Vec<(String, [u64; 2])>,
+    pub(super) places: Places,
     /// The tensors, by name.
     pub(super) tensors: BTreeMap<String, Packed>,
     /// Where the values of the tensors begin.
@@ -103,7 +103,7 @@ impl<R: Read> Reader<R> {
     }
 
     /// The fields, and where the value of each is.
-    fn fields(&mut self, count: u64) -> Result<(Map<String, Value>, Vec<(String, [u64; 2])>)> {
+    fn fields(&mut self, count: u64) -> Result<(Map<String, Value>, Places)> {
         let (mut fields, mut places) = (Map::new(), Vec::new());
         for number in 1..=count {
             let name = self.string();

@@ -1,6 +1,9 @@
 //! GGUF files, beside those that GGUF's own package writes: see `tests/gguf/make_fixtures.py`.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
 use burn::tensor::{Tensor, backend::Backend};
 use burn_lora::{
@@ -231,7 +234,7 @@ fn what_has_no_place_in_such_files_is_refused_and_an_old_file_stays() {
             &family(),
             "no place for DoRA's magnitudes; merge the set into the model, or `extract`",
         ),
-        ("layers.0.value", nan, &family(), "x.gguf: layers.0.value holds NaN or infinite values"),
+        ("layers.0.value", nan, &family(), "x.gguf: `layers.0.value` holds NaN or infinite values"),
         (
             "layers.0.other",
             plain(),
@@ -265,7 +268,7 @@ fn what_has_no_place_in_such_files_is_refused_and_an_old_file_stays() {
 }
 
 /// A file of adapters with these fields changed, and these tensors in f32.
-fn made(path: &PathBuf, fields: &[(&str, Option<Field>)], tensors: &[(&str, &[usize], f32)]) {
+fn made(path: &Path, fields: &[(&str, Option<Field>)], tensors: &[(&str, &[usize], f32)]) {
     let mut all = vec![
         ("general.architecture", Field::from("llama")),
         ("general.type", "adapter".into()),

@@ -1,4 +1,5 @@
-//! The page that says which files can be opened is complete, and each of its rows has tests.
+//! The page that says which files can be opened is complete, and each of its rows has tests, as those of the page that
+//! says where results go.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -11,7 +12,8 @@ fn root() -> &'static Path {
 
 /// The cells of the table under a heading.
 fn table(heading: &str) -> Vec<Vec<String>> {
-    let page = fs::read_to_string(root().join("docs/files.md")).unwrap();
+    let pages = ["docs/files.md", "docs/results.md"];
+    let page = pages.map(|page| fs::read_to_string(root().join(page)).unwrap()).concat();
     let lines = page.lines().skip_while(|line| *line != format!("## {heading}")).skip(1);
     let lines = lines.take_while(|line| !line.starts_with("## "));
     let rows = lines.filter(|line| line.starts_with('|')).skip(2);
@@ -47,7 +49,7 @@ fn tests() -> BTreeSet<String> {
 #[test]
 fn each_row_has_tests() {
     let tests = tests();
-    for heading in ["Families", "Rules of RoPE", "Types of tensors"] {
+    for heading in ["Families", "Rules of RoPE", "Types of tensors", "Programs"] {
         for row in table(heading) {
             let named: Vec<_> = row.last().unwrap().split(", ").collect();
             for name in named {
