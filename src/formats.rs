@@ -1,12 +1,14 @@
 //! The directory format in which Python's PEFT library stores adapters: `adapter_config.json` and
-//! `adapter_model.safetensors`.
+//! `adapter_model.safetensors`. And the files of image models.
 
 mod config;
 mod directory;
 mod find;
+mod image;
 mod json;
 mod keys;
 mod mlx;
+mod outgoing;
 mod tensors;
 
 use std::{fs, io::Read, path::Path};
@@ -16,6 +18,8 @@ use burn::tensor::backend::Backend;
 use crate::{adapters::LoraAdapters, error::LoraError};
 use config::PeftConfig;
 use mlx::MlxConfig;
+
+pub use image::ImageFormat;
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";
