@@ -24,6 +24,7 @@ mod freezing;
 mod functions;
 mod golden;
 mod half;
+mod image;
 mod init;
 mod learner;
 mod loading;
