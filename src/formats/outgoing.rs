@@ -65,7 +65,7 @@ impl<Bk: Backend> Outgoing<Bk> {
     }
 
     /// What the file would hold, which errors call `file`.
-    pub fn to_bytes(
+    pub fn into_bytes(
         self,
         metadata: HashMap<String, String>,
         file: &Path,

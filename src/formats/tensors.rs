@@ -261,7 +261,7 @@ pub(super) fn to_bytes<Bk: Backend>(
     set: &LoraAdapters<Bk>,
     file: &Path,
 ) -> Result<Vec<u8>, LoraError> {
-    outgoing(set).to_bytes(metadata(), file)
+    outgoing(set).into_bytes(metadata(), file)
 }
 
 /// What else the header says.

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from make_fixtures import FIXTURES, LAYERS, kohya_name, merged, read_by_diffusers
+from make_fixtures import FIXTURES, LAYERS, kohya_name, merged, read_by_diffusers, read_text_by_diffusers
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -44,6 +44,8 @@ def main():
         "saved_kohya_tucker": "kohya_tucker",
         "saved_diffusers": "kohya",
         "saved_diffusers_dora": "diffusers_dora",
+        "saved_text_kohya": "kohya_text",
+        "saved_text_diffusers": "kohya_text",
     }
     with tempfile.TemporaryDirectory() as out:
         subprocess.run(
@@ -54,7 +56,8 @@ def main():
         assert {path.stem for path in Path(out).iterdir()} == source.keys()
         for path in sorted(Path(out).iterdir()):
             has_own_formula = path.stem == "saved_kohya_dora"
-            y = by_formula(path) if has_own_formula else read_by_diffusers(path)
+            read = read_text_by_diffusers if "text" in path.stem else read_by_diffusers
+            y = by_formula(path) if has_own_formula else read(path)
             error = (y - expected[f"y.{source[path.stem]}"]).abs().max().item()
             with safe_open(path, "pt") as file:
                 header = sorted(file.metadata())

@@ -15,6 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -38,6 +39,12 @@ CONV = {
     "up_blocks.0.resnets.1.conv_shortcut": (3, 1.5),
 }
 LAYERS = {**LINEAR, **CONV}
+TEXT = {
+    "encoder.layers.0.self_attn.q_proj": (2, 3.0),
+    "encoder.layers.0.self_attn.out_proj": (2, 3.0),
+    "encoder.layers.1.mlp.fc1": (2, 3.0),
+    "encoder.layers.1.mlp.fc2": (2, 3.0),
+}
 
 
 def unet():
@@ -56,6 +63,31 @@ def unet():
     if (FIXTURES / "base.safetensors").exists():
         model.load_state_dict(load_file(FIXTURES / "base.safetensors"))
     return model.eval()
+
+
+def text_encoder():
+    model = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=20, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=7, hidden_act="quick_gelu", bos_token_id=0, eos_token_id=19, pad_token_id=19,
+        )
+    )
+    if (FIXTURES / "base_text.safetensors").exists():
+        model.load_state_dict(load_file(FIXTURES / "base_text.safetensors"))
+    return model.eval()
+
+
+def text_output(model):
+    with torch.no_grad():
+        return model(load_file(FIXTURES / "io.safetensors")["tokens"].long()).last_hidden_state
+
+
+def read_text_by_diffusers(path):
+    """The output of the text encoder with the file loaded as a pipeline loads it."""
+    state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(path, return_lora_metadata=True)
+    model = text_encoder()
+    StableDiffusionPipeline.load_lora_into_text_encoder(state, alphas, model, metadata=metadata)
+    return text_output(model)
 
 
 def inputs():
@@ -90,9 +122,9 @@ def merged(updates, magnitudes=None):
     return output(model)
 
 
-def factors(layers):
+def factors(layers, model=unet):
     """A down and an up for each layer, as sd-scripts has them."""
-    shapes = {name: parameter.shape for name, parameter in unet().named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in model().named_parameters()}
     drawn = {}
     for name, (rank, _) in layers.items():
         d_output, *rest = shapes[f"{name}.weight"]
@@ -108,15 +140,15 @@ def updates(layers, drawn):
     }
 
 
-def kohya_name(name):
-    return "lora_unet_" + name.replace(".", "_")
+def kohya_name(name, begin="lora_unet_"):
+    return begin + name.replace(".", "_")
 
 
-def kohya(layers, drawn):
+def kohya(layers, drawn, begin="lora_unet_"):
     tensors = {}
     for name, (_, alpha) in layers.items():
         down, up = drawn[name]
-        flat = kohya_name(name)
+        flat = kohya_name(name, begin)
         tensors[f"{flat}.lora_down.weight"] = down
         tensors[f"{flat}.lora_up.weight"] = up
         tensors[f"{flat}.alpha"] = torch.tensor(alpha)
@@ -153,9 +185,18 @@ def main():
             # Norms and biases must not be one and zero.
             parameter.add_(0.1 * torch.randn_like(parameter))
     save_file(base.state_dict(), FIXTURES / "base.safetensors")
-    io = {"x": torch.randn(2, 3, 8, 8), "t": torch.tensor([7.0, 430.0]), "context": torch.randn(2, 5, 6)}
+    base_text = text_encoder()
+    with torch.no_grad():
+        for parameter in base_text.parameters():
+            # Those of transformers are nearly zero.
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    save_file(base_text.state_dict(), FIXTURES / "base_text.safetensors")
+    io = {
+        "x": torch.randn(2, 3, 8, 8), "t": torch.tensor([7.0, 430.0]), "context": torch.randn(2, 5, 6),
+        "tokens": torch.randint(20, (2, 7)).float(),
+    }
     save_file(io, FIXTURES / "io.safetensors")
-    expected = {"base": output(base)}
+    expected = {"base": output(base), "base_text": text_output(base_text)}
 
     def save(name, tensors, y, metadata=None):
         tensors = {key: tensor.contiguous() for key, tensor in tensors.items()}
@@ -172,6 +213,14 @@ def main():
     drawn = {name: tuple(it.float() for it in pair) for name, pair in drawn.items()}
     by_formula = merged(updates(LAYERS, drawn))
     assert (by_formula - expected["kohya"]).abs().max() < 1e-5
+
+    # With a text encoder, as most files have it.
+    drawn = factors(TEXT, text_encoder)
+    tensors |= kohya(TEXT, drawn, "lora_te_text_model_")
+    save("kohya_both", tensors, read_by_diffusers)
+    assert torch.equal(expected["kohya_both"], expected["kohya"])
+    expected["kohya_text"] = read_text_by_diffusers(FIXTURES / "kohya_both.safetensors")
+    assert (expected["kohya_text"] - expected["base_text"]).abs().max() > 0.1
 
     # LyCORIS with `dora_wd` and `wd_on_output`, of all layers but some; 1x1 kernels for a linear layer.
     layers = {name: LAYERS[name] for name in list(LAYERS)[1::2]}

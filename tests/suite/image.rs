@@ -1,10 +1,15 @@
 //! Files of adapters of image models: what diffusers computes with each is computed here, and it reads what is written
 //! here.
 
+mod blocks;
+mod header;
 mod names;
 mod refused;
 mod saving;
+mod text;
+mod toys;
 mod unet;
+mod unwritten;
 
 use std::{
     fs,

@@ -21,11 +21,12 @@ use crate::{
 /// The name of the text, as in diffusers.
 const FIELD: &str = "lora_adapter_metadata";
 
-/// The fields that say what the adapters compute. diffusers passes all fields on to PEFT, which in older versions
-/// does not know every one that there is.
-const WRITTEN: [&str; 8] = [
+/// The fields that say what the adapters compute. No others are written, because diffusers passes them all on to PEFT,
+/// which in older versions fails on those that it does not know.
+const WRITTEN: [&str; 9] = [
     "alpha_pattern",
     "lora_alpha",
+    "lora_dropout",
     "peft_type",
     "r",
     "rank_pattern",

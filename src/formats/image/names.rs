@@ -1,6 +1,6 @@
 //! What the layers of a model are called in files.
 
-use std::collections::BTreeMap;
+use std::{cell::LazyCell, collections::BTreeMap};
 
 use burn::{module::Module, tensor::backend::Backend};
 
@@ -99,10 +99,12 @@ pub(super) struct Layer {
 }
 
 /// The layers of a model, by their names.
-pub(super) struct Layers {
+pub(super) struct Layers<'m> {
     layers: Vec<Layer>,
     dotted: BTreeMap<(Part, String), Vec<usize>>,
     flat: BTreeMap<(Part, String), Vec<usize>>,
+    /// The names in Python of its stock modules. They are only found if the layers do not have a name.
+    stock: LazyCell<Vec<String>, Box<dyn FnOnce() -> Vec<String> + 'm>>,
 }
 
 /// What a name in a file means.
@@ -112,13 +114,12 @@ pub(super) enum Meant<'l> {
     Several(Vec<String>),
     /// A layer in a part that the model does not have.
     OtherPart,
-    /// None, and the name that is most like it, if there is one.
-    Nothing(Option<String>),
+    Nothing,
 }
 
-impl Layers {
+impl<'m> Layers<'m> {
     /// The layers of the model, where `names` goes from the names in Python to its paths.
-    pub fn of<B: Backend, M: Module<B>>(model: &M, names: &Renaming) -> Result<Self, LoraError> {
+    pub fn of<B: Backend, M: Module<B>>(model: &'m M, names: &Renaming) -> Result<Self, LoraError> {
         let found = traverse::layers(model, |path, layer: &dyn LoraLayer<B>| {
             (path.to_owned(), layer.weight_shape(), layer.weight_layout())
         });
@@ -136,29 +137,65 @@ impl Layers {
             dotted.entry((layer.part, layer.name.clone())).or_default().push(index);
             flat.entry((layer.part, flattened(&layer.name))).or_default().push(index);
         }
-        Ok(Self { layers, dotted, flat })
+        let stock = move || {
+            let weights = traverse::stock_weights::<B, M>(model).into_iter();
+            weights.map(|it| to_python.apply(&it.path)).collect()
+        };
+        Ok(Self { layers, dotted, flat, stock: LazyCell::new(Box::new(stock)) })
+    }
+
+    /// The names of the layers, as this one is spelled.
+    fn alike(&self, name: &InFile) -> &BTreeMap<(Part, String), Vec<usize>> {
+        if name.is_flat { &self.flat } else { &self.dotted }
     }
 
     /// The layer that the file means.
     pub fn find(&self, name: &InFile) -> Meant<'_> {
-        let known = if name.is_flat { &self.flat } else { &self.dotted };
-        let spellings = name.spellings();
-        let mut found = spellings.iter().filter_map(|it| known.get(&(name.part, it.clone())));
+        let (known, spellings) = (self.alike(name), name.spellings());
+        let mut found = spellings.into_iter().filter_map(|it| known.get(&(name.part, it)));
         match found.next().map(Vec::as_slice) {
-            Some([index]) => return Meant::Layer(&self.layers[*index]),
+            Some([index]) => Meant::Layer(&self.layers[*index]),
             Some(several) => {
                 let paths = several.iter().map(|index| self.layers[*index].path.clone());
-                return Meant::Several(paths.collect());
+                Meant::Several(paths.collect())
             }
-            None => {}
+            None if name.begin.is_empty() || self.has(name.part) => Meant::Nothing,
+            None => Meant::OtherPart,
         }
-        if !name.begin.is_empty() && self.layers.iter().all(|layer| layer.part != name.part) {
-            return Meant::OtherPart;
+    }
+
+    /// Whether the model has a layer in this part. One without any layers has stock modules in their place.
+    fn has(&self, part: Part) -> bool {
+        match self.layers.is_empty() {
+            true => self.stock.iter().any(|name| of_python(name).1 == part),
+            false => self.layers.iter().any(|it| it.part == part),
         }
-        let others = known.keys().filter(|(part, _)| *part == name.part);
-        let alike = others.map(|(_, it)| (strsim::normalized_levenshtein(it, name.rest), it));
-        let closest = alike.max_by(|(one, _), (other, _)| one.total_cmp(other));
-        Meant::Nothing(closest.map(|(_, it)| format!("{}{it}", name.begin)))
+    }
+
+    /// Why no layer has these names in a file, for each of them.
+    pub fn explain(&self, names: &[InFile]) -> Vec<String> {
+        let is_stock = |name: &InFile| {
+            self.stock.iter().any(|it| {
+                let (_, part, it) = of_python(it);
+                let it = if name.is_flat { flattened(it) } else { it.to_owned() };
+                part == name.part && name.spellings().contains(&it)
+            })
+        };
+        let reasons = names.iter().map(|name| {
+            if is_stock(name) {
+                return "a stock module: see `Lora::overlay`".to_owned();
+            }
+            let others = self.alike(name).keys().filter(|(part, _)| *part == name.part);
+            let likeness = |it: &str| strsim::normalized_levenshtein(it, name.rest);
+            let alike = others.map(|(_, it)| (likeness(it), it));
+            match alike.max_by(|(one, _), (other, _)| one.total_cmp(other)) {
+                Some((_, it)) => {
+                    format!("no layer has this name; the closest is {}{it}", name.begin)
+                }
+                None => "no layer has this name".to_owned(),
+            }
+        });
+        reasons.collect()
     }
 }
 

@@ -1,6 +1,6 @@
 //! The tensors of each layer, and whether they are those of an adapter of it.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use safetensors::tensor::TensorInfo;
 
@@ -14,6 +14,9 @@ use crate::{
     error::{LoraError, Mismatch, quoted, shown},
     formats::config::PeftConfig,
 };
+
+/// How many names of no layer are explained. Messages show no more.
+const EXPLAINED: usize = 8;
 
 /// The tensors of one layer, by their roles, with their keys.
 #[derive(Default)]
@@ -56,7 +59,8 @@ pub(super) fn by_layer<'l, 'k>(
     file: &str,
 ) -> Result<(BTreeMap<&'l str, Found<'l, 'k>>, Vec<String>), LoraError> {
     let mut found = BTreeMap::<_, Found>::new();
-    let (mut unused, mut unknown) = (Vec::new(), BTreeSet::new());
+    // Names of no layer, with one of their keys.
+    let (mut unused, mut unknown) = (Vec::new(), BTreeMap::new());
     let mut mismatch = Mismatch::default();
     for (key, info) in infos {
         let Some((name, role)) = keys::split(key, file)? else {
@@ -79,16 +83,17 @@ pub(super) fn by_layer<'l, 'k>(
             }
             Meant::Several(paths) => return Err(ambiguous(key, &paths, file)),
             Meant::OtherPart => unused.push(key.to_owned()),
-            // Once for all tensors of the layer.
-            Meant::Nothing(closest) if unknown.insert(name) => {
-                let closest =
-                    closest.map_or_else(String::new, |it| format!("; the closest is {it}"));
-                mismatch.unexpected.push(format!("{key} (no layer has this name{closest})"));
-            }
-            Meant::Nothing(_) => {}
+            Meant::Nothing => drop(unknown.entry(name).or_insert((key, in_file))),
         }
     }
     if !unknown.is_empty() {
+        let (keys, names): (Vec<_>, Vec<_>) = unknown.into_values().unzip();
+        // To compare all names of a large file with all layers would take long.
+        let mut reasons = layers.explain(&names[..names.len().min(EXPLAINED)]).into_iter();
+        mismatch.unexpected.extend(keys.into_iter().map(|key| {
+            let reason = reasons.next().unwrap_or_else(|| "no layer has this name".to_owned());
+            format!("{key} ({reason})")
+        }));
         let hint = "the names in the file are those of the model in Python; have `names` say which layers they \
                     mean (see `peft::Renaming`)";
         mismatch.hint = Some(hint.to_owned());

@@ -5,51 +5,25 @@ use std::fs;
 use burn::{
     module::Module,
     nn::{
-        EmbeddingConfig, LinearConfig,
-        conv::{Conv2dConfig, ConvTranspose2dConfig},
+        Linear, LinearConfig,
+        conv::{Conv2d, Conv2dConfig},
     },
     tensor::{Tensor, backend::Backend},
 };
 use burn_lora::{
-    LoraAdapters, LoraError, LoraLinear, LoraModule, Scaling,
-    image::ImageFormat,
-    nn::{LoraConv2d, LoraConvTranspose2d, LoraEmbedding},
-    peft::Renaming,
+    Lora, LoraAdapters, LoraLinear, LoraModule, Scaling, image::ImageFormat, peft::Renaming,
 };
 use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
-use super::zeros;
+use super::{
+    toys::{Toy, linear, read, twins},
+    zeros,
+};
 use crate::{
     model::{Plain, device},
     oracle::Matrix,
 };
-
-/// A layer of each kind.
-#[derive(Module, Debug)]
-pub struct Toy<B: Backend> {
-    pub fc: LoraLinear<B>,
-    pub conv: LoraConv2d<B>,
-    pub point: LoraConv2d<B>,
-    pub grouped: LoraConv2d<B>,
-    pub up: LoraConvTranspose2d<B>,
-    pub table: LoraEmbedding<B>,
-}
-
-impl<B: Backend> Toy<B> {
-    pub fn new() -> Self {
-        let device = device::<B>();
-        let conv = |channels, size| Conv2dConfig::new(channels, [size, size]);
-        Self {
-            fc: LinearConfig::new(3, 5).init(&device).into(),
-            conv: conv([2, 4], 3).init(&device).into(),
-            point: conv([3, 5], 1).init(&device).into(),
-            grouped: conv([4, 6], 3).with_groups(2).init(&device).into(),
-            up: ConvTranspose2dConfig::new([2, 3], [2, 2]).init(&device).into(),
-            table: EmbeddingConfig::new(7, 3).init(&device).into(),
-        }
-    }
-}
 
 /// Models of several parts.
 #[derive(Module, Debug)]
@@ -68,38 +42,6 @@ struct Text<B: Backend> {
 struct Attention<B: Backend> {
     q_proj: LoraLinear<B>,
     out_proj: LoraLinear<B>,
-}
-
-/// Two layers with one name in kohya's files.
-#[derive(Module, Debug)]
-pub struct Twins<B: Backend> {
-    pub a: Twin<B>,
-    pub a_b: LoraLinear<B>,
-}
-
-#[derive(Module, Debug)]
-pub struct Twin<B: Backend> {
-    pub b: LoraLinear<B>,
-}
-
-pub fn linear<B: Backend>() -> LoraLinear<B> {
-    LinearConfig::new(3, 5).init(&device::<B>()).into()
-}
-
-pub fn twins() -> Twins<Plain> {
-    Twins { a: Twin { b: linear() }, a_b: linear() }
-}
-
-/// The set in this file.
-pub fn read<M: Module<Plain>>(
-    bytes: &[u8],
-    model: &M,
-    names: &Renaming,
-) -> Result<LoraAdapters<Plain>, LoraError> {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("set.safetensors");
-    fs::write(&file, bytes).unwrap();
-    LoraAdapters::load_image(&file, model, names, &device::<Plain>())
 }
 
 /// The factors of a linear layer of 3 inputs and 5 outputs, with this name.
@@ -209,12 +151,39 @@ fn other_names_are_renamed() {
 }
 
 #[test]
-fn layers_of_one_kind_are_told_apart_by_their_dots() {
+fn dots_and_other_names_tell_layers_apart() {
     let set = read(&of_layers(&["unet.a.b", "unet.a_b"]), &twins(), &Renaming::default()).unwrap();
     assert_eq!(paths(&set), ["a.b", "a_b"]);
     let names = Renaming::new([("first", "a")]);
     let set = read(&of_layers(&["lora_unet_first_b", "lora_unet_a_b"]), &twins(), &names).unwrap();
     assert_eq!(paths(&set), ["a.b", "a_b"]);
+}
+
+#[test]
+fn stock_models_are_read_through_an_overlay() {
+    #[derive(Module, Debug)]
+    struct Stock<B: Backend> {
+        fc: Linear<B>,
+        conv: Conv2d<B>,
+    }
+    let device = device::<Plain>();
+    let stock = Stock::<Plain> {
+        fc: LinearConfig::new(3, 5).init(&device),
+        conv: Conv2dConfig::new([2, 4], [3, 3]).init(&device),
+    };
+    let file = zeros(&[
+        ("lora_unet_fc.lora_down.weight", Dtype::F32, &[2, 3]),
+        ("lora_unet_fc.lora_up.weight", Dtype::F32, &[5, 2]),
+        ("lora_unet_conv.lora_down.weight", Dtype::F32, &[2, 2, 3, 3]),
+        ("lora_unet_conv.lora_up.weight", Dtype::F32, &[4, 2, 1, 1]),
+    ]);
+    let error = read(&file, &stock, &Renaming::default()).unwrap_err().to_string();
+    let expected = "lora_unet_fc.lora_down.weight (a stock module: see `Lora::overlay`)";
+    assert!(error.contains(expected), "{error}");
+    let overlay = Lora::overlay(stock);
+    let set = read(&file, &overlay, &Renaming::default()).unwrap();
+    assert_eq!(paths(&set), ["conv", "fc"]);
+    overlay.switch(&set).unwrap();
 }
 
 /// A linear layer as a convolution with a kernel of size 1, and the other way round.

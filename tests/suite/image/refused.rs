@@ -1,18 +1,14 @@
-//! What cannot be read or written is refused as a whole, and the error names the key or the layer, and what to do.
+//! What cannot be read is refused as a whole, and the error names the key, and what to do.
 
-use std::{collections::HashMap, fs};
+use std::fs;
 
-use burn::{module::Module, tensor::Tensor};
-use burn_lora::{
-    Init, LoraAdapter, LoraAdapters, LoraConfig, LoraError, LoraModule, Scaling,
-    image::ImageFormat, peft::Renaming,
-};
+use burn::module::Module;
+use burn_lora::{LoraAdapters, LoraError, peft::Renaming};
 use safetensors::{Dtype, tensor::TensorView};
 
 use super::{
-    fixture, load,
-    names::{Toy, read, twins},
-    unet::{self, UNet},
+    fixture,
+    toys::{Toy, read, twins},
     zeros,
 };
 use crate::model::{Plain, device};
@@ -23,7 +19,7 @@ const UP: (&str, Dtype, &[usize]) = ("lora_unet_fc.lora_up.weight", F32, &[5, 2]
 
 /// The error of this file, without the file's name.
 #[track_caller]
-fn error<M: Module<Plain>>(file: &[u8], model: &M) -> String {
+pub fn error<M: Module<Plain>>(file: &[u8], model: &M) -> String {
     let error = read(file, model, &Renaming::default()).unwrap_err().to_string();
     let (_, error) = error.split_once("set.safetensors").expect("the error names the file");
     error.to_owned()
@@ -266,85 +262,6 @@ fn files_of_other_kinds_are_named() {
     assert!(directory.ends_with(": not a file"), "{directory}");
 }
 
-/// The set of a file of diffusers with this text in its header.
-fn configured(text: &str, more: &[(&'static str, Dtype, &[usize])]) -> Vec<u8> {
-    let zeros = vec![0; 256];
-    let tensors =
-        [("unet.fc.lora_A.weight", F32, &[2, 3][..]), ("unet.fc.lora_B.weight", F32, &[5, 2])];
-    let views = tensors.iter().chain(more).map(|(key, dtype, shape)| {
-        let bytes = 4 * shape.iter().product::<usize>();
-        (*key, TensorView::new(*dtype, shape.to_vec(), &zeros[..bytes]).unwrap())
-    });
-    let header = HashMap::from([("lora_adapter_metadata".to_owned(), text.to_owned())]);
-    safetensors::serialize(views, Some(header)).unwrap()
-}
-
-#[test]
-fn the_configuration_in_the_header_is_kept_to() {
-    let toy = Toy::<Plain>::new();
-    let names = Renaming::default();
-    let text =
-        r#"{"unet.r": 2, "unet.lora_alpha": 7, "unet.use_rslora": true, "unet.lora_dropout": 0.1}"#;
-    let set = read(&configured(text, &[]), &toy, &names).unwrap();
-    let adapter = set.get("fc").unwrap();
-    assert_eq!((adapter.alpha, adapter.scaling), (7.0, Scaling::AlphaOverSqrtRank));
-    assert_eq!(adapter.dropout.prob, 0.1);
-    for (text, more, message) in [
-        (
-            r#"{"unet.r": 3}"#,
-            &[][..],
-            " does not fit; of the wrong shape: unet.fc.lora_A.weight (expected [3, 3], the first being the rank, \
-             found [2, 3]), unet.fc.lora_B.weight (expected [5, 3], the second being the rank, found [5, 2])",
-        ),
-        (
-            r#"{"unet.r": 2, "unet.use_dora": true}"#,
-            &[],
-            " does not fit; missing: the magnitudes of unet.fc (lora_magnitude_vector)",
-        ),
-        (
-            r#"{"unet.r": 2}"#,
-            &[("unet.fc.lora_magnitude_vector", F32, &[5][..])],
-            " does not fit; unexpected: unet.fc.lora_magnitude_vector (`use_dora` is not set)",
-        ),
-        (
-            r#"{"unet.r": 2}"#,
-            &[("unet.fc.alpha", F32, &[][..])],
-            ": `unet.fc.alpha` is not supported: the header says the alphas, too, in `lora_adapter_metadata`; take \
-             one of them out",
-        ),
-        (
-            r#"{"text_encoder.r": 2}"#,
-            &[],
-            ": `lora_adapter_metadata` in its header says nothing of `unet.`, of which there are adapters; take it \
-             out of the header, and alpha is the rank where no tensor says otherwise",
-        ),
-        (
-            r#"{"r": 2}"#,
-            &[],
-            ": `lora_adapter_metadata` in its header says nothing of `unet.`, of which there are adapters; take it \
-             out of the header, and alpha is the rank where no tensor says otherwise",
-        ),
-        (
-            r#"{"unet.peft_type": "LOKR"}"#,
-            &[],
-            ": `lora_adapter_metadata`: `peft_type` is not supported: it is LOKR, not LORA; only LoRA's adapters are \
-             read",
-        ),
-        (
-            r#"{"unet.r": 2, "unet.r": 3}"#,
-            &[],
-            ": `lora_adapter_metadata`: the key `unet.r` occurs twice at line 1 column 26",
-        ),
-        (
-            "[]",
-            &[],
-            ": `lora_adapter_metadata`: invalid type: sequence, expected an object at line 1 column 0",
-        ),
-    ] {
-        assert_eq!(error(&configured(text, more), &toy), message);
-    }
-}
-
 #[test]
 fn a_renaming_that_matches_nothing_is_refused() {
     let toy = Toy::<Plain>::new();
@@ -358,135 +275,19 @@ fn a_renaming_that_matches_nothing_is_refused() {
     assert_eq!(error(Renaming::new([("fc", "other")])), expected);
 }
 
-/// The error of writing this set, without the file's name. Nothing is written.
-#[track_caller]
-fn not_written(set: &LoraAdapters<Plain>, format: ImageFormat, names: &Renaming) -> String {
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("set.safetensors");
-    let error = set.save_image(&file, format, names).unwrap_err().to_string();
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
-    match error.split_once("set.safetensors: ") {
-        Some((_, error)) => error.to_owned(),
-        None => error,
-    }
-}
-
-#[track_caller]
-fn assert_not_written(set: &LoraAdapters<Plain>, message: &str) {
-    for format in [ImageFormat::Kohya, ImageFormat::Diffusers] {
-        assert_eq!(not_written(set, format, &Renaming::default()), message);
-    }
-}
-
-fn attached(config: &LoraConfig, target: &str) -> LoraAdapters<Plain> {
-    let config = config.clone().with_init(Init::RandomBoth).with_targets([target]);
-    Toy::<Plain>::new().attach(&config).unwrap().adapters()
-}
-
+/// Whatever a file holds, reading it does not panic.
 #[test]
-fn what_no_file_holds_is_not_written() {
-    let config = LoraConfig::peft(2, 3.0);
-    assert_not_written(
-        &attached(&config.clone().with_modules_to_save(["conv"]), "fc"),
-        "`conv.bias` is not supported: it was trained in full, and files of image models hold adapters alone; leave \
-         it out by `without_modules_to_save`, or write PEFT's directory by `save`",
-    );
-    assert_not_written(
-        &attached(&config.clone().with_bias(true), "fc"),
-        "`fc` is not supported: its adapter has a bias, and those of image models have none; train without `bias`, or \
-         write PEFT's directory by `save`",
-    );
-    for (layer, what) in [
-        (
-            "table",
-            "an embedding, and files of image models have adapters of linear layers and convolutions",
-        ),
-        (
-            "up",
-            "a transposed convolution, and files of image models have adapters of linear layers and convolutions",
-        ),
-        (
-            "grouped",
-            "a convolution with groups, for which programs for image models compute a different update",
-        ),
-    ] {
-        let message =
-            format!("`{layer}` is not supported: it is {what}; leave the layer out by `excludes`");
-        assert_not_written(&attached(&config, layer), &message);
+fn damaged_files_are_errors_or_other_files() {
+    let (whole, toy, names) = (with_values(1.0, 3.0), Toy::new(), Renaming::default());
+    let header = whole.len() - 4 * (6 + 10 + 1);
+    for place in 0..header {
+        for byte in [b'0', b'9', b'"', b',', b'.', 0xff] {
+            let mut damaged = whole.clone();
+            damaged[place] = byte;
+            drop(read(&damaged, &toy, &names));
+        }
     }
-    let device = device::<Plain>();
-    let adapter = || {
-        let (a, b) = (Tensor::<Plain, 2>::ones([3, 2], &device), Tensor::ones([2, 5], &device));
-        LoraAdapter::new(a, b, 3.0, Scaling::AlphaOverRank)
-    };
-    assert_not_written(
-        &LoraAdapters::new([("fc", adapter())]),
-        "`fc` is not supported: it was put together by hand, and files hold adapters of linear layers and of \
-         convolutions in different ways; put the set on its model and save `model.switch(&set)?.adapters()`, or say \
-         what it is for by `of_linear` or `of_convolution`",
-    );
-    assert_not_written(
-        &LoraAdapters::new([("", adapter().of_linear())]),
-        "`the layer itself` is not supported: its name is empty; make it the field of a model, or give it one by \
-         `names`",
-    );
-    assert_not_written(
-        &LoraAdapters::new(Vec::<(String, _)>::new()),
-        "`an empty set` is not supported: there is no adapter to save",
-    );
-    // A name that begins with a part is that of another layer without it.
-    let same =
-        LoraAdapters::new([("unet.fc", adapter().of_linear()), ("fc", adapter().of_linear())]);
-    for (format, name) in
-        [(ImageFormat::Kohya, "lora_unet_fc"), (ImageFormat::Diffusers, "unet.fc")]
-    {
-        let expected = format!(
-            "`{name}` is not supported: it would be the name of each of the layers `fc`, `unet.fc`, so that the file \
-             could not be read again; give them different names by `names`, or write the format of diffusers, which \
-             keeps the dots"
-        );
-        assert_eq!(not_written(&same, format, &Renaming::default()), expected);
+    for length in 0..whole.len() {
+        read(&whole[..length], &toy, &names).unwrap_err();
     }
-}
-
-#[test]
-fn one_name_for_two_layers_is_not_written() {
-    let config = LoraConfig::peft(2, 3.0).with_init(Init::RandomBoth);
-    let set = twins().attach(&config).unwrap().adapters();
-    let expected = "`lora_unet_a_b` is not supported: it would be the name of each of the layers `a.b`, `a_b`, so that \
-                    the file could not be read again; give them different names by `names`, or write the format of \
-                    diffusers, which keeps the dots";
-    assert_eq!(not_written(&set, ImageFormat::Kohya, &Renaming::default()), expected);
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("set.safetensors");
-    for (format, names) in [
-        (ImageFormat::Diffusers, Renaming::default()),
-        (ImageFormat::Kohya, Renaming::new([("first", "a")])),
-    ] {
-        set.save_image(&file, format, &names).unwrap();
-        let again = read(&fs::read(&file).unwrap(), &twins(), &names).unwrap();
-        assert_eq!(again.fingerprint(), set.fingerprint());
-    }
-    let expected = "invalid argument: `names` has templates that match nothing: `other`; the set has `a.b`, `a_b`";
-    assert_eq!(not_written(&set, ImageFormat::Kohya, &Renaming::new([("it", "other")])), expected);
-}
-
-#[test]
-fn magnitudes_of_some_layers_alone_are_not_written_for_diffusers() {
-    let set = load("kohya_dora");
-    let mixed = LoraAdapters::new(set.iter().enumerate().map(|(index, (path, it))| {
-        let mut adapter = it.clone();
-        adapter.magnitude = adapter.magnitude.filter(|_| index > 0);
-        (path.to_owned(), adapter)
-    }));
-    let names = unet::names().partial();
-    let error = not_written(&mixed, ImageFormat::Diffusers, &names);
-    let expected = "is not supported: some adapters have DoRA's magnitudes, and others do not; save them as two sets";
-    assert!(error.ends_with(expected), "{error}");
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("set.safetensors");
-    mixed.save_image(&file, ImageFormat::Kohya, &names).unwrap();
-    let base = UNet::<Plain>::base();
-    let again = LoraAdapters::load_image(&file, &base, &unet::names(), &device::<Plain>());
-    assert_eq!(again.unwrap().fingerprint(), mixed.fingerprint());
 }

@@ -12,7 +12,10 @@ use burn_lora::{
 };
 use safetensors::SafeTensors;
 
-use super::{FILES, Io, fixture, load, load_file, unet, unet::UNet};
+use super::{
+    FILES, Io, fixture, load, load_file, text,
+    unet::{self, UNet},
+};
 use crate::{
     model::Plain,
     oracle::{assert_close, bits},
@@ -26,6 +29,14 @@ const SAVED: [(&str, &str, ImageFormat); 5] = [
     ("saved_diffusers", "kohya", ImageFormat::Diffusers),
     ("saved_diffusers_dora", "diffusers_dora", ImageFormat::Diffusers),
 ];
+
+/// The same of the text encoder. transformers 5 has no `text_model` in its names.
+fn saved_of_text() -> [(&'static str, Renaming, ImageFormat); 2] {
+    [
+        ("saved_text_kohya", text::names(), ImageFormat::Kohya),
+        ("saved_text_diffusers", Renaming::new([("text_encoder", "")]), ImageFormat::Diffusers),
+    ]
+}
 
 /// The renaming, if the set has a layer that it renames.
 fn names(set: &LoraAdapters<Plain>) -> Renaming {
@@ -98,6 +109,17 @@ fn contents(path: PathBuf) -> Contents {
     (tensors.collect(), header)
 }
 
+#[track_caller]
+fn assert_same_contents(path: &Path, name: &str) {
+    let (tensors, header) = contents(path.to_owned());
+    let (others, other_header) = contents(fixture(&format!("{name}.safetensors")));
+    assert_eq!(header, other_header, "{name}");
+    assert!(tensors.keys().eq(others.keys()), "{name}");
+    for (key, it) in &tensors {
+        assert!(*it == others[key], "{name}: {key}");
+    }
+}
+
 /// The files in `tests/image/fixtures` are those that diffusers has read: see `tests/image/check_saved.py`.
 #[test]
 fn what_is_written_is_what_diffusers_has_read() {
@@ -106,18 +128,25 @@ fn what_is_written_is_what_diffusers_has_read() {
     for (file, name, format) in SAVED {
         let path = dir.path().join(format!("{file}.safetensors"));
         save(name, &path, format);
-        let expected = contents(fixture(&format!("{file}.safetensors")));
-        assert_eq!(contents(path.clone()), expected, "{file}");
+        assert_same_contents(&path, file);
         let adapted = base.switch(&load_file(path).unwrap()).unwrap();
         assert_close(io.output(&adapted), &io.values(&format!("y.{name}")), 1e-5);
     }
+    for (file, names, format) in saved_of_text() {
+        let path = dir.path().join(file);
+        text::load().save_image(&path, format, &names).unwrap();
+        assert_same_contents(&path, file);
+    }
 }
 
-/// Run by `tests/image/check_saved.py`.
 #[test]
-#[ignore = "writes files for Python"]
+#[ignore = "run by tests/image/check_saved.py"]
 fn write_for_python() {
     let out = PathBuf::from(std::env::var("IMAGE_OUT").expect("IMAGE_OUT names a directory"));
+    for (file, names, format) in saved_of_text() {
+        let path = out.join(format!("{file}.safetensors"));
+        text::load().save_image(path, format, &names).unwrap();
+    }
     for (file, name, format) in SAVED {
         save(name, &out.join(format!("{file}.safetensors")), format);
     }
