@@ -32,16 +32,14 @@ pub enum ImageFormat {
     /// with `lora_te1` and `lora_te2` if both have adapters.
     ///
     /// Magnitudes are `.dora_scale`, `[d_output, 1]` or `[d_output, 1, 1, 1]`, as LyCORIS writes them with
-    /// `wd_on_output`. ComfyUI 0.3.77 divides by the norms of the base, and not of its sum with the update, so that
-    /// its images differ a little from those here. diffusers 0.42 leaves magnitudes in this format out.
-    ///
-    /// diffusers 0.42 takes alphas of attention layers for that which is most frequent in the file: for diffusers,
-    /// write its own format if alphas differ.
+    /// `wd_on_output`. ComfyUI 0.3.77 divides by the norms of the base, and not of its sum with the update, and so
+    /// computes something else. diffusers 0.42 leaves magnitudes in this format out, and gives all attention layers the
+    /// alpha that is most frequent in the file: write its own format for it.
     Kohya,
-    /// That of [diffusers](https://github.com/huggingface/diffusers) (`save_lora_weights`), which ComfyUI reads, too:
-    /// `unet.mid_block.proj_in.lora_A.weight`, `.lora_B.weight` and `.lora_magnitude_vector`. The ranks and alphas
-    /// are in the header, as `lora_adapter_metadata`; older versions of diffusers, and ComfyUI, take the rank for
-    /// alpha.
+    /// That of [diffusers](https://github.com/huggingface/diffusers) (`save_lora_weights`):
+    /// `unet.mid_block.proj_in.lora_A.weight`, `.lora_B.weight` and `.lora_magnitude_vector`. Names without a part begin
+    /// with `unet.`. The ranks and alphas are in the header, as `lora_adapter_metadata`. Older versions of diffusers take
+    /// the rank for alpha, and so does ComfyUI, which reads only a part of these names: write kohya's format for it.
     Diffusers,
 }
 
@@ -54,6 +52,7 @@ impl<B: Backend> LoraAdapters<B> {
     /// | diffusers | `unet.`, `transformer.`, `text_encoder.`, `text_encoder_2.`, or none of them | `.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector` |
     /// | older versions of diffusers | the same, with `.processor` in attentions | `_lora.down.weight`, `.lora.down.weight`, `.lora_linear_layer.down.weight`, and `up` |
     /// | ComfyUI | `diffusion_model.` | all of these |
+    /// | OneTrainer, LyCORIS for transformers | `lora_transformer_`, `lycoris_` | as kohya's |
     ///
     /// `names` goes from the names that layers have in these files, with their dots, to the paths of the model. If both
     /// are the same, it is `Renaming::default()`. Since kohya's names cannot be split again, the names of all layers
@@ -115,7 +114,7 @@ impl<B: Backend> LoraAdapters<B> {
     /// that were trained in full, biases, embeddings, transposed convolutions and those with groups; a layer whose
     /// name is that of another in kohya's format; in the format of diffusers, a part of which some adapters have
     /// magnitudes, and others do not. [`LoraError::InvalidArgument`] if a template of `names` matches none of the set's
-    /// layers, if they are not [partial](Renaming::partial). If the adapters hold NaN or infinite values, or the file
+    /// layers, or, if they are [partial](Renaming::partial), none does. If the adapters hold NaN or infinite values, or the file
     /// cannot be written.
     pub fn save_image(
         &self,

@@ -44,8 +44,13 @@ fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/image/fixtures").join(name)
 }
 
+thread_local! {
+    /// Made once for each test.
+    static BASE: UNet<Plain> = UNet::base();
+}
+
 fn load_file(path: impl AsRef<Path>) -> Result<LoraAdapters<Plain>, LoraError> {
-    LoraAdapters::load_image(path, &UNet::<Plain>::base(), &names(), &device::<Plain>())
+    BASE.with(|base| LoraAdapters::load_image(path, base, &names(), &device::<Plain>()))
 }
 
 fn load(name: &str) -> LoraAdapters<Plain> {

@@ -35,6 +35,10 @@ const WRITTEN: [&str; 9] = [
     "use_rslora",
 ];
 
+/// Fields that choose layers. The tensors tell them, and diffusers has PEFT go by these.
+const TARGETS: [&str; 4] =
+    ["target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"];
+
 /// The configurations of the parts, by what the names of their layers begin with.
 pub(super) struct Configs(BTreeMap<&'static str, PeftConfig>);
 
@@ -60,6 +64,7 @@ impl Configs {
             parts.entry(part).or_default().insert(name.to_owned(), value);
         }
         let parsed = parts.into_iter().map(|(part, mut fields)| {
+            fields.retain(|name, _| !TARGETS.contains(&name.as_str()));
             fields.entry("peft_type").or_insert_with(|| "LORA".into());
             let text = serde_json::to_vec(&fields).expect("maps of JSON can be written");
             Ok((part, config::parse(&text, &place)?))

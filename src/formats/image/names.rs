@@ -30,9 +30,12 @@ pub(super) const PARTS: [(&str, Part); 4] = [
 const DOTTED: [(&str, Part); 5] =
     [PARTS[0], PARTS[1], PARTS[2], PARTS[3], ("diffusion_model.", Part::Denoiser)];
 
-/// What names begin with in kohya's files, where each `.` is a `_`.
-const FLAT: [(&str, Part); 4] = [
+/// What names begin with in files where each `.` is a `_`: those of kohya, and of OneTrainer and LyCORIS for
+/// transformers.
+const FLAT: [(&str, Part); 6] = [
     ("lora_unet_", Part::Denoiser),
+    ("lora_transformer_", Part::Denoiser),
+    ("lycoris_", Part::Denoiser),
     ("lora_te_", Part::TextEncoder),
     ("lora_te1_", Part::TextEncoder),
     ("lora_te2_", Part::TextEncoder2),
@@ -212,6 +215,8 @@ mod tests {
     fn names_begin_with_their_part() {
         for (name, begin, part, rest, is_flat) in [
             ("lora_unet_a_b", "lora_unet_", Part::Denoiser, "a_b", true),
+            ("lora_transformer_a", "lora_transformer_", Part::Denoiser, "a", true),
+            ("lycoris_a", "lycoris_", Part::Denoiser, "a", true),
             ("lora_te_a", "lora_te_", Part::TextEncoder, "a", true),
             ("lora_te1_a", "lora_te1_", Part::TextEncoder, "a", true),
             ("lora_te2_a", "lora_te2_", Part::TextEncoder2, "a", true),

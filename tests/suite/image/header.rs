@@ -30,8 +30,9 @@ fn configured(text: &str, more: &[(&'static str, Dtype, &[usize])]) -> Vec<u8> {
 fn the_configuration_in_the_header_is_kept_to() {
     let toy = Toy::<Plain>::new();
     let names = Renaming::default();
-    let text =
-        r#"{"unet.r": 2, "unet.lora_alpha": 7, "unet.use_rslora": true, "unet.lora_dropout": 0.1}"#;
+    // The tensors tell the layers, whatever the targets are.
+    let text = r#"{"unet.r": 2, "unet.lora_alpha": 7, "unet.use_rslora": true, "unet.lora_dropout": 0.1,
+        "unet.target_modules": "(?L:other)", "unet.exclude_modules": ["fc"]}"#;
     let set = read(&configured(text, &[]), &toy, &names).unwrap();
     let adapter = set.get("fc").unwrap();
     assert_eq!((adapter.alpha, adapter.scaling), (7.0, Scaling::AlphaOverSqrtRank));
