@@ -161,7 +161,6 @@ pub(super) fn check(
         }
     };
 
-    let is_ones = |sizes: &[usize]| sizes.iter().all(|it| *it == 1);
     let has_kernel = |shape: &[usize], kernel: &[usize]| {
         // Some programs write a linear layer as a convolution with a kernel of size 1, and the other way round.
         shape[2..] == *kernel || (is_ones(&shape[2..]) && is_ones(kernel))
@@ -184,38 +183,50 @@ pub(super) fn check(
     if let Some((key, alpha)) = of(Role::Alpha) {
         expect(key, is_ones(&alpha.shape), "one number".to_owned(), alpha);
     }
-    let has_magnitudes = of(Role::Magnitude);
-    if let Some((key, magnitude)) = has_magnitudes {
-        let sizes = magnitude.shape.as_slice();
-        let is_vector = sizes.first() == Some(&d_output) && is_ones(&sizes[1..]);
-        // PEFT has those of a convolution in the shape of its output.
-        let is_of_peft = key.contains(".lora_magnitude_vector")
-            && sizes.len() > 2
-            && sizes[..2] == [1, d_output]
-            && is_ones(&sizes[2..]);
-        if !is_vector && !is_of_peft {
-            let elements: usize = sizes.iter().product();
-            if sizes.first() == Some(&1) && elements == channels {
-                let reason = format!(
-                    "its shape {sizes:?} is that of magnitudes of the layer's inputs, and adapters here have those of \
-                     DoRA's paper, one for each output; train with `wd_on_output` in LyCORIS, or merge the file into \
-                     a copy of the base there, and take what changed by `LoraModule::extract`"
-                );
-                return Err(unsupported(key, reason));
-            }
-            expect(key, false, format!("[{d_output}, 1, ..]"), magnitude);
-        }
-    }
-    match (config, has_magnitudes) {
+    match (config, of(Role::Magnitude)) {
         (Some(config), None) if config.use_dora => {
             mismatch.missing.push(format!("the magnitudes of {name} (lora_magnitude_vector)"));
         }
         (Some(config), Some((key, _))) if !config.use_dora => {
             mismatch.unexpected.push(format!("{key} (`use_dora` is not set)"));
         }
-        _ => {}
+        (_, Some((key, magnitude))) => {
+            let fits = are_magnitudes(key, &magnitude.shape, [channels, d_output]);
+            let fits = fits.map_err(|reason| unsupported(key, reason))?;
+            expect(key, fits, format!("[{d_output}, 1, ..]"), magnitude);
+        }
+        (_, None) => {}
     }
     Ok(())
+}
+
+fn is_ones(sizes: &[usize]) -> bool {
+    sizes.iter().all(|it| *it == 1)
+}
+
+/// Whether the shape is that of the magnitudes of a layer's outputs. It is an error if they are those of its inputs.
+fn are_magnitudes(
+    key: &str,
+    shape: &[usize],
+    [d_input, d_output]: [usize; 2],
+) -> Result<bool, String> {
+    let is_vector = shape.first() == Some(&d_output) && is_ones(&shape[1..]);
+    // PEFT has those of a convolution in the shape of its output.
+    let is_of_peft = key.contains(".lora_magnitude_vector")
+        && shape.len() > 2
+        && shape[..2] == [1, d_output]
+        && is_ones(&shape[2..]);
+    if is_vector || is_of_peft {
+        return Ok(true);
+    }
+    if shape.len() < 2 || shape[..2] != [1, d_input] || !is_ones(&shape[2..]) {
+        return Ok(false);
+    }
+    Err(format!(
+        "its shape {shape:?} is that of magnitudes of the layer's inputs, and adapters here have those of DoRA's \
+         paper, one for each output; train with `wd_on_output` in LyCORIS, or merge the file into a copy of the base \
+         there, and take what changed by `LoraModule::extract`"
+    ))
 }
 
 /// What a layer is that files of image models have no adapters of, and what to do.
