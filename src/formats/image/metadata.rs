@@ -48,14 +48,14 @@ impl Configs {
         header: &Option<HashMap<String, String>>,
         file: &str,
     ) -> Result<Option<Self>, LoraError> {
-        let Some(text) = header.as_ref().and_then(|header| header.get(FIELD)) else {
-            return Ok(None);
-        };
+        let text = header.as_ref().and_then(|header| header.get(FIELD));
+        let Some(text) = text.filter(|text| !text.is_empty()) else { return Ok(None) };
         let place = format!("{file}: `{FIELD}`");
         let invalid = |problem: String| LoraError::InvalidFile { file: place.clone(), problem };
         check_object(text.as_bytes()).map_err(invalid)?;
         let fields: Map<String, Value> =
             serde_json::from_str(text).map_err(|error| invalid(error.to_string()))?;
+        // Of patterns, the first that matches counts. diffusers sorts them, as a map here may do.
         let mut parts = BTreeMap::<_, Map<String, Value>>::new();
         for (name, value) in fields {
             let part =
