@@ -260,6 +260,14 @@ impl<B: Backend> LoraAdapter<B> {
         self.scaling.scale(self.alpha, self.rank())
     }
 
+    /// The alpha that gives this scale as `alpha/rank`.
+    pub(crate) fn alpha_over_rank(&self) -> f64 {
+        match self.scaling {
+            Scaling::AlphaOverRank => self.alpha,
+            _ => self.scale() * self.rank() as f64,
+        }
+    }
+
     /// The rank.
     pub fn rank(&self) -> usize {
         self.a.dims()[1]

@@ -125,9 +125,10 @@ impl<B: Backend> LoraAdapters<B> {
         self.adapters.iter().map(|(path, adapter)| (path.as_str(), adapter.as_ref()))
     }
 
-    /// The keys in the file that the set was loaded from that are not used, because PEFT does not use them either: the
-    /// weight or the bias of an adapted layer under its plain name, `base_model.model.fc.weight`. PEFT knows an adapted
-    /// layer's own parameters as `fc.base_layer.weight` only.
+    /// The keys in the file that the set was loaded from that are not used. In PEFT's directories, PEFT does not use
+    /// them either: the weight or the bias of an adapted layer under its plain name, `base_model.model.fc.weight`. PEFT
+    /// knows an adapted layer's own parameters as `fc.base_layer.weight` only. In files of image models, they belong
+    /// to parts that the model does not have, such as text encoders.
     pub fn unused(&self) -> &[String] {
         &self.unused
     }
@@ -275,7 +276,7 @@ impl<B: Backend> fmt::Display for LoraAdapters<B> {
         write!(f, "{} adapters, {parameters} parameters, {bytes} bytes", self.len())?;
         match self.unused.as_slice() {
             [] => Ok(()),
-            unused => write!(f, "\nnot used, as in PEFT: {}", some_of(unused)),
+            unused => write!(f, "\nnot used: {}", some_of(unused)),
         }
     }
 }

@@ -19,25 +19,27 @@ pub(crate) fn unfinished_in(dir: &Path) -> io::Result<TempDir> {
     Builder::new().prefix(".unfinished-").tempdir_in(dir)
 }
 
-/// Writes the file at `path`, which gets its name when it is complete and on the disk. Until then, an old file stays.
+/// Replaces the file at `path` in one step, by one that `write` creates where it is told to. Until then the old file
+/// stays as it was. A link stays one, and the file that it leads to is replaced. An existing file keeps its mode.
 pub(crate) fn replace(
     path: &Path,
-    write: impl FnOnce(&mut File) -> Result<(), LoraError>,
+    write: impl FnOnce(&Path) -> Result<(), LoraError>,
 ) -> Result<(), LoraError> {
     let io = |source| LoraError::Io { path: path.to_owned(), source };
-    // A link to a file stays one.
     let path = &fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
     let dir = match path.parent() {
-        Some(dir) if !dir.as_os_str().is_empty() => dir,
+        Some(dir) if dir != Path::new("") => dir,
         _ => Path::new("."),
     };
-    // It must be on the same disk to get the name in one step.
-    let unfinished = unfinished_in(dir).map_err(io)?;
-    let new = unfinished.path().join("file");
-    let mut file = File::create(&new).map_err(io)?;
-    write(&mut file)?;
-    file.sync_all().map_err(io)?;
-    fs::rename(&new, path).and_then(|()| sync(dir)).map_err(io)
+    let directory = unfinished_in(dir).map_err(io)?;
+    let unfinished = directory.path().join("unfinished");
+    write(&unfinished)?;
+    if let Ok(old) = fs::metadata(path) {
+        fs::set_permissions(&unfinished, old.permissions()).map_err(io)?;
+    }
+    // Without `sync`, the new name could reach the disk before the content.
+    let renamed = sync(&unfinished).and_then(|()| fs::rename(&unfinished, path));
+    renamed.and_then(|()| sync(dir)).map_err(io)
 }
 
 #[cfg(unix)]

@@ -1,13 +1,15 @@
 //! The directory format in which Python's PEFT library stores adapters: `adapter_config.json` and
-//! `adapter_model.safetensors`.
+//! `adapter_model.safetensors`. And the files of image models, and of llama.cpp.
 
 mod config;
 mod directory;
 mod find;
 mod gguf;
+mod image;
 mod json;
 mod keys;
 mod mlx;
+mod outgoing;
 mod tensors;
 
 use std::{fs, io::Read, path::Path};
@@ -19,6 +21,7 @@ use config::PeftConfig;
 use mlx::MlxConfig;
 
 pub use gguf::Family;
+pub use image::ImageFormat;
 
 pub(crate) const CONFIG: &str = "adapter_config.json";
 const WEIGHTS: &str = "adapter_model.safetensors";

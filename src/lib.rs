@@ -77,6 +77,7 @@
 //! - [`LoraLinear`], and in [`nn`] the other layers, and functions for models of your own.
 //! - [`LoraAdapters`]: adapters as values and files. [`adapters`] has what combining them needs, [`peft`] their
 //!   names in Python.
+//! - [`image`]: files of image models, of kohya's programs, diffusers and ComfyUI.
 //! - [`quantize`]: a base in 4, 8 or 16 bits.
 //! - [`serve`]: many sets of adapters at once, and from directories.
 //! - [`train`]: LoRA+ and checkpoints; less time by workers, less memory by segments, several machines.
@@ -141,6 +142,13 @@ pub mod nn {
 /// The files themselves are read and written by [`LoraAdapters::load`] and [`save`](LoraAdapters::save).
 pub mod peft {
     pub use crate::adapters::renaming::Renaming;
+}
+
+/// Files of adapters of image models.
+///
+/// They are read and written by [`LoraAdapters::load_image`] and [`save_image`](LoraAdapters::save_image).
+pub mod image {
+    pub use crate::formats::ImageFormat;
 }
 
 /// Bases in 4, 8 and 16 bits.

@@ -88,8 +88,8 @@ impl Renaming {
         self.pairs.iter().find_map(|(from, to)| rename(path, from, to))
     }
 
-    /// Fails if templates that should match one of the names match none.
-    fn require_matches(&self, names: &[String]) -> Result<(), LoraError> {
+    /// Fails if templates that should match one of the names match none. `whose` says what has the names.
+    pub(crate) fn require_matches(&self, names: &[String], whose: &str) -> Result<(), LoraError> {
         let is_used =
             |(from, to): &&(String, String)| names.iter().any(|it| rename(it, from, to).is_some());
         let (used, unused): (Vec<_>, Vec<_>) = self.pairs.iter().partition(is_used);
@@ -101,7 +101,7 @@ impl Renaming {
         let is_inverse = used.is_empty() && inverse.pairs.iter().any(|pair| is_used(&pair));
         let remedy = match is_inverse {
             true => "the other templates do: use its `inverse()`".to_owned(),
-            false => format!("the set has {}", quoted(names)),
+            false => format!("{whose} has {}", quoted(names)),
         };
         let problem = format!("has templates that match nothing: {}; {remedy}", quoted(&unused));
         Err(LoraError::InvalidArgument { argument: "names", problem })
@@ -142,7 +142,7 @@ impl<B: Backend> LoraAdapters<B> {
     /// same name, or if a parameter would no longer be in the module that was trained in full.
     pub fn renamed(&self, names: &Renaming) -> Result<Self, LoraError> {
         let known = self.adapters.keys().chain(self.extras.keys()).chain(&self.modules_to_save);
-        names.require_matches(&known.cloned().collect::<Vec<_>>())?;
+        names.require_matches(&known.cloned().collect::<Vec<_>>(), "the set")?;
         for module in &self.modules_to_save {
             let within = |module: &str, name: &str| {
                 let rest = name.strip_prefix(module);

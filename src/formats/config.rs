@@ -338,8 +338,7 @@ pub(crate) fn write<B: Backend>(set: &LoraAdapters<B>, file: &str) -> Result<Vec
         let adapter = &set.adapters[path];
         match adapter.scaling {
             Scaling::AlphaOverSqrtRank if rslora => adapter.alpha,
-            Scaling::AlphaOverRank => adapter.alpha,
-            _ => adapter.scale() * adapter.rank() as f64,
+            _ => adapter.alpha_over_rank(),
         }
     };
     let paths = || set.adapters.keys();

@@ -83,6 +83,11 @@ pub(super) fn check_tensors(start: &[u8], file: &str) -> Result<(), LoraError> {
 /// The error of a file that is not there, if what is there instead tells why.
 fn explained(path: &Path, source: io::Error) -> LoraError {
     let dir = path.parent().unwrap_or(Path::new("."));
+    if source.kind() == ErrorKind::NotADirectory {
+        let problem = "not a directory; if it is a file of adapters of an image model, read it by \
+                       `LoraAdapters::load_image`";
+        return invalid(dir, problem.to_owned());
+    }
     if source.kind() == ErrorKind::NotFound {
         if path.file_name().is_some_and(|name| name == CONFIG) {
             let names = adapters_in(dir);

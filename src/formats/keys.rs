@@ -360,11 +360,13 @@ fn foreign(key: &str) -> Option<String> {
         Some(format!("`{}` looks like {format}: {remedy}", shown(key)))
     };
     let save = "save the adapter by `save_pretrained` of its `PeftModel`";
+    let image = "read the file by `LoraAdapters::load_image`";
     if ends(&[".lora_down.weight", ".lora_up.weight"]) {
-        return is("kohya's format", "convert it to PEFT's, as the examples of PEFT show");
+        return is("kohya's format", image);
     }
-    if ends(&[".lora.down.weight", ".lora.up.weight"]) {
-        return is("an old format of diffusers", "convert it to PEFT's");
+    let old = [".lora.down.weight", ".lora.up.weight", "_lora.down.weight", "_lora.up.weight"];
+    if ends(&old) {
+        return is("an old format of diffusers", image);
     }
     if ends(&[".lora_a", ".lora_b"]) {
         return is("mlx-lm's format", "its configuration must be mlx-lm's, too");

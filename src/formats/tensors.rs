@@ -7,8 +7,6 @@
 //! other names.
 
 use std::{
-    borrow::Cow,
-    cell::Cell,
     collections::{BTreeMap, HashMap},
     io::Read,
     path::Path,
@@ -21,7 +19,7 @@ use burn::{
 };
 use half::{bf16, f16};
 use safetensors::{
-    Dtype, View,
+    Dtype,
     tensor::{Metadata, TensorInfo},
 };
 
@@ -29,6 +27,7 @@ use super::{
     config::PeftConfig,
     json::check_object,
     keys::{A, B, B_BIAS, EMBEDDING_A, EMBEDDING_B, Keys, MAGNITUDE, PREFIX, Role},
+    outgoing::{Outgoing, all_finite, factor_shapes, magnitude_shape},
 };
 use crate::{
     adapter::{LoraAdapter, Tie, WeightLayout},
@@ -248,79 +247,13 @@ pub(super) fn transposed(values: &[f32], rows: usize, columns: usize) -> Vec<f32
     transposed
 }
 
-/// Whether all values are finite. A branch per element would take as long as reading the values.
-fn all_finite(values: &[f32]) -> bool {
-    values.chunks(4096).all(|chunk| chunk.iter().fold(true, |all, it| all & it.is_finite()))
-}
-
-/// A tensor to be written to the file. Its elements are copied to the host only when they are written,
-/// so that the host does not hold all tensors at once.
-struct Outgoing<'a, Bk: Backend> {
-    values: Values<Bk>,
-    /// The shape in the file.
-    shape: Vec<usize>,
-    /// Whether an element of any tensor was not finite.
-    not_finite: &'a Cell<bool>,
-}
-
-enum Values<Bk: Backend> {
-    /// A factor. The file holds its transpose.
-    Factor(Tensor<Bk, 2>),
-    Flat(Tensor<Bk, 1>),
-}
-
-impl<Bk: Backend> View for Outgoing<'_, Bk> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = match &self.values {
-            Values::Factor(tensor) => host(tensor.clone()),
-            Values::Flat(tensor) => host(tensor.clone()),
-        };
-        if !all_finite(&values) {
-            self.not_finite.set(true);
-        }
-        let mut bytes = vec![0; 4 * values.len()];
-        let (slots, _) = bytes.as_chunks_mut::<4>();
-        match &self.values {
-            // The file's rows are the tensor's columns. Transposing here, in the cache, is many times
-            // faster than reading a transposed tensor from a backend.
-            Values::Factor(_) if !values.is_empty() => {
-                let rows = self.shape[0];
-                for (row, slots) in slots.chunks_mut(values.len() / rows).enumerate() {
-                    for (slot, value) in slots.iter_mut().zip(values[row..].iter().step_by(rows)) {
-                        *slot = value.to_le_bytes();
-                    }
-                }
-            }
-            _ => slots.iter_mut().zip(&values).for_each(|(slot, it)| *slot = it.to_le_bytes()),
-        }
-        Cow::Owned(bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        4 * self.shape.iter().product::<usize>()
-    }
-}
-
 /// Writes the file at `path`. Errors in what is to be saved call it `file`.
 pub(super) fn write<Bk: Backend>(
     set: &LoraAdapters<Bk>,
     path: &Path,
     file: &Path,
 ) -> Result<(), LoraError> {
-    serialize(set, file, |tensors, metadata| {
-        safetensors::serialize_to_file(tensors, metadata, path).map_err(|error| LoraError::Io {
-            path: path.to_owned(),
-            source: std::io::Error::other(error),
-        })
-    })
+    outgoing(set).write(metadata(), path, file)
 }
 
 /// What the file would hold, which errors call `file`.
@@ -328,60 +261,38 @@ pub(super) fn to_bytes<Bk: Backend>(
     set: &LoraAdapters<Bk>,
     file: &Path,
 ) -> Result<Vec<u8>, LoraError> {
-    serialize(set, file, |tensors, metadata| {
-        safetensors::serialize(tensors, metadata).map_err(|error| LoraError::InvalidFile {
-            file: file.display().to_string(),
-            problem: error.to_string(),
-        })
-    })
+    outgoing(set).into_bytes(metadata(), file)
 }
 
-/// The tensors of a file, by their keys, and what else its header says, as `store` puts them into one.
-fn serialize<Bk: Backend, R>(
-    set: &LoraAdapters<Bk>,
-    file: &Path,
-    store: impl FnOnce(
-        BTreeMap<String, Outgoing<'_, Bk>>,
-        Option<HashMap<String, String>>,
-    ) -> Result<R, LoraError>,
-) -> Result<R, LoraError> {
-    let not_finite = Cell::new(false);
-    let factor = |tensor: Tensor<Bk, 2>, shape| Outgoing {
-        values: Values::Factor(tensor),
-        shape,
-        not_finite: &not_finite,
-    };
-    let flat =
-        |tensor, shape| Outgoing { values: Values::Flat(tensor), shape, not_finite: &not_finite };
+/// What else the header says.
+fn metadata() -> HashMap<String, String> {
+    HashMap::from([("format".to_owned(), "pt".to_owned())])
+}
+
+/// The tensors of the file.
+fn outgoing<Bk: Backend>(set: &LoraAdapters<Bk>) -> Outgoing<Bk> {
     let any_bias = set.adapters.values().any(|adapter| adapter.bias.is_some());
-    let mut tensors = BTreeMap::new();
+    let mut tensors = Outgoing::new();
     for (path, adapter) in set.iter() {
-        let ([d_input, d_output], rank) = (adapter.shape(), adapter.rank());
-        let (mut a_shape, mut b_shape) = (vec![rank, d_input], vec![d_output, rank]);
-        let mut magnitude_shape = vec![d_output];
         let (a_name, b_name) = match &adapter.layout {
             WeightLayout::Embedding => (EMBEDDING_A, EMBEDDING_B),
             _ => (A, B),
         };
-        if let WeightLayout::Conv { kernel, .. } = &adapter.layout {
-            a_shape[1] = d_input / kernel.iter().product::<usize>();
-            a_shape.extend(kernel);
-            b_shape.extend(vec![1; kernel.len()]);
-            magnitude_shape = [vec![1, d_output], vec![1; kernel.len()]].concat();
-        }
+        let key = |suffix: &str| format!("{PREFIX}{path}{suffix}");
+        let [a_shape, b_shape] = factor_shapes(adapter);
+        tensors.factor(key(a_name), adapter.a.val(), a_shape);
+        tensors.factor(key(b_name), adapter.b.val(), b_shape);
         if let Some(magnitude) = &adapter.magnitude {
-            let key = format!("{PREFIX}{path}{MAGNITUDE}");
-            tensors.insert(key, flat(magnitude.val(), magnitude_shape));
+            tensors.flat(key(MAGNITUDE), magnitude.val(), magnitude_shape(adapter));
         }
-        tensors.insert(format!("{PREFIX}{path}{a_name}"), factor(adapter.a.val(), a_shape));
-        tensors.insert(format!("{PREFIX}{path}{b_name}"), factor(adapter.b.val(), b_shape));
         if any_bias {
             // In PEFT all adapters of a file have a bias, or none has one.
+            let [_, d_output] = adapter.shape();
             let bias = match &adapter.bias {
                 Some(bias) => bias.val(),
                 None => Tensor::zeros([d_output], &adapter.a.device()),
             };
-            tensors.insert(format!("{PREFIX}{path}{B_BIAS}"), flat(bias, vec![d_output]));
+            tensors.flat(key(B_BIAS), bias, vec![d_output]);
         }
     }
     for (name, extra) in &set.extras {
@@ -390,20 +301,7 @@ fn serialize<Bk: Backend, R>(
             true => format!("{PREFIX}{path}.base_layer.{parameter}"),
             false => format!("{PREFIX}{name}"),
         };
-        tensors.insert(key, flat(extra.values.clone(), extra.shape.clone()));
+        tensors.flat(key, extra.values.clone(), extra.shape.clone());
     }
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    let stored = store(tensors, Some(metadata))?;
-    if not_finite.get() {
-        let problem = "the adapters hold NaN or infinite values; nothing was saved".to_owned();
-        return Err(LoraError::InvalidFile { file: file.display().to_string(), problem });
-    }
-    Ok(stored)
-}
-
-pub(super) fn host<Bk: Backend, const D: usize>(tensor: Tensor<Bk, D>) -> Vec<f32> {
-    // The product with 1 has the same bits and is not shared. burn-ndarray returns the memory of an
-    // unshared tensor as it is, but reads a shared one element by element, which is ten times slower.
-    let data = tensor.mul_scalar(1.0).into_data().convert::<f32>();
-    data.into_vec().expect("the data was converted to this type")
+    tensors
 }

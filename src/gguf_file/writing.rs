@@ -160,8 +160,9 @@ pub fn write(
         header.extend(u64::to_le_bytes(offset));
         offset = (offset + size(packing, shape, name)).next_multiple_of(ALIGNMENT);
     }
-    files::replace(path, |file| {
+    files::replace(path, |unfinished| {
         let io = |source| LoraError::Io { path: path.to_owned(), source };
+        let file = File::create(unfinished).map_err(io)?;
         let mut file = Aligned { file: BufWriter::new(file), written: 0 };
         file.put(&header).map_err(io)?;
         for NewTensor { name, shape, packing, bytes } in tensors {
@@ -184,12 +185,12 @@ fn size(packing: &Packing, shape: &[usize], name: &str) -> u64 {
 }
 
 /// A file whose parts begin at multiples of [`ALIGNMENT`].
-struct Aligned<'a> {
-    file: BufWriter<&'a mut File>,
+struct Aligned {
+    file: BufWriter<File>,
     written: u64,
 }
 
-impl Aligned<'_> {
+impl Aligned {
     fn put(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.file.write_all(bytes)?;
         let end = self.written + bytes.len() as u64;

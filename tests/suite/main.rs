@@ -25,6 +25,7 @@ mod functions;
 mod gguf;
 mod golden;
 mod half;
+mod image;
 mod init;
 mod learner;
 mod loading;

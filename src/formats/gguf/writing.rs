@@ -5,7 +5,7 @@ use std::path::Path;
 use burn::tensor::backend::Backend;
 
 use super::{
-    super::tensors::{host, transposed},
+    super::{outgoing::host, tensors::transposed},
     A, ADAPTER_TYPE, ALPHA, ARCHITECTURE, B, BASE, BASES, Family, GENERAL_TYPE, TABLE,
 };
 use crate::{

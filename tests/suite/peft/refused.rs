@@ -460,12 +460,26 @@ fn what_is_there_instead_is_named() {
 }
 
 #[test]
+fn a_file_in_the_place_of_a_directory_is_told_where_to_go() {
+    let dir = TempDir::new("a-file");
+    let path = dir.0.join("style.safetensors");
+    fs::write(&path, "").unwrap();
+    let error = LoraAdapters::<Plain>::load(&path, &device::<Plain>()).unwrap_err().to_string();
+    let expected = "style.safetensors: not a directory; if it is a file of adapters of an image model, read it by \
+                    `LoraAdapters::load_image`";
+    assert!(error.ends_with(expected), "{error}");
+}
+
+#[test]
 fn other_formats_are_named() {
     let config = br#"{"peft_type": "LORA", "r": 4}"#;
     for (key, message) in [
-        ("lora_unet_mid_attn.lora_down.weight", "looks like kohya's format"),
-        ("unet.mid.attn.to_q_lora.down.weight", "unexpected: unet.mid"),
-        ("fc.processor.to_q.lora.up.weight", "looks like an old format of diffusers"),
+        (
+            "lora_unet_mid_attn.lora_down.weight",
+            "looks like kohya's format: read the file by `LoraAdapters::load_image`",
+        ),
+        ("unet.mid.attn.to_q_lora.down.weight", "looks like an old format of diffusers: read the"),
+        ("fc.processor.to_q.lora.up.weight", "looks like an old format of diffusers: read the"),
         ("fc.lora_A", "looks like loralib's format"),
         ("fc.lora_a", "looks like mlx-lm's format"),
         ("fc.lora_A.weight", "its keys lack the prefix `base_model.model.`"),
