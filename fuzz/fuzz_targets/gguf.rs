@@ -1,8 +1,8 @@
-//! Reads random bytes as a GGUF file, and as two that a model is split into: the headers, the numbers of each matrix, and a
-//! decoder.
+//! Reads random bytes as a GGUF file, and as two that a model is split into: the headers, the numbers of each matrix, a
+//! decoder, and adapters.
 //!
 //! ```text
-//! cargo +nightly fuzz run gguf fuzz/corpus/gguf fuzz/seeds/gguf llm/tests/llama/fixtures
+//! cargo +nightly fuzz run gguf fuzz/corpus/gguf fuzz/seeds/gguf llm/tests/llama/fixtures tests/gguf/fixtures
 //! ```
 
 #![no_main]
@@ -10,7 +10,7 @@
 use std::{fs, path::Path};
 
 use burn::backend::Flex;
-use burn_lora::quantize::QuantizedWeight;
+use burn_lora::{LoraAdapters, gguf::Family, peft::Renaming, quantize::QuantizedWeight};
 use burn_lora_llm::{gguf, pretrained};
 use libfuzzer_sys::fuzz_target;
 
@@ -50,6 +50,15 @@ fn check(path: &Path, bytes: &[u8]) {
         if let Ok(weight) = weight {
             assert_eq!(weight.dense().dims(), [rows, columns]);
         }
+    }
+    let family = Family {
+        architecture: "llama".to_owned(),
+        names: Renaming::new([("blk.*.attn_q", "layers.*.query"), ("token_embd", "embed")]),
+        pairs: vec![("blk.*.attn_q".to_owned(), 2)],
+        is_tied: false,
+    };
+    if let Ok(set) = LoraAdapters::<Flex>::load_gguf(path, &family, &Default::default()) {
+        assert!(set.num_params() <= 2 * bytes.len());
     }
     // What it says of a decoder may be anything.
     let _ = pretrained::load::<Flex>(path, None, &Default::default());

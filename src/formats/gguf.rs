@@ -51,7 +51,7 @@ pub struct Family {
     /// name have no adapters in such files.
     pub names: Renaming,
     /// Templates of names in files, each with a number of heads: layers whose rows that RoPE turns together are next to
-    /// each other there, and half a head apart in the model. See [`pairs_to_halves`].
+    /// each other there, and half a head apart in the model. See [`pairs_to_halves`](crate::gguf::pairs_to_halves).
     pub pairs: Vec<(String, usize)>,
     /// Whether the table of embeddings is also the head. llama.cpp then takes no adapter of either: it multiplies by the
     /// same tensor in both places, which does not fit, and ends the whole program.

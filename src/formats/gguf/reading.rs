@@ -18,7 +18,7 @@ use crate::{
 
 impl<Bk: Backend> LoraAdapters<Bk> {
     /// Reads a file of llama.cpp's adapters: one that [`save_gguf`](Self::save_gguf) wrote, or llama.cpp's own converter.
-    /// Factors in any [`Packing`] are converted to the backend's default type.
+    /// Factors in any [`Packing`](crate::gguf::Packing) are converted to the backend's default type.
     ///
     /// As in llama.cpp, tensors of norms are not [used](Self::unused).
     ///

@@ -19,8 +19,8 @@ impl<Bk: Backend> LoraAdapters<Bk> {
     /// Writes the adapters as a file that llama.cpp loads (`--lora FILE`), and Ollama (`ADAPTER FILE`), in `f32`.
     ///
     /// llama.cpp divides one alpha by the rank of each layer. If the scales of all layers are such, that alpha is
-    /// written, also for adapters with [`Scaling::AlphaOverSqrtRank`]; otherwise each layer's scale is multiplied into
-    /// its B.
+    /// written, also for rsLoRA ([`Scaling::AlphaOverSqrtRank`](crate::Scaling::AlphaOverSqrtRank)); otherwise each
+    /// layer's scale is multiplied into its B.
     ///
     /// # Errors
     ///
