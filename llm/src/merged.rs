@@ -24,7 +24,7 @@ use crate::{
     pretrained::{INDEX, WEIGHTS, check_finite, dtypes, python_name},
 };
 
-pub use gguf::{Kind, SavedGguf, save_gguf};
+pub use gguf::{GgufKind, SavedGguf, check_gguf, save_gguf};
 pub use rounding::{Rounding, updates};
 
 /// Files of the base that describe the model and its tokens.

@@ -84,8 +84,14 @@ pub(super) fn check_tensors(start: &[u8], file: &str) -> Result<(), LoraError> {
 fn explained(path: &Path, source: io::Error) -> LoraError {
     let dir = path.parent().unwrap_or(Path::new("."));
     if source.kind() == ErrorKind::NotADirectory {
-        let problem = "not a directory; if it is a file of adapters of an image model, read it by \
-                       `LoraAdapters::load_image`";
+        let is_part = dir.file_name().is_some_and(|name| super::FILES.iter().any(|it| name == *it));
+        let problem = match is_part {
+            true => "this is a file of a directory of adapters; give the directory",
+            false => {
+                "not a directory; if it is a file of adapters of an image model, read it by \
+                 `LoraAdapters::load_image`"
+            }
+        };
         return invalid(dir, problem.to_owned());
     }
     if source.kind() == ErrorKind::NotFound {

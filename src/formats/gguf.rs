@@ -16,6 +16,10 @@ const ALPHA: &str = "adapter.lora.alpha";
 const INVOCATION: &str = "adapter.alora.invocation_tokens";
 const BASES: &str = "general.base_model.count";
 const BASE: &str = "general.base_model.0.name";
+const BASE_ADDRESS: &str = "general.base_model.0.repo_url";
+
+/// What an address on Hugging Face's hub begins with.
+const HUB: &str = "https://huggingface.co/";
 
 /// The table of embeddings. llama.cpp has its factors the other way round.
 const TABLE: &str = "token_embd";
@@ -59,6 +63,11 @@ pub struct Family {
 }
 
 impl Family {
+    /// Whether so many outputs of the layer of this name are whole heads of pairs.
+    fn fits(&self, name: &str, outputs: usize) -> bool {
+        self.heads(name).is_none_or(|heads| heads > 0 && outputs.is_multiple_of(2 * heads))
+    }
+
     /// The heads of the layer of this name, if the pairs of its rows are next to each other.
     fn heads(&self, name: &str) -> Option<usize> {
         self.pairs.iter().find(|(template, _)| is_at(name, template)).map(|(_, heads)| *heads)

@@ -48,8 +48,8 @@ impl<B: Backend> LoraAdapters<B> {
     ///
     /// | program | names of layers | tensors |
     /// |---|---|---|
-    /// | kohya's sd-scripts, LyCORIS (LoCon) | `lora_unet_`, `lora_te_`, `lora_te1_`, `lora_te2_`, with `_` for each `.` | `.lora_down.weight`, `.lora_up.weight`, `.lora_mid.weight`, `.alpha`, `.dora_scale` |
-    /// | diffusers | `unet.`, `transformer.`, `text_encoder.`, `text_encoder_2.`, or none of them | `.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector` |
+    /// | kohya's sd-scripts, LyCORIS (LoCon) | `lora_unet_`, `lora_te_`, `lora_te1_`, `lora_te2_`, `lora_te3_` (T5), with `_` for each `.` | `.lora_down.weight`, `.lora_up.weight`, `.lora_mid.weight`, `.alpha`, `.dora_scale` |
+    /// | diffusers | `unet.`, `transformer.`, `text_encoder.`, `text_encoder_2.`, `text_encoder_3.`, or none of them | `.lora_A.weight`, `.lora_B.weight`, `.lora_magnitude_vector` |
     /// | older versions of diffusers | the same, with `.processor` in attentions | `_lora.down.weight`, `.lora.down.weight`, `.lora_linear_layer.down.weight`, and `up` |
     /// | ComfyUI | `diffusion_model.` | all of these |
     /// | OneTrainer, LyCORIS for transformers | `lora_transformer_`, `lycoris_` | as kohya's |
@@ -57,7 +57,8 @@ impl<B: Backend> LoraAdapters<B> {
     /// `names` goes from the names that layers have in these files, with their dots, to the paths of the model. If both
     /// are the same, it is `Renaming::default()`. Since kohya's names cannot be split again, the names of all layers
     /// are compared with them. A model of several parts has names in Python that begin with `unet.`, `transformer.`,
-    /// `text_encoder.` or `text_encoder_2.`. One whose names begin with none of them is the U-Net alone, or the
+    /// `text_encoder.`, `text_encoder_2.` or `text_encoder_3.`. kohya calls the T5 of Flux `lora_te3_`, and diffusers
+    /// `text_encoder_2.`: for files of the one, `names` goes from `text_encoder_3`. One whose names begin with none of them is the U-Net alone, or the
     /// transformer in its place. For a text encoder alone, `names` has the pair `("text_encoder", "")`. kohya's files
     /// for SDXL have the names of its first code, such as `input_blocks.4.1`.
     ///

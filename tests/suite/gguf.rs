@@ -221,6 +221,7 @@ fn what_has_no_place_in_such_files_is_refused_and_an_old_file_stays() {
     };
     let nan = with(|it| it.a = burn::module::Param::from_tensor(it.a.val() * f32::NAN));
     let tied = Family { is_tied: true, ..family() };
+    let other_heads = Family { pairs: vec![("blk.*.attn_q".to_owned(), 3)], ..family() };
     for (layer, adapter, family, message) in [
         (
             "layers.0.value",
@@ -249,6 +250,7 @@ fn what_has_no_place_in_such_files_is_refused_and_an_old_file_stays() {
         ),
         ("head", plain(), &tied, "the table of embeddings is also the head, and llama.cpp ends"),
         ("embed", plain(), &family(), "it is an embedding in llama.cpp"),
+        ("layers.0.query", plain(), &other_heads, "cannot be divided into the family's heads"),
         (
             "layers.0.value",
             plain().of_convolution([1, 1]),

@@ -23,10 +23,15 @@ pub(crate) struct Description {
 ///
 /// # Errors
 ///
-/// If llama.cpp has no such decoder: the error says in what it differs.
-pub(crate) fn describe(config: &LlamaConfig, family: &Architecture) -> Result<Description> {
+/// If llama.cpp has no such decoder, or files are not written for it: the error says in what it differs.
+pub(crate) fn describe(
+    config: &LlamaConfig,
+    family: &Architecture,
+    is_tied: bool,
+) -> Result<Description> {
     let design = config.design();
     let mut all = Describing { arch: family.name, fields: Vec::new(), tensors: Vec::new() };
+    all.check_tensors(config, is_tied)?;
     all.text("general.architecture", family.name);
     all.text("general.type", "model");
     let layers = config.num_hidden_layers;
@@ -81,6 +86,32 @@ impl Describing {
     fn refuse<T>(&self, what: &str) -> Result<T> {
         Err(format!(
             "llama.cpp's `{}` models {what}; write the model as a directory instead",
+            self.arch
+        ))
+    }
+
+    /// Fails if the decoder has tensors that llama.cpp does not have in this family, or lacks one.
+    fn check_tensors(&self, config: &LlamaConfig, is_tied: bool) -> Result<()> {
+        let biases = config.biases();
+        let heads = config.num_attention_heads * config.head_dim();
+        match self.arch {
+            "llama" | "granite" => Ok(()),
+            _ if biases.output || biases.mlp => {
+                self.refuse("have no biases behind attention and in the feed-forward network")
+            }
+            "gemma2" if !is_tied => self.refuse("have no head of their own"),
+            "olmo2" if is_tied => self.refuse("have a head of their own"),
+            "olmo2" | "phi3" if heads != config.hidden_size => {
+                self.refuse("have heads that are together as wide as the model")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn refuse_rope<T>(&self) -> Result<T> {
+        Err(format!(
+            "files of llama.cpp's `{}` models are not written with such a rule of RoPE; write the model as a directory, and \
+             convert that",
             self.arch
         ))
     }
@@ -180,7 +211,7 @@ impl Describing {
             return Ok(());
         }
         if rope.depends_on_length() || rope.amplitude != 1.0 {
-            return self.refuse("have no such rule of RoPE in their files");
+            return self.refuse_rope();
         }
         let first = divisors[0];
         match divisors.iter().all(|it| is_near(*it, first)) {
@@ -191,7 +222,7 @@ impl Describing {
             }
             // Llama 3's rule, or any other.
             false if self.arch == "llama" => self.tensors.push((DIVISORS, single(&divisors))),
-            false => return self.refuse("have no such rule of RoPE in their files"),
+            false => return self.refuse_rope(),
         }
         Ok(())
     }

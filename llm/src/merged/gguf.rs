@@ -25,7 +25,7 @@ use crate::{
         self,
         architecture::{Architecture, renamed},
         config::POSITIONS,
-        fields::describe,
+        fields::{Description, describe},
         model,
     },
     llama::Llama,
@@ -36,7 +36,7 @@ use crate::{
 #[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
 #[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[cfg_attr(feature = "cli", value(rename_all = "snake_case"))]
-pub enum Kind {
+pub enum GgufKind {
     /// Each as in the base. What nothing changed keeps its bytes; what was changed and has a type that cannot be written,
     /// such as those of K-quants, becomes Q8_0.
     #[default]
@@ -65,9 +65,12 @@ pub enum Kind {
     Q4_0,
 }
 
+/// The version of the types of blocks, which there is only one of.
+const VERSION: &str = "general.quantization_version";
+
 const Q8_0: Packing = Packing::Blocks(GgufType::Q8_0);
 
-impl Kind {
+impl GgufKind {
     /// The type of matrices; none if it is that of the base.
     fn packing(self) -> Option<Packing> {
         Some(match self {
@@ -112,12 +115,13 @@ pub fn save_gguf<B: Backend>(
     chat: &Chat,
     base: &Path,
     out: &Path,
-    kind: Kind,
+    kind: GgufKind,
 ) -> Result<SavedGguf> {
     let config = pretrained::config(base)?;
-    let family = Architecture::of_model_type(&config.model_type())
-        .ok_or_else(|| format!("llama.cpp has no models of `{}`", config.model_type()))?;
+    let family = family_of(&config)?;
     let source = Source::open(base)?;
+    // Before weights are unpacked, which takes long.
+    let (mut fields, others) = source.description(base, chat, &config, family, llama.is_tied())?;
     let tensors = llama.collect(None, Some(Box::new(BurnToPyTorchAdapter)), false);
     let written = RefCell::new(SavedGguf {
         bytes: 0,
@@ -154,14 +158,17 @@ pub fn save_gguf<B: Backend>(
         };
         new.push(NewTensor { name: file_name, shape, packing, bytes: Box::new(bytes) });
     }
-    let mut fields = source.fields(base, chat, &config, family)?;
-    new.extend(source.others(&config, family)?);
-    if kind != Kind::Keep || source.file.is_none() {
+    new.extend(others);
+    if kind != GgufKind::Keep || source.file.is_none() {
         set(&mut fields, "general.file_type", file_type(&new).into());
+        set(&mut fields, VERSION, 2_u32.into());
     }
     write(out, fields, new).map_err(|error| error.to_string())?;
     Ok(written.into_inner())
 }
+
+/// The fields of a file, by their names.
+type Fields = Vec<(String, Field)>;
 
 /// The base, whose fields and bytes may be kept.
 struct Source {
@@ -181,50 +188,63 @@ impl Source {
         })
     }
 
-    fn fields(
+    /// The fields of the file, and its tensors that are no weights.
+    fn description(
         &self,
         base: &Path,
         chat: &Chat,
         config: &LlamaConfig,
         family: &Architecture,
-    ) -> Result<Vec<(String, Field)>> {
+        is_tied: bool,
+    ) -> Result<(Fields, Vec<NewTensor<'_>>)> {
         if let Some((file, _)) = &self.file {
-            return file.copied_fields().map_err(|error| error.to_string());
+            let others = POSITIONS.into_iter().filter_map(|name| {
+                let tensor = file.tensors.get(name)?;
+                Some(NewTensor {
+                    name: name.to_owned(),
+                    shape: tensor.shape.clone(),
+                    packing: tensor.packing,
+                    bytes: Box::new(move || file.bytes(name)),
+                })
+            });
+            let fields = file.copied_fields().map_err(|error| error.to_string())?;
+            return Ok((fields, others.collect()));
         }
-        let mut fields = describe(config, family)?.fields;
+        let Description { mut fields, tensors } = describe(config, family, is_tied)?;
         let dir = base.canonicalize().context(base.display())?;
         let name = dir.file_name().map(|it| it.to_string_lossy().into_owned());
         fields.insert(2, ("general.name".to_owned(), name.unwrap_or_default().into()));
-        fields.push(("general.quantization_version".to_owned(), 2_u32.into()));
         fields.extend(chat.gguf_fields(config.vocab_size)?);
-        Ok(fields)
-    }
-
-    /// Tensors that are no weights.
-    fn others(&self, config: &LlamaConfig, family: &Architecture) -> Result<Vec<NewTensor<'_>>> {
-        let Some((file, _)) = &self.file else {
-            let new = describe(config, family)?.tensors.into_iter().map(|(name, values)| {
-                let bytes = Packing::F32.pack(&values).expect("it can be written");
-                NewTensor {
-                    name: name.to_owned(),
-                    shape: vec![values.len()],
-                    packing: Packing::F32,
-                    bytes: Box::new(|| Ok(bytes)),
-                }
-            });
-            return Ok(new.collect());
-        };
-        let others = POSITIONS.into_iter().filter_map(|name| {
-            let tensor = file.tensors.get(name)?;
-            Some(NewTensor {
+        let others = tensors.into_iter().map(|(name, values)| {
+            let bytes = Packing::F32.pack(&values).expect("it can be written");
+            NewTensor {
                 name: name.to_owned(),
-                shape: tensor.shape.clone(),
-                packing: tensor.packing,
-                bytes: Box::new(move || file.bytes(name)),
-            })
+                shape: vec![values.len()],
+                packing: Packing::F32,
+                bytes: Box::new(|| Ok(bytes)),
+            }
         });
-        Ok(others.collect())
+        Ok((fields, others.collect()))
     }
+}
+
+/// Fails if the model at `base` cannot be written as a GGUF file, whatever its weights are. Only the beginnings of its files
+/// are read.
+///
+/// # Errors
+///
+/// As for [`save_gguf`].
+pub fn check_gguf(chat: &Chat, base: &Path) -> Result<()> {
+    let config = pretrained::config(base)?;
+    let family = family_of(&config)?;
+    let is_tied = config.tie_word_embeddings;
+    Source::open(base)?.description(base, chat, &config, family, is_tied).map(drop)
+}
+
+fn family_of(config: &LlamaConfig) -> Result<&'static Architecture> {
+    let model_type = config.model_type();
+    Architecture::of_model_type(&model_type)
+        .ok_or_else(|| format!("llama.cpp has no models of `{model_type}`"))
 }
 
 /// The number of heads whose rows change places on the way into the file.
@@ -272,11 +292,13 @@ impl Outgoing<'_> {
     }
 
     /// How it is written.
-    fn packing(&self, kind: Kind) -> Result<Packing> {
+    fn packing(&self, kind: GgufKind) -> Result<Packing> {
         let shape = self.tensor.shape.to_vec();
         let wanted = match (kind.packing(), self.in_base()) {
             (None, Some(packing)) => packing,
             _ if shape.len() < 2 => Packing::F32,
+            // A head that is no longer the table.
+            (None, None) if self.source.file.is_some() => Q8_0,
             (None, None) => match of_base(&self.source.dtypes, &self.name) {
                 super::Precision::F32 => Packing::F32,
                 super::Precision::F16 => Packing::F16,
@@ -337,7 +359,7 @@ impl Outgoing<'_> {
 }
 
 /// Sets a field, in its place if it is there.
-fn set(fields: &mut Vec<(String, Field)>, name: &str, value: Field) {
+fn set(fields: &mut Fields, name: &str, value: Field) {
     match fields.iter_mut().find(|(it, _)| it == name) {
         Some((_, field)) => *field = value,
         None => fields.push((name.to_owned(), value)),
@@ -367,7 +389,7 @@ fn file_type(tensors: &[NewTensor<'_>]) -> u32 {
     }
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for GgufKind {
     /// As it is given as an argument.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", format!("{self:?}").to_lowercase())

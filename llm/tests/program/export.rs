@@ -37,10 +37,10 @@ fn adapters_go_to_llama_cpp_and_come_back() {
     let (told, _) = place.done("export --model model --adapter out/adapter --out gguf/polite.gguf");
     assert!(told.contains("The 4 adapters are in gguf/polite.gguf"), "{told}");
     assert!(told.contains("llama.cpp needs the base as a GGUF file"), "{told}");
-    let modelfile = fs::read_to_string(place.path("gguf/Modelfile")).unwrap();
+    let modelfile = fs::read_to_string(place.path("gguf/polite.Modelfile")).unwrap();
     let model = place.path("model").canonicalize().unwrap();
     let expected = format!(
-        "# Written by burn-lora. `ollama create NAME -f Modelfile` makes a model of it.\nFROM {}\n\
+        "# Written by burn-lora. `ollama create NAME -f polite.Modelfile` makes a model of it.\nFROM {}\n\
          ADAPTER ./polite.gguf\nPARAMETER stop \"<end>\"\nPARAMETER stop \"assistant:\"\n",
         model.display()
     );
@@ -100,7 +100,7 @@ fn a_merged_file_is_a_model() {
     };
     let [before, after] = ["before rounding", "as it was written"].map(perplexity);
     assert!((before / after - 1.0).abs() < 0.01, "{told}");
-    let modelfile = fs::read_to_string(place.path("gguf/Modelfile")).unwrap();
+    let modelfile = fs::read_to_string(place.path("gguf/merged.Modelfile")).unwrap();
     assert!(modelfile.contains("\nFROM ./merged.gguf\nPARAMETER stop \"<end>\"\n"), "{modelfile}");
     // Its tokens and its template come along.
     let answer = |command: &str| {
@@ -119,7 +119,16 @@ fn a_merged_file_is_a_model() {
     // Adapters of the directory fit the file of it.
     place.done("merge --model model --out gguf/base.gguf --force");
     place.done("export --model gguf/base.gguf --adapter out/adapter --out gguf/x.gguf");
-    let modelfile = fs::read_to_string(place.path("gguf/Modelfile")).unwrap();
+    // What is read stays, even if it may be overwritten otherwise.
+    for command in [
+        "merge --model gguf/base.gguf --out gguf/base.gguf --force",
+        "export --model gguf/base.gguf --adapter out/adapter --out gguf/base.gguf",
+        "export --model gguf/base.gguf --adapter gguf/x.gguf --out gguf/x.gguf",
+    ] {
+        let error = place.refused(command);
+        assert!(error.contains("it is what is read, which stays as it is"), "{error}");
+    }
+    let modelfile = fs::read_to_string(place.path("gguf/x.Modelfile")).unwrap();
     assert!(modelfile.contains("\nFROM ./base.gguf\nADAPTER ./x.gguf\n"), "{modelfile}");
 }
 
@@ -130,8 +139,8 @@ fn what_somebody_else_wrote_is_not_overwritten() {
     for (name, command) in [
         ("x.gguf", "export --model model --adapter out/adapter --out x.gguf"),
         ("x.gguf", "merge --model model --adapter out/adapter --out x.gguf"),
-        ("Modelfile", "export --model model --adapter out/adapter --out y.gguf"),
-        ("Modelfile", "merge --model model --out y.gguf"),
+        ("y.Modelfile", "export --model model --adapter out/adapter --out y.gguf"),
+        ("y.Modelfile", "merge --model model --out y.gguf"),
         ("peft/adapter_config.json", "export --model model --adapter out/adapter --out peft"),
     ] {
         place.write(name, "FROM llama3");
@@ -143,8 +152,13 @@ fn what_somebody_else_wrote_is_not_overwritten() {
             place.done(&format!("{command} --force"));
             // What is ours now is.
             place.done(command);
+            if name.ends_with("Modelfile") {
+                let ours = fs::read_to_string(place.path(name)).unwrap();
+                place.write(name, format!("{ours}SYSTEM be brief\n"));
+                assert!(place.refused(command).contains("somebody else wrote or changed it"));
+            }
         }
-        for name in ["x.gguf", "y.gguf", "Modelfile"] {
+        for name in ["x.gguf", "y.gguf", "x.Modelfile", "y.Modelfile"] {
             let _ = fs::remove_file(place.path(name));
         }
     }
@@ -171,15 +185,15 @@ fn what_does_not_go_is_told_before_anything_is_written() {
         ),
         // Words are no byte pairs.
         ("merge --model other --out x.gguf", "the tokenizer is of the kind \"WordLevel\""),
-        ("generate --model model --prompt a --adapter model/tokenizer.json", "adapter_config.json"),
+        ("generate --model model --prompt a --adapter model/tokenizer.json", "not a directory"),
     ] {
         let error = place.refused(command);
         assert!(error.contains(message), "{command}: {error}");
-        assert!(!place.path("x.gguf").exists() && !place.path("Modelfile").exists(), "{command}");
+        assert!(!place.path("x.gguf").exists() && !place.path("x.Modelfile").exists(), "{command}");
     }
     let dora = "train --model model --data data --iters 1 --rank 2 --relative dora --out dora";
     place.done(dora);
-    let error = place.refused("export --model model --adapter dora/adapter --out x.gguf");
+    let error = place.refused("export --model model --adapter dora/adapter --out new/and/x.gguf");
     assert!(error.contains("DoRA's magnitudes; merge the set into the model"), "{error}");
-    assert!(!place.path("x.gguf").exists());
+    assert!(!place.path("new").exists());
 }

@@ -16,11 +16,11 @@ use burn_lora_llm::{
     chat::Chat,
     gguf::{family, open, tokens},
     llama::Llama,
-    merged::{self, Kind, SavedGguf},
+    merged::{self, GgufKind, SavedGguf},
     pretrained,
 };
 use serde::Deserialize;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::{
@@ -60,7 +60,7 @@ fn adapter(name: &str) -> LoraAdapters<Plain> {
 }
 
 /// Writes a model without changes.
-fn save(base: &Path, out: &Path, kind: Kind) -> SavedGguf {
+fn save(base: &Path, out: &Path, kind: GgufKind) -> SavedGguf {
     merged::save_gguf(&load(base), &Chat::read(base).unwrap(), base, out, kind).unwrap()
 }
 
@@ -88,7 +88,7 @@ fn models_say_in_llama_cpp_what_they_say_here() {
         // The file that llama.cpp read is the one that is written now.
         let dir = TempDir::new().unwrap();
         let path = dir.path().join("base.gguf");
-        save(&fixture(name), &path, Kind::F32);
+        save(&fixture(name), &path, GgufKind::F32);
         let [mut now, mut then] =
             [path, fixture(name).join("base.gguf")].map(|path| open(&path).unwrap());
         for file in [&mut now, &mut then] {
@@ -122,7 +122,7 @@ fn adapters_say_in_llama_cpp_what_they_say_here() {
         let (dir, base) = (TempDir::new().unwrap(), fixture(name));
         let path = dir.path().join("merged.gguf");
         let chat = Chat::read(&base).unwrap();
-        merged::save_gguf(&merged, &chat, &base, &path, Kind::F32).unwrap();
+        merged::save_gguf(&merged, &chat, &base, &path, GgufKind::F32).unwrap();
         assert_near(&load(&path), &expected.ids, &expected.merged, &format!("{name}, written"));
     }
 }
@@ -180,12 +180,12 @@ fn each_family_is_the_same_in_a_file() {
         // These have fewer tokens than the tokenizer.
         let chat = Chat::read(&base).unwrap();
         let llama = load(&base);
-        let error = merged::save_gguf(&llama, &chat, &base, &path, Kind::F32).unwrap_err();
+        let error = merged::save_gguf(&llama, &chat, &base, &path, GgufKind::F32).unwrap_err();
         assert!(error.contains("and the model knows those below 29"), "{name}: {error}");
         assert!(!path.exists());
         fs::write(base.join("tokenizer.json"), small_tokenizer()).unwrap();
         let chat = Chat::read(&base).unwrap();
-        merged::save_gguf(&llama, &chat, &base, &path, Kind::F32).unwrap();
+        merged::save_gguf(&llama, &chat, &base, &path, GgufKind::F32).unwrap();
         let difference = (scores(&load(&path)) - scores(&llama)).abs().max().into_scalar();
         assert!(difference < 1e-5, "{name}: {difference}");
     }
@@ -218,12 +218,12 @@ fn what_llama_cpp_does_not_have_is_refused_by_name() {
         (
             "llama3",
             r#"{"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}"#,
-            "have no such rule of RoPE",
+            "are not written with such a rule of RoPE",
         ),
         (
             "qwen2",
             r#"{"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}"#,
-            "`qwen2` models have no such rule of RoPE",
+            "`qwen2` models are not written with such a rule of RoPE",
         ),
         (
             "gemma2",
@@ -247,10 +247,97 @@ fn what_llama_cpp_does_not_have_is_refused_by_name() {
         fs::write(base.join("config.json"), Value::Object(config).to_string()).unwrap();
         fs::write(base.join("tokenizer.json"), small_tokenizer()).unwrap();
         let (chat, path) = (Chat::read(&base).unwrap(), dir.path().join("x.gguf"));
-        let error = merged::save_gguf(&load(&base), &chat, &base, &path, Kind::F32).unwrap_err();
+        let error =
+            merged::save_gguf(&load(&base), &chat, &base, &path, GgufKind::F32).unwrap_err();
         assert!(error.contains(message), "{name}: {error}");
         assert!(!path.exists() && fs::read_dir(dir.path()).unwrap().count() == 1, "{name}");
     }
+}
+
+/// What the configuration says, before weights are read.
+#[test]
+fn tensors_that_llama_cpp_does_not_have_are_refused() {
+    for (name, changes, message) in [
+        ("qwen3", r#"{"attention_bias": true}"#, "have no biases behind attention"),
+        ("olmo2", r#"{"tie_word_embeddings": true}"#, "have a head of their own"),
+        ("gemma2", r#"{"tie_word_embeddings": false}"#, "have no head of their own"),
+        ("olmo2", r#"{"head_dim": 6}"#, "as wide as the model"),
+    ] {
+        let dir = TempDir::new().unwrap();
+        let base = dir.path().join(name);
+        copy(&decoder(name), &base);
+        fs::write(base.join("tokenizer.json"), small_tokenizer()).unwrap();
+        let chat = Chat::read(&base).unwrap();
+        merged::check_gguf(&chat, &base).unwrap();
+        let config = fs::read(base.join("config.json")).unwrap();
+        let mut config: Map<String, Value> = serde_json::from_slice(&config).unwrap();
+        config.extend(serde_json::from_str::<Map<String, Value>>(changes).unwrap());
+        fs::write(base.join("config.json"), Value::Object(config).to_string()).unwrap();
+        let error = merged::check_gguf(&chat, &base).unwrap_err();
+        assert!(error.contains(message), "{name}: {error}");
+    }
+}
+
+#[test]
+fn tokenizers_that_llama_cpp_does_not_have_are_refused() {
+    let fields = |change: &dyn Fn(&mut Value), config: &str| {
+        let dir = TempDir::new().unwrap();
+        let mut json: Value = serde_json::from_str(&small_tokenizer()).unwrap();
+        change(&mut json);
+        fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        fs::write(dir.path().join("config.json"), config).unwrap();
+        let fields = Chat::read(dir.path()).unwrap().gguf_fields(29)?;
+        let path = dir.path().join("x.gguf");
+        burn_lora::gguf::write(&path, fields, Vec::new()).unwrap();
+        Ok::<_, String>(open(&path).unwrap().fields)
+    };
+    let ends = r#"{"eos_token_id": [3, 4, 29]}"#;
+    let refused = |change: &dyn Fn(&mut Value), config: &str, message: &str| {
+        let error = fields(change, config).unwrap_err();
+        assert!(error.contains(message), "{error}");
+    };
+    refused(
+        &|json| json["normalizer"] = json!({"type": "Lowercase"}),
+        ends,
+        "has the step \"Lowercase\"",
+    );
+    refused(
+        &|json| json["model"]["end_of_word_suffix"] = json!("</w>"),
+        ends,
+        "has a `end_of_word_suffix`",
+    );
+    refused(&|_| (), "{}", "no token ends texts");
+    refused(
+        &|json| json["pre_tokenizer"] = json!({"type": "Whitespace"}),
+        ends,
+        "divides texts in a way",
+    );
+    // SentencePiece makes `an` of `a` and `n`, and this does not.
+    let pieces = |json: &mut Value| {
+        json["model"]["byte_fallback"] = json!(true);
+        json["pre_tokenizer"] = Value::Null;
+        json["model"]["vocab"]["an"] = json!(28);
+    };
+    refused(&pieces, ends, "merges are not those of SentencePiece");
+    let whole = |json: &mut Value| {
+        pieces(json);
+        json["model"]["merges"] = json!([["a", "n"]]);
+    };
+    assert_eq!(fields(&whole, ends).unwrap()["tokenizer.ggml.model"], "llama");
+    // Tokens that were added without training are left out, and so are ends that the model does not know.
+    let added = |json: &mut Value| {
+        let token = |id: u32, content: &str| {
+            json!({
+                "id": id, "content": content, "special": true, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false,
+            })
+        };
+        json["added_tokens"] = json!([token(28, "<|im_end|>"), token(29, "<image>")]);
+    };
+    let found = fields(&added, r#"{"eos_token_id": [29, 3, 28]}"#).unwrap();
+    assert_eq!(found["tokenizer.ggml.tokens"].as_array().unwrap().len(), 29);
+    assert_eq!(found["tokenizer.ggml.eos_token_id"], 3);
+    assert_eq!(found["tokenizer.ggml.eot_token_id"], 28);
 }
 
 /// What nothing changed keeps its bytes, in whatever type it is, and its fields.
@@ -260,7 +347,7 @@ fn a_file_that_nothing_changed_is_written_as_it_was() {
         let (dir, base) = (TempDir::new().unwrap(), decoder(&format!("{name}.gguf")));
         let path = dir.path().join("x.gguf");
         let (llama, chat) = (load(&base).dequantize(), chat(dir.path()));
-        let saved = merged::save_gguf(&llama, &chat, &base, &path, Kind::Keep).unwrap();
+        let saved = merged::save_gguf(&llama, &chat, &base, &path, GgufKind::Keep).unwrap();
         assert!(saved.rounding.is_empty() && saved.replaced.is_empty(), "{name}: {saved:?}");
         let [mut found, expected] = [&path, &base].map(|path| open(path).unwrap());
         found.fields.remove(WRITER);
@@ -293,7 +380,7 @@ fn what_was_changed_in_a_file_of_k_quants_is_told() {
     }));
     let merged = llama.switch(&set).unwrap().merge().unwrap().dequantize();
     let (path, chat) = (dir.path().join("x.gguf"), chat(dir.path()));
-    let saved = merged::save_gguf(&merged, &chat, &base, &path, Kind::Keep).unwrap();
+    let saved = merged::save_gguf(&merged, &chat, &base, &path, GgufKind::Keep).unwrap();
     let name = format!("{layer}.weight");
     let was = open(&base).unwrap().tensors["blk.0.ffn_up.weight"].packing;
     let q8_0 = Packing::Blocks(GgufType::Q8_0);
@@ -320,14 +407,14 @@ fn matrices_have_the_type_that_was_asked_for() {
     let (llama, chat) = (load(&base).dequantize(), chat(dir.path()));
     let mut errors = Vec::new();
     for (kind, packing) in [
-        (Kind::F32, Packing::F32),
-        (Kind::BF16, Packing::BF16),
-        (Kind::F16, Packing::F16),
-        (Kind::Q8_0, Packing::Blocks(GgufType::Q8_0)),
-        (Kind::Q5_1, Packing::Blocks(GgufType::Q5_1)),
-        (Kind::Q5_0, Packing::Blocks(GgufType::Q5_0)),
-        (Kind::Q4_1, Packing::Blocks(GgufType::Q4_1)),
-        (Kind::Q4_0, Packing::Blocks(GgufType::Q4_0)),
+        (GgufKind::F32, Packing::F32),
+        (GgufKind::BF16, Packing::BF16),
+        (GgufKind::F16, Packing::F16),
+        (GgufKind::Q8_0, Packing::Blocks(GgufType::Q8_0)),
+        (GgufKind::Q5_1, Packing::Blocks(GgufType::Q5_1)),
+        (GgufKind::Q5_0, Packing::Blocks(GgufType::Q5_0)),
+        (GgufKind::Q4_1, Packing::Blocks(GgufType::Q4_1)),
+        (GgufKind::Q4_0, Packing::Blocks(GgufType::Q4_0)),
     ] {
         let path = dir.path().join(format!("{kind}.gguf"));
         let saved = merged::save_gguf(&llama, &chat, &base, &path, kind).unwrap();
@@ -366,7 +453,7 @@ fn matrices_have_the_type_that_was_asked_for() {
 fn rows_that_are_no_whole_blocks_are_told() {
     let dir = TempDir::new().unwrap();
     let path = dir.path().join("x.gguf");
-    let saved = save(&fixture("llama"), &path, Kind::Q8_0);
+    let saved = save(&fixture("llama"), &path, GgufKind::Q8_0);
     assert!(saved.packings.values().all(|it| matches!(it, Packing::F16 | Packing::F32)));
     assert!(saved.rounding.values().all(|it| it.error < 0.001 * it.norm));
 }
@@ -407,7 +494,7 @@ fn tokens_are_the_same_in_a_file() {
         "falcon",
         "default",
     ] {
-        let fields = serde_json::json!({
+        let fields = json!({
             "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": name, "tokenizer.ggml.tokens": fixture["tokens"],
             "tokenizer.ggml.merges": fixture["merges"], "tokenizer.ggml.token_type": kinds,
             "tokenizer.ggml.bos_token_id": 0,
@@ -431,7 +518,7 @@ fn again(tokenizer: tokenizers::Tokenizer) -> tokenizers::Tokenizer {
     let begin = begin.and_then(|id| tokenizer.id_to_token(id));
     let known = tokenizer.get_vocab_size(true);
     fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string(false).unwrap()).unwrap();
-    let settings = serde_json::json!({ "bos_token": begin });
+    let settings = json!({ "bos_token": begin, "eos_token": tokenizer.id_to_token(2) });
     fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
     fs::write(dir.path().join("config.json"), "{}").unwrap();
     let fields = Chat::read(dir.path()).unwrap().gguf_fields(known).unwrap();
@@ -446,7 +533,7 @@ fn other_tokenizers_are_refused() {
     let chat = Chat::read(base.path()).unwrap();
     let path = base.path().join("x.gguf");
     let llama = load(base.path());
-    let error = merged::save_gguf(&llama, &chat, base.path(), &path, Kind::F32).unwrap_err();
+    let error = merged::save_gguf(&llama, &chat, base.path(), &path, GgufKind::F32).unwrap_err();
     assert!(error.contains("the tokenizer is of the kind"), "{error}");
     assert!(!path.exists());
 }

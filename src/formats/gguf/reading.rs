@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, path::Path};
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
 use super::{
-    super::tensors::transposed, A, ADAPTER_TYPE, ALPHA, ARCHITECTURE, B, BASE, Family,
-    GENERAL_TYPE, INVOCATION, TABLE, WEIGHT,
+    super::tensors::transposed, A, ADAPTER_TYPE, ALPHA, ARCHITECTURE, B, BASE, BASE_ADDRESS,
+    Family, GENERAL_TYPE, HUB, INVOCATION, TABLE, WEIGHT,
 };
 use crate::{
     adapter::{LoraAdapter, Tie},
@@ -66,7 +66,10 @@ impl<Bk: Backend> LoraAdapters<Bk> {
         }
         let mut set = Self::new(adapters);
         set.unused = unused;
-        Ok(match gguf.fields.get(BASE).and_then(|it| it.as_str()) {
+        let text = |name| gguf.fields.get(name).and_then(|it| it.as_str());
+        // llama.cpp's converter has a title as the name.
+        let hub = text(BASE_ADDRESS).and_then(|it| it.strip_prefix(HUB));
+        Ok(match hub.or(text(BASE)) {
             Some(base) => set.with_base_model(base),
             None => set,
         })
@@ -116,7 +119,7 @@ fn adapter<Bk: Backend>(
         a = transposed(&a, rank, d_input);
     }
     if let Some(heads) = family.heads(layer) {
-        if !d_output.is_multiple_of(2 * heads) {
+        if !family.fits(layer, d_output) {
             return Err(Wrong::Layer(format!("{d_output} outputs are not {heads} heads")));
         }
         b = pairs_to_halves(&b, heads, d_output);
@@ -133,8 +136,11 @@ fn adapter<Bk: Backend>(
     Ok((
         path,
         match is_table {
-            // The head is another tensor.
-            true => LoraAdapter { tie: Tie::Leaves, ..adapter.of_embedding() },
+            // The head is another tensor, or the same in llama.cpp, too.
+            true => {
+                let tie = if family.is_tied { Tie::Moves } else { Tie::Leaves };
+                LoraAdapter { tie, ..adapter.of_embedding() }
+            }
             false => adapter.of_linear(),
         },
     ))

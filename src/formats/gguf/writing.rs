@@ -159,6 +159,9 @@ fn layers<'a, Bk: Backend>(
             _ if name.as_deref() == Some(TABLE) && adapter.layout != WeightLayout::Embedding => {
                 "it is an embedding in llama.cpp, and the adapter is one of a linear layer"
             }
+            _ if name.as_ref().is_some_and(|it| !family.fits(it, adapter.shape()[1])) => {
+                "its outputs cannot be divided into the family's heads; the family is of another model"
+            }
             _ => {
                 layers.extend(name.map(|name| {
                     let heads = family.heads(&name);

@@ -16,29 +16,32 @@ pub(super) enum Part {
     Denoiser,
     TextEncoder,
     TextEncoder2,
+    TextEncoder3,
 }
 
 /// What names begin with in Python, and which part that is.
-pub(super) const PARTS: [(&str, Part); 4] = [
+pub(super) const PARTS: [(&str, Part); 5] = [
     ("unet.", Part::Denoiser),
     ("transformer.", Part::Denoiser),
     ("text_encoder.", Part::TextEncoder),
     ("text_encoder_2.", Part::TextEncoder2),
+    ("text_encoder_3.", Part::TextEncoder3),
 ];
 
 /// What names begin with in files that have the names as they are: those of diffusers, and ComfyUI's.
-const DOTTED: [(&str, Part); 5] =
-    [PARTS[0], PARTS[1], PARTS[2], PARTS[3], ("diffusion_model.", Part::Denoiser)];
+const DOTTED: [(&str, Part); 6] =
+    [PARTS[0], PARTS[1], PARTS[2], PARTS[3], PARTS[4], ("diffusion_model.", Part::Denoiser)];
 
 /// What names begin with in files where each `.` is a `_`: those of kohya, and of OneTrainer and LyCORIS for
 /// transformers.
-const FLAT: [(&str, Part); 6] = [
+const FLAT: [(&str, Part); 7] = [
     ("lora_unet_", Part::Denoiser),
     ("lora_transformer_", Part::Denoiser),
     ("lycoris_", Part::Denoiser),
     ("lora_te_", Part::TextEncoder),
     ("lora_te1_", Part::TextEncoder),
     ("lora_te2_", Part::TextEncoder2),
+    ("lora_te3_", Part::TextEncoder3),
 ];
 
 /// A name without what it begins with, and the part.
@@ -220,7 +223,9 @@ mod tests {
             ("lora_te_a", "lora_te_", Part::TextEncoder, "a", true),
             ("lora_te1_a", "lora_te1_", Part::TextEncoder, "a", true),
             ("lora_te2_a", "lora_te2_", Part::TextEncoder2, "a", true),
+            ("lora_te3_a", "lora_te3_", Part::TextEncoder3, "a", true),
             ("text_encoder.a", "text_encoder.", Part::TextEncoder, "a", false),
+            ("text_encoder_3.a", "text_encoder_3.", Part::TextEncoder3, "a", false),
             ("text_encoder_2.a", "text_encoder_2.", Part::TextEncoder2, "a", false),
             ("transformer.a", "transformer.", Part::Denoiser, "a", false),
             ("diffusion_model.a.b", "diffusion_model.", Part::Denoiser, "a.b", false),

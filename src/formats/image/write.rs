@@ -164,13 +164,15 @@ fn by_name<'p, 's, B: Backend>(
 
 /// What kohya's programs call a layer. The first text encoder has a number where there are two.
 fn kohya_name<B: Backend>(placed: &[Placed<B>]) -> impl Fn(&Placed<B>) -> String + use<B> {
-    let are_two = placed.iter().any(|it| it.part == Part::TextEncoder2);
+    let are_two =
+        placed.iter().any(|it| matches!(it.part, Part::TextEncoder2 | Part::TextEncoder3));
     move |it| {
         let begin = match it.part {
             Part::Denoiser => "lora_unet_",
             Part::TextEncoder if are_two => "lora_te1_",
             Part::TextEncoder => "lora_te_",
             Part::TextEncoder2 => "lora_te2_",
+            Part::TextEncoder3 => "lora_te3_",
         };
         format!("{begin}{}", flattened(&it.name))
     }

@@ -462,12 +462,22 @@ fn what_is_there_instead_is_named() {
 #[test]
 fn a_file_in_the_place_of_a_directory_is_told_where_to_go() {
     let dir = TempDir::new("a-file");
-    let path = dir.0.join("style.safetensors");
-    fs::write(&path, "").unwrap();
-    let error = LoraAdapters::<Plain>::load(&path, &device::<Plain>()).unwrap_err().to_string();
-    let expected = "style.safetensors: not a directory; if it is a file of adapters of an image model, read it by \
-                    `LoraAdapters::load_image`";
-    assert!(error.ends_with(expected), "{error}");
+    for (name, expected) in [
+        (
+            "style.safetensors",
+            "style.safetensors: not a directory; if it is a file of adapters of an image model, read it by \
+             `LoraAdapters::load_image`",
+        ),
+        (
+            "adapter_model.safetensors",
+            "adapter_model.safetensors: this is a file of a directory of adapters; give the directory",
+        ),
+    ] {
+        let path = dir.0.join(name);
+        fs::write(&path, "").unwrap();
+        let error = LoraAdapters::<Plain>::load(&path, &device::<Plain>()).unwrap_err().to_string();
+        assert!(error.ends_with(expected), "{error}");
+    }
 }
 
 #[test]

@@ -8,7 +8,7 @@ use burn_lora_llm::{
     Result,
     cli::{self, quantize::Kind, relatives::Relative, replicas::MpiArg, workers::WorkersArg},
     llama::Llama,
-    merged::{Kind as GgufKind, Precision},
+    merged::{GgufKind, Precision},
 };
 use clap::{Parser, Subcommand};
 use serde_json::{Value, json};

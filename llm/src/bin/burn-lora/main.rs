@@ -164,13 +164,13 @@ fn hex(hash: &[u8]) -> String {
 /// Adapters of a directory, or of a file of llama.cpp's.
 fn load(path: &Path, base: &Base) -> Result<LoraAdapters<Plain>> {
     let device = Default::default();
-    let set = match path.is_file() && is_gguf(path) {
-        true => LoraAdapters::load_gguf(path, &base.family()?, &device),
-        false => LoraAdapters::load(path, &device),
+    let (set, program) = match path.is_file() && is_gguf(path) {
+        true => (LoraAdapters::load_gguf(path, &base.family()?, &device), "llama.cpp"),
+        false => (LoraAdapters::load(path, &device), "PEFT"),
     };
     let set = set.map_err(|error| error.to_string())?;
     for key in set.unused() {
-        eprintln!("{}: `{}` is not used, as in PEFT", path.display(), key.escape_debug());
+        eprintln!("{}: `{}` is not used, as in {program}", path.display(), key.escape_debug());
     }
     Ok(set)
 }

@@ -1,10 +1,10 @@
 //! The command `merge`.
 
-use std::{collections::BTreeMap, fmt, fs, path::Path};
+use std::{collections::BTreeMap, fmt, path::Path};
 
 use burn_lora::{LoraModule, gguf::Packing};
 use burn_lora_llm::{
-    Context, Result,
+    Result,
     chat::Chat,
     cli::live::during,
     data,
@@ -32,6 +32,7 @@ const LARGE: f64 = 0.1;
 /// If a file cannot be read or written, or if the adapters do not fit.
 pub fn run(args: &MergeArgs) -> Result<()> {
     let is_file = target::is_gguf_name(&args.out);
+    let path = find(&args.base.model)?;
     let modelfile = modelfile::path_beside(&args.out);
     if is_file {
         if args.dtype.is_some() {
@@ -40,15 +41,22 @@ pub fn run(args: &MergeArgs) -> Result<()> {
                     .to_owned(),
             );
         }
-        target::check_file(&args.out, args.force)?;
+        let sources = [Some(&*path), args.adapter.as_deref()];
+        target::check_file(
+            &args.out,
+            args.force,
+            &sources.into_iter().flatten().collect::<Vec<_>>(),
+        )?;
         modelfile::check(&modelfile, args.force)?;
     } else if args.r#type != Default::default() {
         return Err(
             "`--type` is for GGUF files; the weights in a directory have a `--dtype`".to_owned()
         );
     }
-    let path = find(&args.base.model)?;
     let (chat, base) = (Chat::read(&path)?, Base::of(&path)?);
+    if is_file {
+        merged::check_gguf(&chat, &path)?;
+    }
     let texts = args.data.as_ref().map(|data| {
         let reading = reading(MAX_LENGTH, false, &pretrained::config(&path)?);
         let read = data::read(data, &chat, &reading)?;
@@ -78,8 +86,9 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     told("before rounding", &merged);
     let rounding = match is_file {
         true => {
-            create_parent(&args.out)?;
-            let saved = merged::save_gguf(&merged, &chat, &path, &args.out, args.r#type)?;
+            let saved = target::write(&args.out, || {
+                merged::save_gguf(&merged, &chat, &path, &args.out, args.r#type)
+            })?;
             modelfile::write(&modelfile, &args.out, None, &chat)?;
             tell_file(args, &modelfile, &saved);
             saved.rounding
@@ -106,13 +115,6 @@ pub fn run(args: &MergeArgs) -> Result<()> {
         told("as it was written", &written.llama);
     }
     Ok(())
-}
-
-fn create_parent(path: &Path) -> Result<()> {
-    match path.parent() {
-        Some(dir) => fs::create_dir_all(dir).context(dir.display()),
-        None => Ok(()),
-    }
 }
 
 /// What is in a GGUF file, by the types of its weights.

@@ -59,6 +59,19 @@ impl Remembered {
         write_atomically(&path, &text).context(path.display())
     }
 
+    /// Removes it from beside the adapters in `dir`, if it is there.
+    ///
+    /// # Errors
+    ///
+    /// If it cannot be removed.
+    pub fn remove(dir: &Path) -> Result<()> {
+        let path = dir.join(FILE);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            done => done.context(path.display()),
+        }
+    }
+
     /// What to tell if the model writes conversations in another way than the one that was trained.
     pub fn other_template(&self, dir: &Path, chat: &Chat) -> Option<String> {
         (self.template != template(chat)).then(|| {

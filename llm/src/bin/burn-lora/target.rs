@@ -1,17 +1,28 @@
 //! What may be overwritten.
 
-use std::path::Path;
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use burn_lora::gguf::{Gguf, WRITER};
-use burn_lora_llm::Result;
+use burn_lora::gguf::{Gguf, WRITER, paths};
+use burn_lora_llm::{Context, Result};
 
 /// Whether a GGUF file is meant.
 pub fn is_gguf_name(path: &Path) -> bool {
     path.extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf"))
 }
 
-/// Fails if something is at `path` that is no GGUF file of burn-lora's, unless it may be overwritten.
-pub fn check_file(path: &Path, force: bool) -> Result<()> {
+/// Fails if something is at `path` that is no GGUF file of burn-lora's, unless it may be overwritten; or if it is one of
+/// these, from which the file is made.
+pub fn check_file(path: &Path, force: bool, sources: &[&Path]) -> Result<()> {
+    let parts = sources.iter().flat_map(|it| paths(it));
+    let is_same = |it: PathBuf| {
+        path.canonicalize().is_ok_and(|path| it.canonicalize().is_ok_and(|it| it == path))
+    };
+    if parts.into_iter().any(is_same) {
+        return Err(format!("{}: it is what is read, which stays as it is", path.display()));
+    }
     let is_own = || Gguf::open(path).is_ok_and(|file| file.fields.contains_key(WRITER));
     if path.is_dir() {
         return Err(format!("{}: it is a directory", path.display()));
@@ -38,4 +49,15 @@ pub fn check(path: &Path, may: bool, what: &str) -> Result<()> {
         }
         _ => Ok(()),
     }
+}
+
+/// Writes the file at `path`, in directories that are made for it if they are missing. If writing fails, these are not left.
+pub fn write<T>(path: &Path, write: impl FnOnce() -> Result<T>) -> Result<T> {
+    let is_missing = |dir: &&Path| !dir.as_os_str().is_empty() && !dir.exists();
+    let missing: Vec<_> = path.ancestors().skip(1).take_while(is_missing).collect();
+    if let Some(dir) = missing.first() {
+        fs::create_dir_all(dir).context(dir.display())?;
+    }
+    // What is wrong is told by the error. A directory that is not empty stays.
+    write().inspect_err(|_| missing.iter().for_each(|dir| drop(fs::remove_dir(dir))))
 }

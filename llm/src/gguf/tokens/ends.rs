@@ -27,6 +27,11 @@ const ENDS: [&str; 17] = [
     "<|file_sep|>",
 ];
 
+/// Whether a token of this name ends an answer in a conversation, and not a text.
+pub(super) fn is_turn_end(token: &str) -> bool {
+    ["<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<end_of_utterance>"].contains(&token)
+}
+
 /// Whether a token of this name ends answers.
 pub(super) fn names_end(token: &str) -> bool {
     ENDS.contains(&token)

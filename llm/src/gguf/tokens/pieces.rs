@@ -63,7 +63,7 @@ pub(super) fn tokenizer(fields: &Map<String, Value>) -> Result<Tokenizer> {
 
 /// The pairs that make up each piece, the best first. Of equally good ones SentencePiece takes the first in the text,
 /// where the longer piece is before the shorter one.
-fn merges(vocabulary: &Vocabulary) -> Result<Merges> {
+pub(super) fn merges(vocabulary: &Vocabulary) -> Result<Merges> {
     let scores = vocabulary.for_each_token("scores")?;
     let all = vocabulary.tokens.iter().zip(&vocabulary.kinds).zip(scores);
     let normal = all.filter(|((_, kind), _)| **kind == Kind::Normal);

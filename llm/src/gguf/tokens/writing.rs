@@ -1,12 +1,17 @@
 //! The fields of a GGUF file that describe a tokenizer.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use burn_lora::gguf::Field;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
-use super::{division::Division, vocabulary::no_token};
+use super::{
+    division::Division,
+    ends::is_turn_end,
+    pieces,
+    vocabulary::{Vocabulary, no_token},
+};
 use crate::error::{Context, Result};
 
 /// Kinds of tokens, by their numbers in files.
@@ -52,37 +57,59 @@ pub(crate) fn fields(
     let mut fields: Vec<(&str, Field)> = Vec::new();
     let merges = merges(model)?;
     if model["byte_fallback"] == true {
+        check_steps(&json, "normalizer", &["Prepend", "Replace"])?;
+        check_steps(&json, "pre_tokenizer", &["Metaspace", "Split"])?;
         vocabulary.mark_bytes();
+        vocabulary.check_merges(&merges)?;
         fields.push(("model", "llama".into()));
         fields.push(("add_space_prefix", adds_space(&json).into()));
         fields.push(("scores", vocabulary.scores(&merges).into()));
     } else {
+        // llama.cpp has no normal forms, which matter for few texts.
+        check_steps(&json, "normalizer", &["NFC"])?;
+        for affix in ["continuing_subword_prefix", "end_of_word_suffix"] {
+            if model[affix].as_str().is_some_and(|it| !it.is_empty()) {
+                return Err(format!(
+                    "the tokenizer has a `{affix}`, which llama.cpp does not have"
+                ));
+            }
+        }
         fields.push(("model", "gpt2".into()));
         fields.push(("pre", division(&json)?.into()));
         let merges = merges.iter().map(|(left, right)| format!("{left} {right}"));
         fields.push(("merges", merges.collect::<Vec<_>>().into()));
     }
-    if let Some(unknown) = model["unk_token"].as_str().and_then(|it| tokenizer.token_to_id(it)) {
+    if let Some(unknown) = model["unk_token"].as_str().and_then(|it| tokenizer.token_to_id(it))
+        && let Some(kind) = vocabulary.kinds.get_mut(unknown as usize)
+    {
         fields.push(("unknown_token_id", unknown.into()));
-        vocabulary.kinds[unknown as usize] = UNKNOWN;
+        *kind = UNKNOWN;
     }
     fields.push(("tokens", vocabulary.tokens.into()));
     fields.push(("token_type", vocabulary.kinds.into()));
     let empty = tokenizer.encode("", true).context("the tokenizer")?;
     let added = empty.get_ids();
-    let end = told.ends.first().copied();
-    if let Some(begin) = told.begin {
+    let is_known = |id: &u32| (*id as usize) < known;
+    let Some(end) = told.ends.iter().copied().find(is_known) else {
+        // llama.cpp would take a token for it that is none.
+        return Err(
+            "no token ends texts; name it as `eos_token` in tokenizer_config.json".to_owned()
+        );
+    };
+    fields.push(("eos_token_id", end.into()));
+    let first = added.first().copied().filter(|it| !told.ends.contains(it));
+    let begin = told.begin.or(first).filter(is_known);
+    if let Some(begin) = begin {
         fields.push(("bos_token_id", begin.into()));
     }
-    if let Some(end) = end {
-        fields.push(("eos_token_id", end.into()));
-    }
     // The one that ends an answer, where it is another than that of texts.
-    if let [_, other, ..] = told.ends {
+    let others = told.ends.iter().filter(|id| **id != end && is_known(id));
+    let ends_answers = |id: &&u32| tokenizer.id_to_token(**id).is_some_and(|it| is_turn_end(&it));
+    if let Some(other) = others.copied().collect::<Vec<_>>().iter().find(ends_answers) {
         fields.push(("eot_token_id", (*other).into()));
     }
-    let begins = told.begin.is_some() && added.first() == told.begin.as_ref();
-    let ends = end.is_some() && added.last() == end.as_ref() && (!begins || added.len() > 1);
+    let begins = begin.is_some() && added.first() == begin.as_ref();
+    let ends = added.last() == Some(&end) && (!begins || added.len() > 1);
     fields.push(("add_bos_token", begins.into()));
     fields.push(("add_eos_token", ends.into()));
     let mut fields: Vec<_> =
@@ -112,8 +139,11 @@ impl Tokens {
                     kinds[id as usize] = kind;
                     Ok(())
                 }
+                // Tokens that were added without training.
+                None if kind != NORMAL => Ok(()),
                 None => Err(format!(
-                    "the token `{token}` has number {id}, and the model knows those below {known}"
+                    "the token `{token}` has number {id}, and the model knows those below {known}: its tokenizer is of \
+                     another model"
                 )),
             }
         };
@@ -138,6 +168,24 @@ impl Tokens {
         }
     }
 
+    /// Fails unless the pairs are those that SentencePiece finds in the pieces.
+    fn check_merges(&self, merges: &[(&str, &str)]) -> Result<()> {
+        let fields = Map::from_iter([
+            ("tokenizer.ggml.tokens".to_owned(), json!(self.tokens)),
+            ("tokenizer.ggml.token_type".to_owned(), json!(self.kinds)),
+            ("tokenizer.ggml.scores".to_owned(), json!(self.scores(merges))),
+        ]);
+        let found = pieces::merges(&Vocabulary::read(&fields)?)?;
+        let found: HashSet<_> =
+            found.iter().map(|(one, two)| (one.as_str(), two.as_str())).collect();
+        match merges.iter().copied().collect::<HashSet<_>>() == found {
+            true => Ok(()),
+            false => Err("the tokenizer's merges are not those of SentencePiece, which llama.cpp finds in the pieces; \
+                          write the model as a directory instead"
+                .to_owned()),
+        }
+    }
+
     /// The earlier pairs are made into a piece, the higher its score.
     fn scores(&self, merges: &[(&str, &str)]) -> Vec<f32> {
         let mut ranks = HashMap::new();
@@ -159,17 +207,35 @@ fn merges(model: &Value) -> Result<Vec<(&str, &str)>> {
     pairs.collect::<Option<_>>().ok_or_else(|| "a merge of the tokenizer is no pair".to_owned())
 }
 
+/// The steps of a part of a tokenizer.
+fn parts<'j>(json: &'j Value, name: &str) -> &'j [Value] {
+    let part = &json[name];
+    let several = part["normalizers"].as_array().or(part["pretokenizers"].as_array());
+    match several {
+        Some(several) => several,
+        None if part.is_null() => &[],
+        None => std::slice::from_ref(part),
+    }
+}
+
+/// Fails if a part of a tokenizer has other steps than these.
+fn check_steps(json: &Value, name: &str, known: &[&str]) -> Result<()> {
+    let is_other = |it: &&Value| it["type"].as_str().is_none_or(|it| !known.contains(&it));
+    match parts(json, name).iter().find(is_other) {
+        None => Ok(()),
+        Some(step) => Err(format!(
+            "the tokenizer's `{name}` has the step {}, which llama.cpp does not have; write the model as a directory \
+             instead",
+            step["type"]
+        )),
+    }
+}
+
 /// Whether a space is put before each text.
 fn adds_space(json: &Value) -> bool {
-    let parts = |name: &str| {
-        let part = &json[name];
-        let several = part["normalizers"].as_array().or(part["pretokenizers"].as_array());
-        several.cloned().unwrap_or_else(|| vec![part.clone()])
-    };
-    let prepends = parts("normalizer").iter().any(|it| it["type"] == "Prepend");
-    let mut splits = parts("pre_tokenizer").into_iter();
-    let scheme = splits.find(|it| it["type"] == "Metaspace").map(|it| it["prepend_scheme"].clone());
-    prepends || scheme.is_some_and(|it| it != "never")
+    let prepends = parts(json, "normalizer").iter().any(|it| it["type"] == "Prepend");
+    let scheme = parts(json, "pre_tokenizer").iter().find(|it| it["type"] == "Metaspace");
+    prepends || scheme.is_some_and(|it| it["prepend_scheme"] != "never")
 }
 
 /// The name of the way in which texts are divided.
