@@ -36,6 +36,8 @@ fn adapters_go_to_llama_cpp_and_come_back() {
     place.done(TRAIN);
     let (told, _) = place.done("export --model model --adapter out/adapter --out gguf/polite.gguf");
     assert!(told.contains("The 4 adapters are in gguf/polite.gguf"), "{told}");
+    assert!(told.contains("for llama.cpp (`--lora gguf/polite.gguf`)"), "{told}");
+    assert!(told.contains("`ollama create NAME -f gguf/polite.Modelfile`"), "{told}");
     assert!(told.contains("llama.cpp needs the base as a GGUF file"), "{told}");
     let modelfile = fs::read_to_string(place.path("gguf/polite.Modelfile")).unwrap();
     let model = place.path("model").canonicalize().unwrap();

@@ -45,10 +45,10 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     modelfile::write(&modelfile, &path, Some(out), &chat)?;
     let size = fs::metadata(out).context(out.display())?.len();
     println!(
-        "The {} adapters are in {}: {:.1} MB in F32, for llama.cpp (`--lora {0}`).",
+        "The {} adapters are in {out}: {:.1} MB in F32, for llama.cpp (`--lora {out}`).",
         named.len(),
-        out.display(),
-        size as f64 / 1e6
+        size as f64 / 1e6,
+        out = out.display(),
     );
     println!("{} makes a model of Ollama of it: `ollama create NAME -f {0}`.", modelfile.display());
     if is_gguf(&path) && paths(&path).len() > 1 {
