@@ -125,8 +125,8 @@ pub struct NewTensor<'a> {
     pub bytes: Box<dyn FnOnce() -> Result<Vec<u8>, LoraError> + 'a>,
 }
 
-/// Writes a file with these fields, [`WRITER`], and these tensors, in this order. The file gets its name when it is complete and on the
-/// disk: until then, an old one stays as it was.
+/// Writes a file with these fields, [`WRITER`], and these tensors, in this order. The file gets its name when it is
+/// complete and on the disk: until then, an old one stays as it was.
 ///
 /// # Errors
 ///

@@ -2,6 +2,8 @@
 
 use burn_lora::peft::Renaming;
 
+use crate::config::LlamaConfig;
+
 /// A family.
 pub(crate) struct Architecture {
     /// Its name in GGUF files.
@@ -13,7 +15,7 @@ pub(crate) struct Architecture {
     /// half a head apart.
     pub permuted: bool,
     /// Whether 1 was added to the weights of norms, so that what reads the file need not do it.
-    pub norms_add_one: bool,
+    norms_add_one: bool,
     /// Where norms have other names than in Llamas.
     names: &'static [(&'static str, &'static str)],
 }
@@ -100,6 +102,21 @@ impl Architecture {
         // llama.cpp has no other name for it.
         let model_type = if model_type == "mistral" { "llama" } else { model_type };
         FAMILIES.iter().find(|it| it.model_type == model_type)
+    }
+
+    /// The number of heads of the weight or bias of this name at Hugging Face, if its rows are in another order in files.
+    pub fn heads(&self, config: &LlamaConfig, name: &str) -> Option<usize> {
+        match () {
+            _ if !self.permuted => None,
+            _ if name.contains(".q_proj.") => Some(config.num_attention_heads),
+            _ if name.contains(".k_proj.") => Some(config.key_value_heads()),
+            _ => None,
+        }
+    }
+
+    /// Whether 1 was added to the numbers of the tensor of this name in files.
+    pub fn adds_one(&self, file_name: &str) -> bool {
+        self.norms_add_one && file_name.ends_with("_norm.weight")
     }
 
     /// From the names of the modules in files to those at Hugging Face.

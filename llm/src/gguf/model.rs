@@ -79,8 +79,7 @@ pub fn read(path: &Path) -> Result<Model, String> {
     };
     let config = LlamaConfig::from_json(config(&file).map_err(told)?).map_err(told)?;
     let config = config.with_divided_frequencies(divisors.as_deref()).map_err(told)?;
-    let (heads, head_dim) =
-        ([config.num_attention_heads, config.key_value_heads()], config.head_dim());
+    let head_dim = config.head_dim();
     let (file, modules) = (Rc::new(file), family.modules());
     let (mut tensors, mut matrices) = (BTreeMap::new(), BTreeMap::new());
     let (mut packings, mut names) = (BTreeMap::new(), BTreeMap::new());
@@ -90,13 +89,8 @@ pub fn read(path: &Path) -> Result<Model, String> {
         }
         let new_name = renamed(name, &modules);
         // What is added to a number there is not at Hugging Face.
-        let added = if family.norms_add_one && name.ends_with("_norm.weight") { 1.0 } else { 0.0 };
-        let heads = match () {
-            _ if !family.permuted => None,
-            _ if new_name.contains(".q_proj.") => Some(heads[0]),
-            _ if new_name.contains(".k_proj.") => Some(heads[1]),
-            _ => None,
-        };
+        let added = if family.adds_one(name) { 1.0 } else { 0.0 };
+        let heads = family.heads(&config, &new_name);
         let rows = tensor.shape.first().copied().unwrap_or(0);
         if let Some(expected) = heads.map(|it| it.saturating_mul(head_dim))
             && rows != expected

@@ -139,8 +139,8 @@ pub fn save_gguf<B: Backend>(
             return Err(format!("llama.cpp's `{}` models have no `{name}`", family.name));
         }
         let outgoing = Outgoing {
-            heads: heads(family, &config, &name),
-            adds_one: family.norms_add_one && file_name.ends_with("_norm.weight"),
+            heads: family.heads(&config, &name),
+            adds_one: family.adds_one(&file_name),
             is_head: name == HEAD || name == TABLE && llama.is_tied(),
             name,
             tensor,
@@ -247,16 +247,6 @@ fn family_of(config: &LlamaConfig) -> Result<&'static Architecture> {
         .ok_or_else(|| format!("llama.cpp has no models of `{model_type}`"))
 }
 
-/// The number of heads whose rows change places on the way into the file.
-fn heads(family: &Architecture, config: &LlamaConfig, name: &str) -> Option<usize> {
-    match () {
-        _ if !family.permuted => None,
-        _ if name.contains(".q_proj.") => Some(config.num_attention_heads),
-        _ if name.contains(".k_proj.") => Some(config.key_value_heads()),
-        _ => None,
-    }
-}
-
 /// A weight on its way into the file.
 struct Outgoing<'a> {
     name: String,
@@ -309,10 +299,9 @@ impl Outgoing<'_> {
             (Some(packing), _) => packing,
         };
         let fits = |packing: Packing| packing.size(&shape).is_some();
-        let writable = |packing: Packing| packing.pack(&[]).is_some();
         // Rows of some sizes are no whole blocks.
         let other = if fits(Q8_0) { Q8_0 } else { Packing::F16 };
-        match (fits(wanted), writable(wanted)) {
+        match (fits(wanted), is_writable(wanted)) {
             (false, _) => Ok(other),
             (_, true) => Ok(wanted),
             (_, false) if self.is_unchanged(&self.values()?)? => Ok(wanted),
@@ -326,8 +315,11 @@ impl Outgoing<'_> {
 
     /// The bytes in the file.
     fn bytes(self, packing: Packing) -> Result<Vec<u8>> {
-        let values = self.values()?;
-        if self.in_base() == Some(packing) && self.is_unchanged(&values)? {
+        // What cannot be written is kept, and was compared before.
+        let values = if is_writable(packing) { self.values()? } else { Vec::new() };
+        let is_kept = !is_writable(packing)
+            || self.in_base() == Some(packing) && self.is_unchanged(&values)?;
+        if is_kept {
             let (file, model) = self.source.file.as_ref().expect("it is in the base");
             let name = &model.names[&self.name];
             self.written.borrow_mut().kept.insert(self.name);
@@ -356,6 +348,11 @@ impl Outgoing<'_> {
         }
         Ok(bytes)
     }
+}
+
+/// Whether numbers can be rounded to the type.
+fn is_writable(packing: Packing) -> bool {
+    packing.pack(&[]).is_some()
 }
 
 /// Sets a field, in its place if it is there.

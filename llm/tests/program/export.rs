@@ -28,7 +28,7 @@ fn place() -> Place {
     place
 }
 
-const TRAIN: &str = "train --model model --data data --iters 4 --batch 2 --rank 2 --targets q_proj,down_proj --out out";
+const TRAIN: &str = "train --model model --data data --iters 4 --batch 2 --rank 2 --targets q_proj,down_proj --mask-prompt --out out";
 
 #[test]
 fn adapters_go_to_llama_cpp_and_come_back() {
@@ -102,6 +102,12 @@ fn a_merged_file_is_a_model() {
     };
     let [before, after] = ["before rounding", "as it was written"].map(perplexity);
     assert!((before / after - 1.0).abs() < 0.01, "{told}");
+    // Texts are read as the adapters' training read them, and `evaluate` does.
+    let (evaluated, _) =
+        place.done("evaluate --model model --adapter out/adapter --data data/valid.jsonl");
+    let evaluated = evaluated.lines().find(|it| it.starts_with("out/adapter")).unwrap();
+    let evaluated: f64 = evaluated.rsplit(' ').next().unwrap().parse().unwrap();
+    assert!((before / evaluated - 1.0).abs() < 0.01, "{told}{evaluated}");
     let modelfile = fs::read_to_string(place.path("gguf/merged.Modelfile")).unwrap();
     assert!(modelfile.contains("\nFROM ./merged.gguf\nPARAMETER stop \"<end>\"\n"), "{modelfile}");
     // Its tokens and its template come along.

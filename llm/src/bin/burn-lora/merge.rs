@@ -57,15 +57,18 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     if is_file {
         merged::check_gguf(&chat, &path)?;
     }
+    let set = args.adapter.as_ref().map(|dir| adapters(dir, &base, &chat)).transpose()?;
+    let (set, remembered) = set.map_or((None, None), |(set, it)| (Some(set), it));
     let texts = args.data.as_ref().map(|data| {
-        let reading = reading(MAX_LENGTH, false, &pretrained::config(&path)?);
+        // As the adapters were trained, so that `evaluate` tells the same.
+        let max_length = remembered.as_ref().map_or(MAX_LENGTH, |it| it.max_length);
+        let mask_prompt = remembered.as_ref().is_some_and(|it| it.mask_prompt);
+        let reading = reading(max_length, mask_prompt, &pretrained::config(&path)?);
         let read = data::read(data, &chat, &reading)?;
-        texts::tell(data, &read, MAX_LENGTH, &reading);
+        texts::tell(data, &read, max_length, &reading);
         Ok::<_, String>(read.texts)
     });
     let texts = texts.transpose()?;
-    let set = args.adapter.as_ref().map(|dir| Ok::<_, String>(adapters(dir, &base, &chat)?.0));
-    let set = set.transpose()?;
     let holding = Holding { quantize: args.base.quantization(), keep_16_bits: false };
     let llama = read::<Plain>(&path, holding, &Default::default())?;
     let merged = match &set {

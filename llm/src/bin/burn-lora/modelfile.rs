@@ -5,9 +5,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn_lora_llm::{Context, Result, chat::Chat, files::write_atomically};
-
 use burn_lora::gguf::paths;
+use burn_lora_llm::{Context, Result, chat::Chat, files::write_atomically};
 
 use crate::target;
 
