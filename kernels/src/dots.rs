@@ -21,5 +21,6 @@ mod vnni;
 pub use blocks::Blocks;
 pub use format::BlockFormat;
 pub use kernel::{Dots, dots};
-pub use split::{Codes, SplitRow};
+pub use row::DotMemory;
+pub use split::{Codes, Floats, SplitRow};
 pub use vector::Vector8;

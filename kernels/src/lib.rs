@@ -22,7 +22,7 @@ mod round;
 mod tile;
 mod transpose;
 
-pub use dots::{BlockFormat, Blocks, Codes, Dots, SplitRow, Vector8, dots};
+pub use dots::{BlockFormat, Blocks, Codes, DotMemory, Dots, Floats, SplitRow, Vector8, dots};
 pub use instructions::{Instructions, VARIABLE, instructions};
 pub use left::Left;
 pub use matrix::{Matrix, Number, Rows, round_all};

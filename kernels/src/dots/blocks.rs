@@ -1,6 +1,6 @@
 //! Matrices in block formats.
 
-use super::{BlockFormat, Dots, Vector8, layout::BLOCK};
+use super::{BlockFormat, DotMemory, Dots, Vector8, layout::BLOCK};
 use crate::matrix::{Rows, round_all};
 
 /// A matrix `[rows, columns]` in a block format, whose rows lie one after the other, as in GGUF files.
@@ -52,8 +52,9 @@ impl<'a> Blocks<'a> {
     pub fn times(&self, by: Dots, x: &Vector8, to: &mut [f32]) {
         let [rows, columns] = self.dims;
         assert_eq!([to.len(), x.len()], [rows, columns], "numbers of the result and of the vector");
+        let mut memory = DotMemory::new();
         for (row, to) in to.iter_mut().enumerate() {
-            *to = self.format.dot(by, self.row(row), x);
+            [*to] = self.format.dots(by, self.row(row), [x], &mut memory);
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{
     Dots, Vector8, formats,
     layout::{BLOCK, Format, Layout},
     portable,
-    row::{Row, bytes_of},
+    row::{DotMemory, Row, bytes_of},
     scales::{CHUNK, Scales},
 };
 
@@ -121,7 +121,7 @@ impl BlockFormat {
     /// If the row does not have the [bytes](Self::row_bytes) of so many numbers, or if the processor does not have the
     /// instructions.
     pub fn dot(self, by: Dots, bytes: &[u8], x: &Vector8) -> f32 {
-        let [product] = self.dots(by, bytes, [x]);
+        let [product] = self.dots(by, bytes, [x], &mut DotMemory::new());
         product
     }
 
@@ -131,24 +131,30 @@ impl BlockFormat {
     /// # Panics
     ///
     /// As `dot`, or if the vectors differ in length.
-    pub fn dots<const N: usize>(self, by: Dots, bytes: &[u8], x: [&Vector8; N]) -> [f32; N] {
+    pub fn dots<const N: usize>(
+        self,
+        by: Dots,
+        bytes: &[u8],
+        x: [&Vector8; N],
+        memory: &mut DotMemory<N>,
+    ) -> [f32; N] {
         let Some(first) = x.first() else { return [0.0; N] };
         let columns = first.len();
         assert!(x.iter().all(|it| it.len() == columns), "vectors differ in length");
         self.check(bytes, columns);
         match self {
-            Self::Q4_0 => dots::<formats::Q40, N>(by, bytes, x),
-            Self::Q4_1 => dots::<formats::Q41, N>(by, bytes, x),
-            Self::Q5_0 => dots::<formats::Q50, N>(by, bytes, x),
-            Self::Q5_1 => dots::<formats::Q51, N>(by, bytes, x),
-            Self::Q8_0 => dots::<formats::Q80, N>(by, bytes, x),
-            Self::Q4_K => dots::<formats::Q4K, N>(by, bytes, x),
-            Self::Q5_K => dots::<formats::Q5K, N>(by, bytes, x),
-            Self::Q6_K => dots::<formats::Q6K, N>(by, bytes, x),
-            Self::Q2_K => dots::<formats::Q2K, N>(by, bytes, x),
-            Self::Q3_K => dots::<formats::Q3K, N>(by, bytes, x),
-            Self::IQ4_NL => dots::<formats::Iq4Nl, N>(by, bytes, x),
-            Self::IQ4_XS => dots::<formats::Iq4Xs, N>(by, bytes, x),
+            Self::Q4_0 => dots::<formats::Q40, N>(by, bytes, x, memory),
+            Self::Q4_1 => dots::<formats::Q41, N>(by, bytes, x, memory),
+            Self::Q5_0 => dots::<formats::Q50, N>(by, bytes, x, memory),
+            Self::Q5_1 => dots::<formats::Q51, N>(by, bytes, x, memory),
+            Self::Q8_0 => dots::<formats::Q80, N>(by, bytes, x, memory),
+            Self::Q4_K => dots::<formats::Q4K, N>(by, bytes, x, memory),
+            Self::Q5_K => dots::<formats::Q5K, N>(by, bytes, x, memory),
+            Self::Q6_K => dots::<formats::Q6K, N>(by, bytes, x, memory),
+            Self::Q2_K => dots::<formats::Q2K, N>(by, bytes, x, memory),
+            Self::Q3_K => dots::<formats::Q3K, N>(by, bytes, x, memory),
+            Self::IQ4_NL => dots::<formats::Iq4Nl, N>(by, bytes, x, memory),
+            Self::IQ4_XS => dots::<formats::Iq4Xs, N>(by, bytes, x, memory),
         }
     }
 
@@ -185,11 +191,17 @@ fn blocks<F: Format>(bytes: &[u8]) -> usize {
     bytes.len() / F::LAYOUT.stride * F::LAYOUT.blocks()
 }
 
-fn dots<F: Format, const N: usize>(by: Dots, bytes: &[u8], x: [&Vector8; N]) -> [f32; N] {
+fn dots<F: Format, const N: usize>(
+    by: Dots,
+    bytes: &[u8],
+    x: [&Vector8; N],
+    memory: &mut DotMemory<N>,
+) -> [f32; N] {
     let row = Row { bytes, blocks: blocks::<F>(bytes), minima: F::LAYOUT.has_minima() };
     row.dots::<F, N>(
         by,
         x,
+        memory,
         #[inline(always)]
         |blocks, scales| scales.read::<F>(bytes_of::<F>(bytes, blocks)),
     )

@@ -6,19 +6,21 @@ use super::{
 };
 
 /// Adds the products of a part, from a block on, whose number is even.
-pub(super) fn add<F: Format>(part: Part, from: usize, sums: &mut Sums) {
-    let Part { bytes, x, factors } = part;
+pub(super) fn add<F: Format, const N: usize>(part: Part<N>, from: usize, sums: &mut [Sums; N]) {
     let zero = i32::from(F::LAYOUT.zero);
-    for block in from..x.len() {
-        let (mut codes, x, factors) = ([0; BLOCK], &x[block], factors[block]);
-        read::<F>(bytes, block, &mut codes);
-        let sums = &mut sums[block % 2 * 8..][..8];
-        for (lane, (codes, x)) in
-            codes.as_chunks::<4>().0.iter().zip(x.as_chunks::<4>().0).enumerate()
-        {
-            let products =
-                codes.iter().zip(x).map(|(&code, &x)| (i32::from(code) - zero) * i32::from(x));
-            sums[lane] += products.sum::<i32>() as f32 * factors[lane / 4];
+    for block in from..part.blocks() {
+        let mut codes = [0; BLOCK];
+        read::<F>(part.bytes, block, &mut codes);
+        for ((x, factors), sums) in part.x.iter().zip(part.factors).zip(&mut *sums) {
+            let (x, factors) = (&x[block], factors[block]);
+            let sums = &mut sums[block % 2 * 8..][..8];
+            for (lane, (codes, x)) in
+                codes.as_chunks::<4>().0.iter().zip(x.as_chunks::<4>().0).enumerate()
+            {
+                let products =
+                    codes.iter().zip(x).map(|(&code, &x)| (i32::from(code) - zero) * i32::from(x));
+                sums[lane] += products.sum::<i32>() as f32 * factors[lane / 4];
+            }
         }
     }
 }

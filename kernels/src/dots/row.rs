@@ -7,7 +7,7 @@ use pulp::NullaryFnOnce;
 use super::{
     Dots, Vector8,
     layout::Format,
-    part::{Part, Sums},
+    part::{Factors, Part, Sums},
     portable,
     scales::{CHUNK, Scales},
 };
@@ -25,8 +25,29 @@ pub(super) struct Row<'a> {
     pub minima: bool,
 }
 
+/// Memory for products with so many vectors, which the next row uses again: to clear it for each row would take longer than
+/// a short row does.
+#[derive(Clone, Debug)]
+pub struct DotMemory<const N: usize> {
+    scales: Scales,
+    factors: [Factors; N],
+}
+
+impl<const N: usize> DotMemory<N> {
+    /// Memory for the first row.
+    pub fn new() -> Self {
+        Self { scales: Scales::new(), factors: [[[0.0; 2]; CHUNK]; N] }
+    }
+}
+
+impl<const N: usize> Default for DotMemory<N> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl Row<'_> {
-    /// The products with some vectors of one length, all in the same order by whatever instructions. `read` writes the
+    /// The products with some vectors, all in the same order by whatever instructions. `read` writes the
     /// scales of some blocks.
     ///
     /// # Panics
@@ -36,28 +57,31 @@ impl Row<'_> {
         &self,
         by: Dots,
         x: [&Vector8; N],
+        memory: &mut DotMemory<N>,
         read: impl Fn(Range<usize>, &mut Scales),
     ) -> [f32; N] {
         assert!(by.are_there(), "this processor has no {by}");
-        let arch = pulp::Arch::new();
-        let (mut sums, mut minima) = ([[0.0; 16]; N], [[0.0; 8]; N]);
-        let (mut scales, mut factors) = (Scales::new(), [[[0.0; 2]; CHUNK]; N]);
+        let (mut sums, mut minima) = ([[0.0; 16]; N], [[0.0; 16]; N]);
         for start in (0..self.blocks).step_by(CHUNK) {
             let blocks = start..self.blocks.min(start + CHUNK);
-            arch.dispatch(Prepare {
+            let prepare = Prepare {
                 row: *self,
                 blocks: blocks.clone(),
                 x,
                 read: &read,
-                scales: &mut scales,
-                factors: &mut factors,
+                memory: &mut *memory,
                 minima: &mut minima,
-            });
-            let bytes = bytes_of::<F>(self.bytes, blocks.clone());
-            for ((x, factors), sums) in x.iter().zip(&factors).zip(&mut sums) {
-                let (x, factors) = (&x.codes()[blocks.clone()], &factors[..blocks.len()]);
-                add::<F>(by, Part { bytes, x, factors }, sums);
+            };
+            match by {
+                Dots::Portable => prepare.call(),
+                _ => pulp::Arch::new().dispatch(prepare),
             }
+            let part = Part {
+                bytes: bytes_of::<F>(self.bytes, blocks.clone()),
+                x: x.map(|it| &it.codes()[blocks.clone()]),
+                factors: memory.factors.each_ref().map(|it| &it[..blocks.len()]),
+            };
+            add::<F, N>(by, part, &mut sums);
         }
         std::array::from_fn(|vector| total(sums[vector]) + total(minima[vector]))
     }
@@ -76,9 +100,8 @@ struct Prepare<'a, R, const N: usize> {
     blocks: Range<usize>,
     x: [&'a Vector8; N],
     read: &'a R,
-    scales: &'a mut Scales,
-    factors: &'a mut [[[f32; 2]; CHUNK]; N],
-    minima: &'a mut [[f32; 8]; N],
+    memory: &'a mut DotMemory<N>,
+    minima: &'a mut [Sums; N],
 }
 
 impl<R: Fn(Range<usize>, &mut Scales), const N: usize> NullaryFnOnce for Prepare<'_, R, N> {
@@ -86,7 +109,8 @@ impl<R: Fn(Range<usize>, &mut Scales), const N: usize> NullaryFnOnce for Prepare
 
     #[inline(always)]
     fn call(self) {
-        let Self { row, blocks, x, read, scales, factors, minima } = self;
+        let Self { row, blocks, x, read, memory, minima } = self;
+        let DotMemory { scales, factors } = memory;
         read(blocks.clone(), scales);
         for ((x, factors), minima) in x.iter().zip(factors).zip(minima) {
             multiply_scales(scales, &x.scales()[blocks.clone()], factors);
@@ -99,44 +123,44 @@ impl<R: Fn(Range<usize>, &mut Scales), const N: usize> NullaryFnOnce for Prepare
 
 /// What the sum over each half of a block is multiplied by.
 #[inline(always)]
-fn multiply_scales(scales: &Scales, x: &[f32], to: &mut [[f32; 2]; CHUNK]) {
+fn multiply_scales(scales: &Scales, x: &[f32], to: &mut Factors) {
     for ((to, scales), x) in to.iter_mut().zip(&scales.scales).zip(x) {
         *to = [scales[0] * x, scales[1] * x];
     }
 }
 
-/// Adds what the smallest numbers of blocks contribute, to one of eight sums in turn.
+/// Adds what the smallest numbers of blocks contribute, those of the halves of blocks to one of 16 sums in turn.
 #[inline(always)]
-fn add_minima(scales: &Scales, x: &[[f32; 2]], sums: &mut [f32; 8]) {
+fn add_minima(scales: &Scales, x: &[[f32; 2]], sums: &mut Sums) {
     let minima = scales.minima.as_flattened();
-    let (whole, rest) = x.as_flattened().as_chunks::<8>();
-    for (numbers, x) in minima.as_chunks::<8>().0.iter().zip(whole) {
-        for lane in 0..8 {
+    let (whole, rest) = x.as_flattened().as_chunks::<16>();
+    for (numbers, x) in minima.as_chunks::<16>().0.iter().zip(whole) {
+        for lane in 0..16 {
             sums[lane] += numbers[lane] * x[lane];
         }
     }
     for (lane, x) in rest.iter().enumerate() {
-        sums[lane] += minima[whole.len() * 8 + lane] * x;
+        sums[lane] += minima[whole.len() * 16 + lane] * x;
     }
 }
 
-fn add<F: Format>(by: Dots, part: Part, sums: &mut Sums) {
+fn add<F: Format, const N: usize>(by: Dots, part: Part<N>, sums: &mut [Sums; N]) {
     match by {
-        Dots::Portable => portable::add::<F>(part, 0, sums),
+        Dots::Portable => portable::add::<F, N>(part, 0, sums),
         #[cfg(target_arch = "x86_64")]
         // SAFETY: `Row::dots` has found that they are there.
-        Dots::Avx2 => unsafe { avx2::add::<F>(part, sums) },
+        Dots::Avx2 => unsafe { avx2::add::<F, N>(part, sums) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Dots::Vnni => unsafe { vnni::add::<F>(part, sums) },
+        Dots::Vnni => unsafe { vnni::add::<F, N>(part, sums) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("they are not there"),
     }
 }
 
 /// The sum, of which one half is added to the other until one number is left.
-fn total<const N: usize>(mut sums: [f32; N]) -> f32 {
-    let mut half = N / 2;
+pub(super) fn total(mut sums: Sums) -> f32 {
+    let mut half = sums.len() / 2;
     while half > 0 {
         for lane in 0..half {
             sums[lane] += sums[lane + half];

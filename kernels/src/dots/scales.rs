@@ -6,6 +6,7 @@ use super::layout::{Format, Heads};
 pub(super) const CHUNK: usize = 64;
 
 /// What codes are multiplied by, and what is added.
+#[derive(Clone, Debug)]
 pub(super) struct Scales {
     /// Of the two halves of each block.
     pub scales: [[f32; 2]; CHUNK],
@@ -104,8 +105,15 @@ impl Scales {
 /// Sets both halves of all blocks to the numbers of 16 bits that are `start` bytes after their beginnings.
 #[inline(always)]
 fn set<F: Format>(to: &mut [[f32; 2]; CHUNK], bytes: &[u8], start: usize) {
-    for (both, number) in to.iter_mut().zip(halves::<F, CHUNK>(bytes, start)) {
-        *both = [number; 2];
+    // So many are widened at once.
+    const COUNT: usize = 16;
+
+    let blocks = bytes.chunks(COUNT * F::LAYOUT.stride);
+    for (to, bytes) in to.as_chunks_mut::<COUNT>().0.iter_mut().zip(blocks) {
+        let numbers = halves::<F, COUNT>(bytes, start);
+        for (both, number) in to.iter_mut().zip(numbers) {
+            *both = [number; 2];
+        }
     }
 }
 
@@ -133,7 +141,7 @@ fn halves<F: Format, const COUNT: usize>(bytes: &[u8], start: usize) -> [f32; CO
 
 /// A number of 16 bits as `f32`. What the package `half` does is not compiled to vectors.
 #[inline(always)]
-fn widened(bits: u16) -> f32 {
+pub(super) fn widened(bits: u16) -> f32 {
     /// The difference between the offsets of the exponents.
     const EXPONENT: u32 = 112 << 23;
     /// 2⁻²⁴, the smallest number that is not zero.

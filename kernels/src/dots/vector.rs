@@ -10,7 +10,7 @@ use super::layout::BLOCK;
 ///
 /// A number that is not finite makes the scale of its block NaN, and so every product with the vector. A block without
 /// any number as far from zero as 2⁻¹¹⁹ counts as zeros, since its scale would be subnormal.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Vector8 {
     len: usize,
     /// From -127 to 127. There are zeros up to whole blocks of every format.
@@ -19,23 +19,29 @@ pub struct Vector8 {
     sums: Vec<[f32; 2]>,
 }
 
-/// All blocks of all formats have so many blocks of 32, or one, or two.
-const WHOLE: usize = 8;
+/// The longest blocks of all formats have half as many blocks of 32. So many scales are read at once.
+const WHOLE: usize = 16;
 
 impl Vector8 {
     /// Rounds the numbers.
     pub fn new(numbers: &[f32]) -> Self {
+        let mut vector = Self::default();
+        vector.set(numbers);
+        vector
+    }
+
+    /// Rounds other numbers, in the same memory if it is large enough.
+    pub fn set(&mut self, numbers: &[f32]) {
+        let Self { len, codes, scales, sums } = self;
         let blocks = numbers.len().div_ceil(BLOCK);
         let padded = blocks.next_multiple_of(WHOLE);
-        let mut codes = vec![[0; BLOCK]; padded];
-        let (mut scales, mut sums) = (vec![0.0; padded], vec![[0.0; 2]; padded]);
-        pulp::Arch::new().dispatch(Round {
-            numbers,
-            codes: &mut codes,
-            scales: &mut scales,
-            sums: &mut sums,
-        });
-        Self { len: numbers.len(), codes, scales, sums }
+        *len = numbers.len();
+        codes.resize(padded, [0; BLOCK]);
+        scales.resize(padded, 0.0);
+        sums.resize(padded, [0.0; 2]);
+        codes[blocks..].fill([0; BLOCK]);
+        scales[blocks..].fill(0.0);
+        pulp::Arch::new().dispatch(Round { numbers, codes, scales, sums });
     }
 
     /// The number of numbers.

@@ -1,6 +1,6 @@
 //! Products of rows in block formats.
 
-use burn_lora_kernels::{BlockFormat, Vector8};
+use burn_lora_kernels::{BlockFormat, DotMemory, Vector8};
 
 use crate::oracle::{assert_near, assert_same, largest, numbers, random, row, there};
 
@@ -51,13 +51,13 @@ fn several_vectors_give_what_each_gives() {
             let bytes = row(format, columns, &mut random);
             let x = [(); 5].map(|()| Vector8::new(&numbers(columns, &mut random)));
             for by in there() {
-                let found = format.dots(by, &bytes, x.each_ref());
+                let found = format.dots(by, &bytes, x.each_ref(), &mut DotMemory::new());
                 for (found, x) in found.into_iter().zip(&x) {
                     assert_same(found, format.dot(by, &bytes, x), &format!("{format:?} by {by}"));
                 }
             }
         }
-        assert!(there().all(|by| format.dots(by, &[], []).is_empty()));
+        assert!(there().all(|by| format.dots(by, &[], [], &mut DotMemory::new()).is_empty()));
     }
 }
 
@@ -65,7 +65,12 @@ fn several_vectors_give_what_each_gives() {
 #[should_panic(expected = "vectors differ in length")]
 fn vectors_of_several_lengths_are_refused() {
     let (one, other) = (Vector8::new(&[1.0; 32]), Vector8::new(&[1.0; 31]));
-    BlockFormat::Q8_0.dots(burn_lora_kernels::dots(), &[0; 34], [&one, &other]);
+    BlockFormat::Q8_0.dots(
+        burn_lora_kernels::dots(),
+        &[0; 34],
+        [&one, &other],
+        &mut DotMemory::new(),
+    );
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Products of rows whose scales lie apart.
 
-use burn_lora_kernels::{BlockFormat, Codes, SplitRow, Vector8, dots};
+use burn_lora_kernels::{BlockFormat, Codes, DotMemory, Floats, SplitRow, Vector8, dots};
 use half::f16;
 use rand::Rng;
 
@@ -38,7 +38,11 @@ fn unpacked(row: SplitRow, columns: usize) -> Vec<f32> {
             Codes::NibblesFromZero => f32::from(nibble(place)),
             _ => (NF4[usize::from(nibble(place))] * 127.0).round() / 127.0,
         };
-        level * row.scales[place / row.block] + row.minima.map_or(0.0, |it| it[place / row.block])
+        let of_block = |numbers: Floats| match numbers {
+            Floats::Full(numbers) => numbers[place / row.block],
+            Floats::Halves(numbers) => f16::from_le_bytes(numbers[place / row.block]).to_f32(),
+        };
+        level * of_block(row.scales) + row.minima.map_or(0.0, of_block)
     };
     (0..columns).map(number).collect()
 }
@@ -54,24 +58,37 @@ fn products_are_those_of_the_unpacked_numbers() {
                     let bits = if codes == Codes::Bytes { 8 } else { 4 };
                     let mut bytes = vec![0; blocks * block * bits / 8];
                     random.fill_bytes(&mut bytes);
-                    let (scales, minima) =
-                        (numbers(blocks, &mut random), numbers(blocks, &mut random));
-                    let minima = adds.then_some(&minima[..]);
-                    let row = SplitRow { codes, bytes: &bytes, block, scales: &scales, minima };
+                    let [scales, minima] = [(); 2].map(|()| numbers(blocks, &mut random));
                     let x = Vector8::new(&numbers(columns, &mut random));
-                    let mut found = there().map(|by| row.dot(by, &x));
-                    let expected = found.next().unwrap();
                     let what = format!("{codes:?}, blocks of {block}, {columns} columns");
-                    let largest = if codes == Codes::Nf4 { 2.0 } else { 129.0 };
-                    assert_near(expected, &unpacked(row, columns), &x, largest, &what);
-                    found.for_each(|it| assert_same(it, expected, &what));
-                    let [first, second] = row.dots(dots(), [&x, &x]);
-                    assert_same(first, expected, &what);
-                    assert_same(second, expected, &what);
+                    let check = |scales, minima| {
+                        let minima = adds.then_some(minima);
+                        let row = SplitRow { codes, bytes: &bytes, block, scales, minima };
+                        let mut found = there().map(|by| row.dot(by, &x));
+                        let expected = found.next().unwrap();
+                        let largest = if codes == Codes::Nf4 { 2.0 } else { 129.0 };
+                        assert_near(expected, &unpacked(row, columns), &x, largest, &what);
+                        found.for_each(|it| assert_same(it, expected, &what));
+                        for by in there() {
+                            let memory = &mut DotMemory::new();
+                            let found =
+                                row.dots(by, [&x, &Vector8::new(&vec![1.0; columns]), &x], memory);
+                            assert_same(found[0], expected, &what);
+                            assert_same(found[2], expected, &what);
+                        }
+                    };
+                    check(Floats::Full(&scales), Floats::Full(&minima));
+                    let [scales, minima] = [&scales, &minima].map(|it| halves(it));
+                    check(Floats::Halves(&scales), Floats::Halves(&minima));
                 }
             }
         }
     }
+}
+
+/// The nearest numbers in half precision.
+fn halves(numbers: &[f32]) -> Vec<[u8; 2]> {
+    numbers.iter().map(|&it| f16::from_f32(it).to_le_bytes()).collect()
 }
 
 /// The same numbers, as files have them and apart.
@@ -92,11 +109,17 @@ fn scales_apart_give_what_scales_in_blocks_give() {
             blocks().flat_map(|it| it[head..].iter().map(move |it| it ^ flip)).collect();
         let scales: Vec<f32> = blocks().map(number(0)).collect();
         let minima: Vec<f32> = blocks().map(number(2)).collect();
-        let minima = (head == 4).then_some(&minima[..]);
-        let row = SplitRow { codes, bytes: &bytes, block: 32, scales: &scales, minima };
         let x = Vector8::new(&numbers(608, &mut random));
-        for by in there() {
-            assert_same(row.dot(by, &x), format.dot(by, &packed, &x), &format!("{format:?}"));
+        let [half_scales, half_minima] = [&scales, &minima].map(|it| halves(it));
+        for (scales, minima) in [
+            (Floats::Full(&scales), Floats::Full(&minima)),
+            (Floats::Halves(&half_scales), Floats::Halves(&half_minima)),
+        ] {
+            let minima = (head == 4).then_some(minima);
+            let row = SplitRow { codes, bytes: &bytes, block: 32, scales, minima };
+            for by in there() {
+                assert_same(row.dot(by, &x), format.dot(by, &packed, &x), &format!("{format:?}"));
+            }
         }
     }
 }
@@ -112,7 +135,13 @@ fn levels_of_nf4_are_moved_little() {
 #[test]
 #[should_panic(expected = "blocks of 48 numbers")]
 fn blocks_of_odd_lengths_are_refused() {
-    let row = SplitRow { codes: Codes::Bytes, bytes: &[], block: 48, scales: &[], minima: None };
+    let row = SplitRow {
+        codes: Codes::Bytes,
+        bytes: &[],
+        block: 48,
+        scales: Floats::Full(&[]),
+        minima: None,
+    };
     row.dot(dots(), &Vector8::new(&[]));
 }
 
@@ -120,6 +149,7 @@ fn blocks_of_odd_lengths_are_refused() {
 #[should_panic(expected = "bytes, scales and minima of a row of 40 numbers")]
 fn too_few_scales_are_refused() {
     let bytes = &[0; 64];
-    let row = SplitRow { codes: Codes::Bytes, bytes, block: 32, scales: &[1.0], minima: None };
+    let scales = Floats::Full(&[1.0]);
+    let row = SplitRow { codes: Codes::Bytes, bytes, block: 32, scales, minima: None };
     row.dot(dots(), &Vector8::new(&[1.0; 40]));
 }

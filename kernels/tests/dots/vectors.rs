@@ -67,3 +67,15 @@ fn a_number_that_is_not_finite_makes_its_block_nan_alone() {
         }
     }
 }
+
+/// Nothing is left of longer numbers.
+#[test]
+fn set_again_it_is_as_if_it_were_new() {
+    let numbers: Vec<f32> = (0..700).map(|it| (it * 37 % 101) as f32 - 50.0).collect();
+    let mut x = Vector8::new(&numbers);
+    for length in [700, 33, 0, 257, 513] {
+        x.set(&numbers[..length]);
+        let new = Vector8::new(&numbers[..length]);
+        assert_eq!((x.len(), x.codes(), x.scales()), (length, new.codes(), new.scales()));
+    }
+}
