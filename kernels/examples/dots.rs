@@ -2,7 +2,9 @@
 
 use std::{hint::black_box, time::Instant};
 
-use burn_lora_kernels::{BlockFormat, Blocks, Codes, Dots, SplitRow, Vector8, dots};
+use burn_lora_kernels::{
+    BlockFormat, Blocks, Codes, DotMemory, Dots, Floats, SplitRow, Vector8, dots,
+};
 
 const COLUMNS: usize = 4096;
 
@@ -26,27 +28,35 @@ fn main() {
                 print(&format!("{format:?}"), by, bytes.len(), rows, spent);
             }
             if let Some(by) = Dots::ALL.into_iter().rev().find(|it| it.are_there()) {
+                let mut memory = DotMemory::new();
                 let spent = best(|| {
                     for row in 0..rows {
-                        black_box(format.dots(by, matrix.row(row), [&x; 4]));
+                        black_box(format.dots(by, matrix.row(row), [&x; 4], &mut memory));
                     }
                 });
                 print(&format!("{format:?} x 4"), by, bytes.len(), 4 * rows, spent);
             }
         }
-        for (codes, bits) in [(Codes::Bytes, 8), (Codes::Nibbles, 4), (Codes::Nf4, 4)] {
+        let (scales, halves) = (vec![0.25; COLUMNS / 64], vec![[0x34; 2]; COLUMNS / 32]);
+        let (full, half) = ((64, Floats::Full(&scales)), (32, Floats::Halves(&halves)));
+        for (codes, bits, (block, scales)) in [
+            (Codes::Bytes, 8, full),
+            (Codes::Bytes, 8, half),
+            (Codes::Nibbles, 4, full),
+            (Codes::Nibbles, 4, half),
+            (Codes::Nf4, 4, full),
+        ] {
             let size = COLUMNS * bits / 8;
             let bytes = vec![0x34; rows * size];
-            let scales = vec![0.25; COLUMNS / 64];
             for by in Dots::ALL.into_iter().filter(|it| it.are_there()) {
+                let mut memory = DotMemory::new();
                 let spent = best(|| {
                     for bytes in bytes.chunks_exact(size) {
-                        let row =
-                            SplitRow { codes, bytes, block: 64, scales: &scales, minima: None };
-                        black_box(row.dot(by, &x));
+                        let row = SplitRow { codes, bytes, block, scales, minima: None };
+                        black_box(row.dots(by, [&x], &mut memory));
                     }
                 });
-                print(&format!("{codes:?}"), by, bytes.len(), rows, spent);
+                print(&format!("{codes:?}, {block}"), by, bytes.len(), rows, spent);
             }
         }
     }
