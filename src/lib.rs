@@ -80,6 +80,7 @@
 //! - [`image`]: files of image models, of kohya's programs, diffusers and ComfyUI.
 //! - [`quantize`]: a base in 4, 8 or 16 bits.
 //! - [`serve`]: many sets of adapters at once, and from directories.
+//! - [`decode`]: layers on slices, for programs that answer token by token.
 //! - [`train`]: LoRA+ and checkpoints; less time by workers, less memory by segments, several machines.
 //! - [`LoraAdapter`]: the formula itself.
 //! - [First steps](first_steps): checkpoints from elsewhere, nested models, threads, exporting, and what
@@ -95,6 +96,7 @@ mod adapter;
 pub mod adapters;
 mod burn_faults;
 mod config;
+pub mod decode;
 mod decomposition;
 pub mod error;
 mod files;

@@ -1,9 +1,10 @@
 //! Continues texts, token by token.
 
-use burn::tensor::{Int, Tensor, TensorData, backend::Backend};
+use burn::tensor::backend::Backend;
+use burn_lora::decode;
 use rand::{RngExt, rngs::StdRng};
 
-use crate::{chat::Chat, error::Result, llama::Llama};
+use crate::{chat::Chat, error::Result, llama::Llama, texts::Reader};
 
 /// How the next token is chosen.
 #[derive(Clone, Copy, Debug)]
@@ -14,8 +15,18 @@ pub struct Sampling {
     pub top_p: f64,
 }
 
-/// Continues `prompt` by at most `limit` tokens, and shows each piece of text as soon as it is whole.
-/// The result holds the new tokens.
+/// How a text is continued.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// The greatest number of new tokens.
+    pub limit: usize,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
+    /// As in [`HostLlama::of`](crate::llama::HostLlama::of).
+    pub exact: bool,
+}
+
+/// Continues `prompt`, and shows each piece of text as soon as it is whole. The result holds the new tokens.
 ///
 /// # Errors
 ///
@@ -24,22 +35,18 @@ pub fn generate<B: Backend>(
     llama: &Llama<B>,
     chat: &Chat,
     prompt: &[u32],
-    limit: usize,
-    sampling: Sampling,
+    options: Options,
     rng: &mut StdRng,
     mut show: impl FnMut(&str),
 ) -> Result<Vec<u32>> {
+    let Options { limit, sampling, exact } = options;
     if prompt.is_empty() {
         return Err("the prompt is empty, and there is no token to go on from".to_owned());
     }
-    let device = Default::default();
-    let mut cache = llama.cache();
+    let mut reader = Reader::new(llama, exact);
     let (mut next, mut new, mut shown) = (prompt.to_vec(), Vec::new(), 0);
     while new.len() < limit {
-        let ids: Vec<_> = next.iter().map(|&id| id as i32).collect();
-        let ids = Tensor::<B, 2, Int>::from_data(TensorData::new(ids, [1, next.len()]), &device);
-        let scores: Vec<f64> = llama.read(ids, &mut cache).into_data().iter().collect();
-        let id = sampling.choose(&scores, rng);
+        let id = sampling.choose(&reader.read(&next), rng);
         if chat.stops(id) {
             break;
         }
@@ -57,30 +64,53 @@ pub fn generate<B: Backend>(
 
 impl Sampling {
     /// The token that comes next.
-    pub fn choose(&self, scores: &[f64], rng: &mut StdRng) -> u32 {
-        let mut ids: Vec<_> = (0..scores.len()).collect();
+    ///
+    /// # Panics
+    ///
+    /// If there are no scores.
+    pub fn choose(&self, scores: &[f32], rng: &mut StdRng) -> u32 {
         let by_score = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]);
         if self.temperature == 0.0 {
-            return ids.into_iter().min_by(by_score).expect("there are tokens") as u32;
+            let best = (0..scores.len()).min_by(by_score);
+            return best.expect("there are tokens") as u32;
         }
-        ids.sort_by(by_score);
-        let weight = |id: usize| ((scores[id] - scores[ids[0]]) / self.temperature).exp();
-        let all: f64 = ids.iter().map(|&id| weight(id)).sum();
-        let mut kept = 0.0;
-        let nucleus = ids.iter().take_while(|&&id| {
-            let takes = kept < self.top_p * all;
-            kept += weight(id);
-            takes
-        });
-        let nucleus: Vec<_> = nucleus.copied().collect();
-        let total: f64 = nucleus.iter().map(|&id| weight(id)).sum();
+        let mut weights = scores.to_vec();
+        let all = f64::from(decode::weigh(&mut weights, self.temperature as f32));
+        let (mut ids, mut total): (Vec<usize>, _) = ((0..scores.len()).collect(), all);
+        if self.top_p < 1.0 {
+            (ids, total) = nucleus(ids, &weights, self.top_p * all);
+        }
         let mut left = rng.random::<f64>() * total;
-        for &id in &nucleus {
-            left -= weight(id);
+        for &id in &ids {
+            left -= f64::from(weights[id]);
             if left <= 0.0 {
                 return id as u32;
             }
         }
-        ids[0] as u32
+        // What rounding leaves.
+        ids.into_iter().min_by(by_score).expect("there are tokens") as u32
     }
+}
+
+/// The heaviest tokens, as few as have this weight together, and their weight. Only as many are sorted as are needed.
+fn nucleus(mut ids: Vec<usize>, weights: &[f32], wanted: f64) -> (Vec<usize>, f64) {
+    let by_weight = |a: &usize, b: &usize| weights[*b].total_cmp(&weights[*a]);
+    let (mut kept, mut total, mut step) = (0, 0.0, 64);
+    while total < wanted && kept < ids.len() {
+        let rest = &mut ids[kept..];
+        step = rest.len().min(4 * step);
+        if step < rest.len() {
+            rest.select_nth_unstable_by(step, by_weight);
+        }
+        rest[..step].sort_unstable_by(by_weight);
+        for &id in &rest[..step] {
+            if total >= wanted {
+                break;
+            }
+            total += f64::from(weights[id]);
+            kept += 1;
+        }
+    }
+    ids.truncate(kept);
+    (ids, total)
 }

@@ -10,7 +10,7 @@
 //! - [`bert`]: the encoder, and a classifier of texts on it.
 //! - [`chat`]: tokens and chat templates; [`data`]: texts to learn from; [`loss`]: cross-entropy.
 //! - [`sizes`]: models with random weights, to measure with.
-//! - [`generate`](mod@generate): answers, token by token.
+//! - [`generate`](mod@generate): an answer, token by token; [`texts`]: many at once, with adapters of their own.
 //!
 //! # Features
 //!
@@ -33,6 +33,7 @@ pub mod merged;
 pub mod pretrained;
 pub mod sizes;
 pub mod sst2;
+pub mod texts;
 mod tokenizer;
 
 pub use error::{Context, Result};

@@ -15,6 +15,7 @@
 
 mod attention;
 mod cache;
+mod host;
 mod init;
 mod layer;
 mod matrices;
@@ -38,6 +39,7 @@ use layer::Layer;
 use norm::norm;
 
 pub use cache::Cache;
+pub use host::{HostLlama, HostSet, Step, Text};
 pub(crate) use matrices::LINEAR;
 pub use positions::Positions;
 

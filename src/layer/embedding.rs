@@ -135,6 +135,16 @@ impl<B: Backend> LoraEmbedding<B> {
         }
     }
 
+    /// The base's table as the weight of the projection, as a constant.
+    pub(crate) fn base_projection(&self) -> Weight<B> {
+        self.transposed(frozen(&self.base.weight))
+    }
+
+    /// Whether the samples of a batch have adapters of their own.
+    pub(crate) fn is_mixed(&self) -> bool {
+        self.mixed.is_some()
+    }
+
     /// The table as the weight of the projection, if it is all that this computes with.
     pub(super) fn plain_table(&self) -> Option<Weight<B>> {
         let table = match (&self.mixed, &self.adapter) {

@@ -102,6 +102,16 @@ impl<B: Backend> LoraLinear<B> {
         }
     }
 
+    /// The base's weight, as a constant.
+    pub(crate) fn base_weight(&self) -> Weight<B> {
+        self.weight(frozen)
+    }
+
+    /// Whether the samples of a batch have adapters of their own.
+    pub(crate) fn is_mixed(&self) -> bool {
+        self.mixed.is_some()
+    }
+
     /// The weight, if it is all that the layer computes with.
     pub(super) fn plain_weight(&self) -> Option<Weight<B>> {
         let plain = self.mixed.is_none() && self.adapter.is_none() && self.base.bias.is_none();

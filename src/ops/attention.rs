@@ -10,6 +10,7 @@ mod block;
 mod forward;
 mod node;
 mod panels;
+mod single;
 
 use std::sync::Arc;
 
@@ -26,6 +27,8 @@ use super::{
 };
 use crate::precision::Precision;
 use block::{Call, Shape};
+
+pub(crate) use single::Single;
 
 /// The values that attention is computed from.
 #[derive(Clone, Debug)]
@@ -118,6 +121,34 @@ impl<K: Cpu> Attention<K> {
         let device = self.q.device();
         [(dq, &self.q), (dk, &self.k), (dv, &self.v)]
             .map(|(gradient, of)| of_rows(gradient, of.dims(), &device))
+    }
+}
+
+/// What attention of slices is computed from: many queries of one text.
+pub(crate) struct Queries<'a> {
+    /// `[length, heads, size]`
+    pub q: &'a [f32],
+    /// `[total, shared, size]`
+    pub k: &'a [f32],
+    pub v: &'a [f32],
+    /// The first key that each query sees, and the one after the last.
+    pub ranges: &'a [[u32; 2]],
+    /// The numbers of heads of queries and of keys, and their size.
+    pub heads: [usize; 3],
+    pub scale: f32,
+    pub soft_cap: Option<f32>,
+    pub precision: Precision,
+}
+
+impl Queries<'_> {
+    /// The outputs, `[length, heads, size]`. They do not depend on how many queries there are.
+    pub fn outputs(&self) -> Vec<f32> {
+        let &Self { q, k, v, ranges, heads: [heads, shared, size], scale, soft_cap, precision } =
+            self;
+        let (length, total) = (ranges.len(), k.len() / (shared * size));
+        let shape = Shape { batch: 1, length, total, heads, shared, size };
+        let quiet = false;
+        forward::forward(Call { shape, q, k, v, ranges, scale, soft_cap, quiet, precision }).0
     }
 }
 

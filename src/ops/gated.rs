@@ -76,6 +76,18 @@ impl Activation for GeluTanh {
     }
 }
 
+/// Replaces each number of a gate by `activation(gate) · up`.
+pub(crate) fn gated<A: Activation>(gate: &mut [f32], up: &[f32]) {
+    widest(
+        #[inline(always)]
+        || {
+            for (gate, up) in gate.iter_mut().zip(up) {
+                *gate = *gate * sigmoid(A::curve(*gate)) * up;
+            }
+        },
+    );
+}
+
 /// `activation(gate) · up` for each number, of a pair of one shape in `f32`.
 pub(crate) struct Gated<A, const D: usize>(PhantomData<A>);
 
@@ -93,14 +105,8 @@ impl<A: Activation, const D: usize> Operation for Gated<A, D> {
         let pairs = rows::<K>(&gate).par_chunks(BLOCK).zip(rows::<K>(&up).par_chunks(BLOCK));
         let mut y = vec![0.0; shape.iter().product()];
         y.par_chunks_mut(BLOCK).zip(pairs).for_each(|(y, (gate, up))| {
-            widest(
-                #[inline(always)]
-                || {
-                    for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
-                        *y = gate * sigmoid(A::curve(*gate)) * up;
-                    }
-                },
-            );
+            y.copy_from_slice(gate);
+            gated::<A>(y, up);
         });
         Some(of_rows(y, shape, &device))
     }

@@ -27,7 +27,7 @@ use crate::{
     tensors::primitive,
 };
 use dot::Dot;
-use unpack::{of_half, unpack_row};
+pub(super) use unpack::{of_half, unpack_row};
 
 /// At most so many rows of x are multiplied without unpacking the weight to memory, and in `f32`, since packing would take
 /// longer than the product. The products are added in another order then.
@@ -314,7 +314,7 @@ fn apart(bytes: &[u8], blocks: usize, count: usize, parts: usize) -> Vec<f32> {
 }
 
 /// The bytes of words, in their order.
-fn bytes_of<K: Cpu>(words: &IntTensor<K>) -> &[u8] {
+pub(super) fn bytes_of<K: Cpu>(words: &IntTensor<K>) -> &[u8] {
     let words = K::words(words).expect("they are row by row, as they were made or selected");
     bytemuck::cast_slice(words)
 }

@@ -84,26 +84,32 @@ fn rotated<K: Cpu>(
     let [cos, sin] = [&cos, &sin].map(rows::<K>);
     let mut y = own(x);
     let places = cos.len() / pairs;
-    let turn = |(block, tokens): (usize, &mut [f32])| {
+    let turned = |(block, tokens): (usize, &mut [f32])| {
         for (token, heads) in (block * TOKENS..).zip(tokens.chunks_exact_mut(heads * size)) {
             let angle = token % places * pairs;
             let [cos, sin] = [cos, sin].map(|it| &it[angle..angle + pairs]);
-            widest(
-                #[inline(always)]
-                || {
-                    for head in heads.chunks_exact_mut(size) {
-                        let (left, right) = head[..2 * pairs].split_at_mut(pairs);
-                        for (((a, b), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {
-                            let sin = sin * direction;
-                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                        }
-                    }
-                },
-            );
+            turn(heads, size, cos, sin, direction);
         }
     };
-    own_rows::<K>(&mut y).par_chunks_mut(TOKENS * heads * size).enumerate().for_each(turn);
+    own_rows::<K>(&mut y).par_chunks_mut(TOKENS * heads * size).enumerate().for_each(turned);
     tensor(y)
+}
+
+/// The pairs of each head of a token turned by the angle, or against it if `direction` is -1.
+pub(crate) fn turn(heads: &mut [f32], size: usize, cos: &[f32], sin: &[f32], direction: f32) {
+    let pairs = cos.len();
+    widest(
+        #[inline(always)]
+        || {
+            for head in heads.chunks_exact_mut(size) {
+                let (left, right) = head[..2 * pairs].split_at_mut(pairs);
+                for (((a, b), cos), sin) in left.iter_mut().zip(right).zip(cos).zip(sin) {
+                    let sin = sin * direction;
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        },
+    );
 }
 
 #[derive(Debug)]

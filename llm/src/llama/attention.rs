@@ -23,10 +23,10 @@ pub(super) struct Attention<B: Backend> {
     /// All three in one, one after the other, as Phi-3 has them.
     pub qkv_proj: Option<LoraLinear<B>>,
     pub o_proj: LoraLinear<B>,
-    q_norm: Option<RmsNorm<B>>,
-    k_norm: Option<RmsNorm<B>>,
+    pub q_norm: Option<RmsNorm<B>>,
+    pub k_norm: Option<RmsNorm<B>>,
     /// The size of one head.
-    head_dim: usize,
+    pub head_dim: usize,
 }
 
 impl<B: Backend> Attention<B> {

@@ -12,13 +12,13 @@ use crate::config::{Design, LayerDesign, LlamaConfig, Norms};
 /// The norms have Hugging Face's names, which do not always say where they are.
 #[derive(Module, Debug)]
 pub(super) struct Layer<B: Backend> {
-    input_layernorm: Option<RmsNorm<B>>,
+    pub input_layernorm: Option<RmsNorm<B>>,
     pub self_attn: Attention<B>,
     /// Where there are norms only before: that before the feed-forward network. Otherwise that after attention.
-    post_attention_layernorm: RmsNorm<B>,
-    pre_feedforward_layernorm: Option<RmsNorm<B>>,
+    pub post_attention_layernorm: RmsNorm<B>,
+    pub pre_feedforward_layernorm: Option<RmsNorm<B>>,
     pub mlp: Mlp<B>,
-    post_feedforward_layernorm: Option<RmsNorm<B>>,
+    pub post_feedforward_layernorm: Option<RmsNorm<B>>,
 }
 
 impl<B: Backend> Layer<B> {

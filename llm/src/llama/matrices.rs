@@ -20,6 +20,12 @@ pub(crate) const LINEAR: [&str; 9] = [
     "down_proj",
 ];
 
+/// The place of a linear layer in [`LINEAR`], from its path.
+pub(super) fn place(path: &str) -> usize {
+    let name = path.rsplit('.').next();
+    LINEAR.iter().position(|it| Some(*it) == name).expect("it is one of them")
+}
+
 impl<B: Backend> Llama<B> {
     /// The names of the linear layers of a block: the targets that PEFT calls `all-linear`.
     pub fn linear_layers(&self) -> Vec<&'static str> {
@@ -46,7 +52,7 @@ impl<B: Backend> Llama<B> {
 }
 
 impl<B: Backend> Layer<B> {
-    fn linear(&self) -> impl Iterator<Item = (&'static str, &LoraLinear<B>)> {
+    pub(super) fn linear(&self) -> impl Iterator<Item = (&'static str, &LoraLinear<B>)> {
         let Self { self_attn, mlp, .. } = self;
         let all = [
             ("self_attn.q_proj", self_attn.q_proj.as_ref()),

@@ -102,7 +102,8 @@ impl WithSimd for Forward<'_> {
         scratch.y.resize(scratch.q.len(), [0.0; WIDTH]);
         let mut online = vec![Online::START; block.panels()];
         let unions = block.unions();
-        for keys in block.parts(1) {
+        // From whole parts on, so that the result of a query does not depend on the others of its block.
+        for keys in block.parts(KEYS) {
             let [k, v] = [call.k, call.v].map(|it| block.rows_of(it, keys.clone()));
             let panels = scratch.q.chunks_exact(size).zip(scratch.y.chunks_exact_mut(size));
             for (panel, (q, y)) in panels.enumerate() {

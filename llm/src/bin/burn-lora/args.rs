@@ -252,6 +252,17 @@ pub struct GenerateArgs {
     /// Seed of the choices
     #[arg(long, default_value = "42")]
     pub seed: u64,
+    #[command(flatten)]
+    pub exact: ExactArgs,
+}
+
+/// How tokens of answers are multiplied.
+#[derive(Parser, Debug)]
+pub struct ExactArgs {
+    /// Multiply in f32 with weights of 2 to 8 bits, and not in 8 bits, which is several times as fast and changes
+    /// answers slightly. Other backends than flex and ndarray always do
+    #[arg(long)]
+    pub exact: bool,
 }
 
 #[derive(Parser, Debug)]
@@ -326,10 +337,15 @@ pub struct ServeArgs {
     /// Greatest number of tokens of an answer
     #[arg(long, value_name = "TOKENS", default_value = "1024", value_parser = cli::positive)]
     pub max_tokens: usize,
-    /// Greatest number of tokens of a prompt and its answer; at most as many as the model can read. The memory
-    /// for a prompt grows with the square of its length, and all texts of a batch take as much as the longest
+    /// Greatest number of tokens of a prompt and its answer; at most as many as the model can read
     #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = cli::positive)]
     pub max_length: usize,
+    /// Memory in MiB for prompts that were read, so that others with the same adapters that begin like them need not be
+    /// read from their beginning; those that were not used for the longest time go first
+    #[arg(long, value_name = "MIB", default_value = "256")]
+    pub prefix_memory: usize,
+    #[command(flatten)]
+    pub exact: ExactArgs,
 }
 
 /// Parses a share that leaves something.

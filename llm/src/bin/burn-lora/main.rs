@@ -56,7 +56,7 @@ use burn_lora_llm::{
     config::LlamaConfig,
     data::{self, Reading},
     files::is_gguf,
-    generate::{Sampling, generate},
+    generate::{Options, Sampling, generate},
     llama::Llama,
     loss,
     pretrained::{self, Holding},
@@ -252,7 +252,8 @@ fn run_generate(args: &GenerateArgs) -> Result<()> {
             let _ = std::io::stdout().flush();
         };
         let limit = args.max_tokens.min(room);
-        let new = generate(llama, &chat, &prompt, limit, sampling, &mut rng, show)?;
+        let options = Options { limit, sampling, exact: args.exact.exact };
+        let new = generate(llama, &chat, &prompt, options, &mut rng, show)?;
         let speed = new.len() as f64 / start.elapsed().as_secs_f64();
         let end = match new.len() == room {
             true => format!("; the context of {} is full", room + prompt.len()),

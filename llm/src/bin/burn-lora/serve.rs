@@ -17,7 +17,7 @@ mod text;
 
 use std::{fs, net::SocketAddr, path::Path, sync::Arc, thread};
 
-use burn_lora_llm::{Context, Result, chat::Chat, llama::Llama};
+use burn_lora_llm::{Context, Result, chat::Chat, llama::Llama, texts::Reading};
 
 use crate::{args::ServeArgs, backend::Plain, base::Base};
 use sha2::{Digest, Sha256};
@@ -46,7 +46,9 @@ pub fn serve(args: &ServeArgs, llama: Llama<Plain>, chat: Chat, base: Base) -> R
     let max_length = llama.max_positions.min(args.max_length);
     let vocab_size = llama.vocab_size();
     let limit = args.max_tokens;
-    let engine = Engine::new(llama, chat.clone(), args.batch, metrics.clone())?;
+    let prefix_bytes = args.prefix_memory.saturating_mul(1 << 20);
+    let reading = Reading { exact: args.exact.exact, prefix_bytes };
+    let engine = Engine::new(llama, reading, chat.clone(), args.batch, metrics.clone())?;
     let engine = thread::Builder::new().name("engine".to_owned()).spawn(move || engine.run(jobs));
     let engine = engine.context("starting a thread")?;
 

@@ -26,7 +26,7 @@ use burn_lora_llm::{
     cli::replicas::Counted,
     config::LlamaConfig,
     data::{self, Batch, Reading, Text, Texts, deal, deal_to, pack, tokens},
-    generate::{Sampling, generate},
+    generate::{Options, Sampling, generate},
     gguf::tokens as tokens_of_gguf,
     llama::Llama,
     loss::{cross_entropy, evaluate},

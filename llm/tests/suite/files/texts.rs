@@ -2,7 +2,7 @@
 
 use burn_lora_llm::{
     chat::Chat,
-    generate::{Sampling, generate},
+    generate::{Options, Sampling, generate},
     pretrained,
 };
 use rand::{SeedableRng, rngs::StdRng};
@@ -134,6 +134,7 @@ fn c2_an_empty_prompt_is_an_error() {
     let prompt = chat.prompt("").unwrap();
     assert!(prompt.is_empty());
     let (mut rng, sampling) = (StdRng::seed_from_u64(0), Sampling { temperature: 0.0, top_p: 1.0 });
-    let error = generate(&llama, &chat, &prompt, 3, sampling, &mut rng, |_| ()).unwrap_err();
+    let options = Options { limit: 3, sampling, exact: false };
+    let error = generate(&llama, &chat, &prompt, options, &mut rng, |_| ()).unwrap_err();
     assert_holds(&error, "the prompt is empty");
 }

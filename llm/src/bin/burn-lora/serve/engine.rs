@@ -2,25 +2,34 @@
 //! leaves, and the next request takes its place.
 
 use std::{
-    collections::BTreeSet,
+    collections::BTreeMap,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
-use burn::tensor::{Int, Tensor, TensorData};
-use burn_lora::serve::{MixedBatch, MultiLora, StoredAdapters};
+use burn_lora::serve::StoredAdapters;
 use burn_lora_llm::{
     Result,
     chat::Chat,
     generate::Sampling,
-    llama::{Cache, Llama},
+    llama::Llama,
+    texts::{PART, Reading, TextId, Texts},
 };
 
 use super::{metrics::Metrics, text::Growing};
 use crate::backend::Plain;
 use rand::{SeedableRng, rngs::StdRng};
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
+
+/// For how long a part of a prompt may keep those waiting who are being answered.
+const PAUSE: Duration = Duration::from_millis(60);
+
+/// The seconds that a token of a prompt takes, until one is read.
+const FIRST_PACE: f64 = 1.0 / 500.0;
+
+/// The least tokens of a prompt that are read at once.
+const LEAST: usize = 16;
 
 /// What is asked for.
 pub struct Job {
@@ -33,6 +42,8 @@ pub struct Job {
     pub limit: usize,
     pub sampling: Sampling,
     pub seed: u64,
+    /// When the request came.
+    pub asked: Instant,
     /// Texts at which the answer ends.
     pub stops: Vec<String>,
     /// Where the answer goes, piece by piece. If nobody takes it any more, the text is given up.
@@ -55,59 +66,54 @@ pub enum Event {
 
 /// One text that is under way.
 struct Row {
-    /// The name of its adapters in the engine.
-    set: Option<String>,
-    /// The token that was chosen last, and that the model has not read yet.
-    next: u32,
+    id: TextId,
     text: Growing,
     limit: usize,
     sampling: Sampling,
     rng: StdRng,
     answer: UnboundedSender<Event>,
+    /// When the request came, or the last token was handed out.
+    last: Instant,
 }
 
 pub struct Engine {
-    models: MultiLora<Plain, Llama<Plain>>,
+    texts: Texts<Plain>,
     chat: Arc<Chat>,
     /// The greatest number of texts that are under way at once.
     batch: usize,
     metrics: Arc<Metrics>,
-    /// Sorted by their adapters.
     rows: Vec<Row>,
-    /// The keys and values of the rows; `None` if there are none.
-    cache: Option<Cache<Plain>>,
-    /// The model for the rows; `None` if they have changed.
-    model: Option<MixedBatch<Llama<Plain>>>,
+    /// The fingerprints of the sets that were last asked for, by their names.
+    sets: BTreeMap<String, String>,
+    /// The seconds that a token of a prompt took lately.
+    pace: f64,
 }
 
 impl Engine {
     pub fn new(
         llama: Llama<Plain>,
+        reading: Reading,
         chat: Arc<Chat>,
         batch: usize,
         metrics: Arc<Metrics>,
     ) -> Result<Self> {
-        let models = MultiLora::new(llama).map_err(|error| error.to_string())?;
-        Ok(Self { models, chat, batch, metrics, rows: Vec::new(), cache: None, model: None })
+        let texts = Texts::new(llama, reading).map_err(|error| error.to_string())?;
+        let (rows, sets) = Default::default();
+        Ok(Self { texts, chat, batch, metrics, rows, sets, pace: FIRST_PACE })
     }
 
     /// Answers until the queue is closed and empty.
     pub fn run(mut self, mut jobs: Receiver<Job>) {
         loop {
-            // Reads one prompt between two steps, so that those who are being answered wait for one at most.
-            let job = match self.rows.len() {
-                0 => match jobs.blocking_recv() {
-                    Some(job) => Some(job),
+            if self.rows.is_empty() {
+                match jobs.blocking_recv() {
+                    Some(job) => self.take(job),
                     None => return,
-                },
-                rows if rows < self.batch => waiting(&mut jobs),
-                _ => None,
-            };
-            if let Some(job) = job.filter(|job| !job.answer.is_closed()) {
-                let answer = job.answer.clone();
-                if let Err(problem) = caught(|| self.begin(job)) {
-                    let _ = answer.send(Event::Failed(problem));
                 }
+            }
+            while self.rows.len() < self.batch {
+                let Some(job) = waiting(&mut jobs) else { break };
+                self.take(job);
             }
             if !self.rows.is_empty()
                 && let Err(problem) = caught(|| self.step())
@@ -115,98 +121,91 @@ impl Engine {
                 for row in self.rows.drain(..) {
                     let _ = row.answer.send(Event::Failed(problem.clone()));
                 }
-                self.keep(&[]);
+                self.texts.clear();
             }
             self.metrics.batch(self.rows.len());
         }
     }
 
-    /// Reads the prompt, and chooses the first token.
+    /// Begins to answer.
+    fn take(&mut self, job: Job) {
+        if job.answer.is_closed() {
+            return;
+        }
+        let answer = job.answer.clone();
+        if let Err(problem) = caught(|| self.begin(job)) {
+            let _ = answer.send(Event::Failed(problem));
+        }
+    }
+
     fn begin(&mut self, job: Job) -> Result<()> {
         // The same bits have the same name, whatever their directory holds by now.
-        let set = job.set.map(|set| {
-            let name = format!("{} {}", set.name, set.fingerprint);
-            let known = self.models.names().any(|it| it == name);
-            let added = if known { Ok(()) } else { self.models.insert(&*name, &set.adapters) };
-            added.map(|()| name).map_err(|error| error.to_string())
-        });
-        let set = set.transpose()?;
-        let model = self.models.batch(&[set.as_deref()]).map_err(|error| error.to_string())?;
-        let mut cache = model.model().cache();
-        let scores = read(model.model(), &[&job.prompt], &mut cache);
-        self.metrics.prompt_tokens.add(job.prompt.len());
+        let key = |name: &str, fingerprint: &str| format!("{name} {fingerprint}");
+        let set = match job.set {
+            None => None,
+            Some(set) => {
+                let now = set.fingerprint.clone();
+                let before = self.sets.insert(set.name.clone(), now);
+                if let Some(before) = before.filter(|it| *it != set.fingerprint) {
+                    self.texts.forget(&key(&set.name, &before));
+                }
+                let name = key(&set.name, &set.fingerprint);
+                self.texts.insert(&name, &set.adapters).map_err(|error| error.to_string())?;
+                Some(name)
+            }
+        };
         let text = match job.continues {
             true => Growing::after(&job.prompt, job.stops, &self.chat)?,
             false => Growing::new(job.stops),
         };
-        let mut row = Row {
-            set,
-            next: 0,
+        self.rows.push(Row {
+            id: self.texts.begin(set.as_deref(), job.prompt),
             text,
             limit: job.limit,
             sampling: job.sampling,
             rng: StdRng::seed_from_u64(job.seed),
             answer: job.answer,
-        };
-        if !row.take(&scores[0], &self.chat, &self.metrics)? {
-            self.drop_unused();
-            return Ok(());
-        }
-        let caches: Vec<_> = self.cache.take().into_iter().chain([cache]).collect();
-        self.cache = Some(Cache::join(&caches));
-        self.rows.push(row);
-        let mut order: Vec<_> = (0..self.rows.len()).collect();
-        order.sort_by(|&a, &b| self.rows[a].set.cmp(&self.rows[b].set));
-        self.keep(&order);
+            last: job.asked,
+        });
         Ok(())
     }
 
-    /// Adds a token to every text.
+    /// Reads parts of prompts, and adds a token to every text that was read.
     fn step(&mut self) -> Result<()> {
-        let start = Instant::now();
-        let model = match self.model.take() {
-            Some(model) => model,
-            None => {
-                let sets: Vec<_> = self.rows.iter().map(|row| row.set.as_deref()).collect();
-                self.models.batch(&sets).map_err(|error| error.to_string())?
-            }
+        let (start, before) = (Instant::now(), self.texts.counts());
+        let answering = self.rows.iter().filter(|it| it.text.tokens() > 0).count();
+        let part = match answering {
+            0 => PART,
+            _ => ((PAUSE.as_secs_f64() / self.pace) as usize).clamp(LEAST, PART),
         };
-        // A panic from here on leaves the cache behind, which is then dropped with all rows.
-        let next: Vec<_> = self.rows.iter().map(|row| [row.next]).collect();
-        let next: Vec<_> = next.iter().map(|it| &it[..]).collect();
-        let cache = self.cache.as_mut().expect("there are rows");
-        let scores = read(model.model(), &next, cache);
-        self.model = Some(model);
-        let mut left = Vec::new();
-        for (index, (row, scores)) in self.rows.iter_mut().zip(&scores).enumerate() {
-            if row.take(scores, &self.chat, &self.metrics)? {
-                left.push(index);
+        let scores = self.texts.step(part).map_err(|error| error.to_string())?;
+        let counts = self.texts.counts();
+        let read = counts.read - before.read;
+        self.metrics.prompt_tokens.add(read);
+        self.metrics.reused_tokens.add(counts.reused - before.reused);
+        if read >= LEAST {
+            self.pace = start.elapsed().as_secs_f64() / read as f64;
+        }
+        let count = scores.len();
+        for (id, scores) in scores {
+            let place = self.rows.iter().position(|it| it.id == id).expect("it is under way");
+            let row = &mut self.rows[place];
+            match row.take(&scores, &self.chat, &self.metrics)? {
+                Some(token) => self.texts.push(id, token),
+                None => {
+                    self.rows.remove(place);
+                    self.texts.end(id);
+                }
             }
         }
-        self.metrics.step(scores.len(), start.elapsed());
-        if left.len() < self.rows.len() {
-            self.keep(&left);
-        }
+        // Those that nobody waits for any more, before their prompts are read to the end.
+        let (left, gone) =
+            std::mem::take(&mut self.rows).into_iter().partition(|it| !it.answer.is_closed());
+        self.rows = left;
+        let gone: Vec<Row> = gone;
+        gone.into_iter().for_each(|it| self.texts.end(it.id));
+        self.metrics.step(count, start.elapsed());
         Ok(())
-    }
-
-    /// Keeps these rows, in this order.
-    fn keep(&mut self, rows: &[usize]) {
-        let mut all: Vec<_> = std::mem::take(&mut self.rows).into_iter().map(Some).collect();
-        self.rows = rows.iter().filter_map(|&row| all[row].take()).collect();
-        self.cache = self.cache.take().filter(|_| !rows.is_empty()).map(|it| it.select(rows));
-        self.model = None;
-        self.drop_unused();
-    }
-
-    /// Drops the adapters that no text uses. The store may keep them.
-    fn drop_unused(&mut self) {
-        let used: BTreeSet<_> = self.rows.iter().filter_map(|row| row.set.as_deref()).collect();
-        let unused = self.models.names().filter(|name| !used.contains(name));
-        let unused: Vec<_> = unused.map(str::to_owned).collect();
-        for name in unused {
-            self.models.remove(&name);
-        }
     }
 }
 
@@ -223,13 +222,15 @@ fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
 }
 
 impl Row {
-    /// Takes the next token, of these scores. Returns whether the text goes on.
-    fn take(&mut self, scores: &[f64], chat: &Chat, metrics: &Metrics) -> Result<bool> {
+    /// Takes the next token, of these scores. Returns it if the text goes on.
+    fn take(&mut self, scores: &[f32], chat: &Chat, metrics: &Metrics) -> Result<Option<u32>> {
         let id = self.sampling.choose(scores, &mut self.rng);
         let stops = chat.stops(id);
         let mut is_end = stops;
         if !stops {
-            self.next = id;
+            let times = if self.text.tokens() == 0 { &metrics.first } else { &metrics.next };
+            times.note(self.last.elapsed());
+            self.last = Instant::now();
             metrics.new_tokens.add(1);
             is_end = self.text.push(id, chat)?;
         }
@@ -241,18 +242,8 @@ impl Row {
         }
         if is_end || cut {
             let _ = self.answer.send(Event::End { cut, tokens: self.text.tokens() });
-            return Ok(false);
+            return Ok(None);
         }
-        Ok(taken && !self.answer.is_closed())
+        Ok((taken && !self.answer.is_closed()).then_some(id))
     }
-}
-
-/// The scores of the token after the last of each text: rows of the vocabulary's size.
-fn read(llama: &Llama<Plain>, texts: &[&[u32]], cache: &mut Cache<Plain>) -> Vec<Vec<f64>> {
-    let ids: Vec<_> = texts.iter().flat_map(|ids| ids.iter().map(|&id| id as i32)).collect();
-    let ids = TensorData::new(ids, [texts.len(), texts[0].len()]);
-    let scores = llama.read(Tensor::<Plain, 2, Int>::from_data(ids, &Default::default()), cache);
-    let size = scores.dims()[1];
-    let scores: Vec<f64> = scores.into_data().iter().collect();
-    scores.chunks(size).map(<[f64]>::to_vec).collect()
 }

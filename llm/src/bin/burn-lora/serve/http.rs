@@ -266,7 +266,8 @@ impl Server {
         let seed = request.seed.unwrap_or(random);
         let (sampling, stops) = (request.sampling, request.stops);
         let continues = kind != Kind::Chat;
-        let job = Job { set, prompt, continues, limit, sampling, seed, stops, answer };
+        let asked = Instant::now();
+        let job = Job { set, prompt, continues, limit, sampling, seed, asked, stops, answer };
         self.queue.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => Fault::new(429, "too many requests wait; try again later"),
             TrySendError::Closed(_) => Fault::new(503, "the server is about to end"),

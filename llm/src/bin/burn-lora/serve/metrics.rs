@@ -17,8 +17,66 @@ pub struct Metrics {
     pub abandoned: Number,
     pub prompt_tokens: Number,
     pub new_tokens: Number,
+    /// Tokens of prompts that were not read, because another text had begun with them.
+    pub reused_tokens: Number,
+    /// From a request to the first token of its answer.
+    pub first: Times,
+    /// From one token of an answer to the next.
+    pub next: Times,
     /// Of the last step, in thousandths.
     speed: Number,
+}
+
+/// How often something took how long.
+#[derive(Default)]
+pub struct Times {
+    /// For each of [`BOUNDS`] how often it took as long as that, and not as long as the one before; and then how often it took
+    /// longer.
+    counts: [AtomicUsize; BOUNDS.len() + 1],
+    /// In microseconds.
+    sum: Number,
+}
+
+/// In seconds.
+const BOUNDS: [f64; 14] =
+    [0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 20.0];
+
+impl Times {
+    pub fn note(&self, time: Duration) {
+        let seconds = time.as_secs_f64();
+        let place = BOUNDS.iter().position(|bound| seconds <= *bound).unwrap_or(BOUNDS.len());
+        self.counts[place].fetch_add(1, Relaxed);
+        self.sum.add(time.as_micros() as usize);
+    }
+
+    /// The time that so great a share of them took at most, by the bounds, in seconds; 0 if there are none.
+    fn quantile(&self, share: f64) -> f64 {
+        let counts = self.counts.each_ref().map(|it| it.load(Relaxed));
+        let wanted = share * counts.iter().sum::<usize>() as f64;
+        let (mut below, mut least) = (0.0, 0.0);
+        for (count, bound) in counts.into_iter().zip(BOUNDS) {
+            let above = below + count as f64;
+            if count > 0 && above >= wanted {
+                return least + (bound - least) * (wanted - below) / count as f64;
+            }
+            (below, least) = (above, bound);
+        }
+        if below < wanted { least } else { 0.0 }
+    }
+
+    fn push(&self, text: &mut String, name: &str, help: &str) {
+        let name = format!("burn_lora_{name}_seconds");
+        write!(text, "# HELP {name} {help}\n# TYPE {name} histogram\n")
+            .expect("a string takes all");
+        let mut total = 0;
+        let bounds = BOUNDS.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+        for (count, bound) in self.counts.iter().zip(bounds) {
+            total += count.load(Relaxed);
+            writeln!(text, "{name}_bucket{{le=\"{bound}\"}} {total}").expect("a string takes all");
+        }
+        let sum = self.sum.get() as f64 / 1e6;
+        writeln!(text, "{name}_sum {sum}\n{name}_count {total}").expect("a string takes all");
+    }
 }
 
 /// A number that several threads change.
@@ -61,6 +119,11 @@ impl Metrics {
             ("errors", "Requests that were refused or failed", &self.errors),
             ("abandoned", "Requests whose clients went away", &self.abandoned),
             ("prompt_tokens", "Tokens of prompts that were read", &self.prompt_tokens),
+            (
+                "reused_tokens",
+                "Tokens of prompts that were not read, because another had begun with them",
+                &self.reused_tokens,
+            ),
             ("new_tokens", "Tokens of answers", &self.new_tokens),
         ];
         for (name, help, number) in counters {
@@ -80,6 +143,17 @@ impl Metrics {
         ];
         for (name, help, value) in gauges {
             push(&mut text, name, "gauge", help, value);
+        }
+        let times = [
+            ("first_token", "From a request to the first token of its answer", &self.first),
+            ("next_token", "From a token of an answer to the next", &self.next),
+        ];
+        for (name, help, times) in times {
+            times.push(&mut text, name, help);
+            for (share, of) in [("p50", 0.5), ("p99", 0.99)] {
+                let (name, help) = (format!("{name}_{share}_seconds"), format!("{help}, {share}"));
+                push(&mut text, &name, "gauge", &help, times.quantile(of));
+            }
         }
         text
     }

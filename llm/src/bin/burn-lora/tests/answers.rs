@@ -14,14 +14,15 @@ fn an_answer_with_the_cache_is_that_without_it() {
     let greedy = Sampling { temperature: 0.0, top_p: 1.0 };
     let mut rng = StdRng::seed_from_u64(0);
     let prompt = [7, 11, 3];
-    let new = generate(&llama, &chat, &prompt, 12, greedy, &mut rng, |_| ()).unwrap();
+    let options = Options { limit: 12, sampling: greedy, exact: false };
+    let new = generate(&llama, &chat, &prompt, options, &mut rng, |_| ()).unwrap();
     assert!(new.len() > 3, "{new:?}");
     let mut all = prompt.to_vec();
     for &id in &new {
         let ids: Vec<_> = all.iter().map(|&id| id as i32).collect();
         let ids = Tensor::from_data(TensorData::new(ids, [1, all.len()]), &device);
         let scores =
-            llama.read(ids, &mut llama.cache()).into_data().iter::<f64>().collect::<Vec<_>>();
+            llama.read(ids, &mut llama.cache()).into_data().iter::<f32>().collect::<Vec<_>>();
         assert_eq!(greedy.choose(&scores, &mut rng), id);
         all.push(id);
     }
@@ -29,7 +30,7 @@ fn an_answer_with_the_cache_is_that_without_it() {
 
 #[test]
 fn tokens_are_chosen_as_often_as_they_are_probable() {
-    let scores = [0.5_f64.ln(), 0.125_f64.ln(), 0.25_f64.ln(), 0.125_f64.ln()];
+    let scores = [0.5_f32.ln(), 0.125_f32.ln(), 0.25_f32.ln(), 0.125_f32.ln()];
     let mut rng = StdRng::seed_from_u64(5);
     let mut counts = |temperature, top_p| {
         let sampling = Sampling { temperature, top_p };

@@ -1,0 +1,55 @@
+//! Layers on slices, for programs that answer token by token.
+//!
+//! A step of an answer takes one row, or a few, through every layer of a decoder. That is too little arithmetic for
+//! tensors: their memory is asked for and given back, threads wait for each operation, and what was computed before is
+//! copied to stand beside what is new. The functions here take and give slices, of memory that the caller uses again.
+//!
+//! ```
+//! use burn::{backend::Flex, nn::LinearConfig};
+//! use burn_lora::{
+//!     Init, LoraConfig, LoraLinear,
+//!     decode::{self, Inputs, Linear, Update},
+//! };
+//!
+//! let config = LoraConfig::peft(4, 8.0).with_init(Init::RandomBoth);
+//! let layer: LoraLinear<Flex> = LinearConfig::new(64, 32).init(&Default::default()).into();
+//! let adapted = config.init(layer.base.clone());
+//!
+//! // The base, and what an adapter adds to it.
+//! let linear = Linear::of(&layer).expect("the backend computes on the CPU");
+//! let update = Update::of(adapted.adapter().expect("it was put on")).expect("it is a low-rank update");
+//!
+//! // Two rows, of which the second has the adapter.
+//! let mut x = Inputs::new(2, 64);
+//! x.numbers_mut().fill(0.5);
+//! x.prepare(2, false);
+//! let mut y = vec![0.0; 2 * 32];
+//! let updates = [None, Some(&update)];
+//! decode::forward([&linear], &x, |_, row| updates[row], [&mut y]);
+//! ```
+//!
+//! Rows are of two kinds. The first are *few*: tokens of answers. They may be multiplied in 8 bits with weights that are
+//! held in at most 8 bits ([`Inputs::prepare`]). The others are *many*: prompts that are read. They are multiplied as
+//! tensors are. Whatever other rows there are, the result of a row is the same, to the bit.
+//!
+//! All of this needs one of the features `flex` and `ndarray`, and their backends.
+
+mod attention;
+mod functions;
+mod inputs;
+mod linear;
+mod table;
+mod update;
+
+pub use attention::{Heads, Reading, attend};
+pub use functions::{Gate, add_scaled, cap, gate, norm, rotate, weigh};
+pub use inputs::Inputs;
+pub use linear::{Linear, forward};
+pub use table::{Table, TableUpdate};
+pub use update::Update;
+
+/// Does the work on a thread of the pool that products are shared in. From another thread, each product would have to wake
+/// the pool.
+pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}

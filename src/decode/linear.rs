@@ -1,0 +1,221 @@
+use std::{ops::Range, sync::Arc};
+
+use burn::tensor::backend::Backend;
+use rayon::prelude::*;
+
+use super::{Inputs, Update};
+use crate::{
+    LoraLinear,
+    ops::{HostWeight, OnHost, run, slices},
+    quantized::Weight,
+    tensors::at_least_f32,
+};
+
+/// From this number of multiplications on, several threads are faster than one.
+const WORTH_THREADS: usize = 1 << 16;
+
+/// A linear layer in the memory of the host. It shares the weight's memory with the layer that it was made of.
+#[derive(Clone, Debug)]
+pub struct Linear {
+    weight: Arc<dyn HostWeight>,
+    bias: Option<Vec<f32>>,
+    /// The adapter that it had.
+    own: Option<Arc<Update>>,
+}
+
+impl Linear {
+    /// The layer, with its adapter. `None` on other backends than those of the features `flex` and `ndarray`, if its
+    /// numbers are of another type than `f32` or quantized, or if its adapter has [DoRA](crate::LoraConfig::dora)'s
+    /// magnitudes.
+    pub fn of<B: Backend>(layer: &LoraLinear<B>) -> Option<Self> {
+        if layer.is_mixed() {
+            return None;
+        }
+        let bias = layer.base.bias.as_ref().map(|it| {
+            let data = at_least_f32(it.val()).into_data().convert::<f32>();
+            data.into_vec().expect("it was converted")
+        });
+        let own = match layer.adapter() {
+            Some(adapter) => Some(Arc::new(Update::of(adapter)?)),
+            None => None,
+        };
+        Some(Self { weight: on_host(&layer.base_weight())?, bias, own })
+    }
+
+    pub(super) fn of_weight(weight: Arc<dyn HostWeight>) -> Self {
+        Self { weight, bias: None, own: None }
+    }
+
+    /// `[d_input, d_output]`
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight.dims()
+    }
+
+    pub(super) fn with_own(self, own: Option<Update>) -> Self {
+        Self { own: own.map(Arc::new), ..self }
+    }
+
+    pub(super) fn weight(&self) -> &dyn HostWeight {
+        &*self.weight
+    }
+}
+
+pub(super) fn on_host<B: Backend>(weight: &Weight<B>) -> Option<Arc<dyn HostWeight>> {
+    run::<OnHost, B>(weight)
+}
+
+/// The updates of a row: the layer's own, and that of its set.
+type Updates<'a> = [Option<&'a Update>; 2];
+
+/// Applies layers to the same rows: `[rows, d_input]` to `[rows, d_output]` for each. `updates` has the update of a layer
+/// for a row, of which both are numbers; it is added to the adapter that the layer has.
+///
+/// The layers' outputs are shared among the cores together, which wait for each other once.
+///
+/// # Panics
+///
+/// If the rows, an output or an update does not fit the layer.
+pub fn forward<'a, const N: usize>(
+    layers: [&'a Linear; N],
+    x: &Inputs,
+    updates: impl Fn(usize, usize) -> Option<&'a Update>,
+    outputs: [&mut [f32]; N],
+) {
+    let mut jobs = Vec::new();
+    let (rows, few) = (x.rows(), x.few());
+    let mut work = 0;
+    for (place, (layer, y)) in layers.iter().zip(outputs).enumerate() {
+        let [d_input, d_output] = layer.dims();
+        assert!(
+            x.width() == d_input && y.len() == rows * d_output,
+            "the layer takes [{rows}, {d_input}] to [{rows}, {d_output}], got {} numbers to a row, and {} outputs",
+            x.width(),
+            y.len(),
+        );
+        let mut hidden = Hidden::default();
+        for row in 0..rows {
+            let of_row = [layer.own.as_deref(), updates(place, row)];
+            for update in of_row.into_iter().flatten() {
+                let found = update.dims();
+                assert!(
+                    found == [d_input, d_output],
+                    "an update for [{d_input}, {d_output}] expected, got {found:?}"
+                );
+            }
+            hidden.add(of_row, x.row(row));
+        }
+        let (first, many) = y.split_at_mut(few * d_output);
+        if rows > few {
+            layer.weight.times_many(&x.numbers()[few * d_input..], many);
+            let each = |(row, y): (usize, &mut [f32])| hidden.finish(layer, few + row, 0, y);
+            match (rows - few) * d_output < WORTH_THREADS {
+                true => many.chunks_exact_mut(d_output).enumerate().for_each(each),
+                false => many.par_chunks_exact_mut(d_output).enumerate().for_each(each),
+            }
+        }
+        if few > 0 {
+            work += few * d_input * d_output;
+            jobs.push(Job { layer, hidden, outputs: first.chunks_exact_mut(d_output).collect() });
+        }
+    }
+    let parts = if work < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
+    let parts = shared_out(jobs, parts);
+    match parts.len() {
+        0 | 1 => parts.into_iter().flatten().for_each(|part| part.run(x)),
+        _ => parts.into_par_iter().for_each(|parts| parts.into_iter().for_each(|it| it.run(x))),
+    }
+}
+
+/// What is multiplied with the factors B of some rows' updates.
+#[derive(Clone, Default)]
+struct Hidden<'a> {
+    numbers: Vec<f32>,
+    /// The updates of each row, and where their numbers begin.
+    rows: Vec<(Updates<'a>, usize)>,
+}
+
+impl<'a> Hidden<'a> {
+    fn add(&mut self, updates: Updates<'a>, x: &[f32]) {
+        self.rows.push((updates, self.numbers.len()));
+        updates.into_iter().flatten().for_each(|it| it.hidden(x, &mut self.numbers));
+    }
+
+    /// Adds the bias and the updates to outputs of a row, from `start` on.
+    fn finish(&self, layer: &Linear, row: usize, start: usize, y: &mut [f32]) {
+        if let Some(bias) = &layer.bias {
+            slices::add_scaled(y, 1.0, &bias[start..][..y.len()]);
+        }
+        let (updates, mut place) = self.rows[row];
+        for update in updates.into_iter().flatten() {
+            update.add(&self.numbers[place..][..update.rank()], start, y);
+            place += update.rank();
+        }
+    }
+}
+
+/// The outputs of a layer for few rows.
+struct Job<'a, 'y> {
+    layer: &'a Linear,
+    hidden: Hidden<'a>,
+    /// Of each row.
+    outputs: Vec<&'y mut [f32]>,
+}
+
+/// A part of them.
+struct Part<'a, 'y> {
+    layer: &'a Linear,
+    hidden: Arc<Hidden<'a>>,
+    range: Range<usize>,
+    outputs: Vec<&'y mut [f32]>,
+}
+
+/// Shares the outputs of all layers out evenly.
+fn shared_out<'a, 'y>(jobs: Vec<Job<'a, 'y>>, parts: usize) -> Vec<Vec<Part<'a, 'y>>> {
+    let work = |layer: &Linear, count: usize| count * layer.dims()[0];
+    let total: usize = jobs.iter().map(|it| work(it.layer, it.layer.dims()[1])).sum();
+    let each = total.div_ceil(parts).max(1);
+    let (mut all, mut current, mut room) = (Vec::new(), Vec::new(), each);
+    for Job { layer, hidden, mut outputs } in jobs {
+        let ([d_input, d_output], hidden, mut start) = (layer.dims(), Arc::new(hidden), 0);
+        while start < d_output {
+            let count = room.div_ceil(d_input).clamp(1, d_output - start);
+            let mut taken = Vec::with_capacity(outputs.len());
+            outputs = outputs
+                .into_iter()
+                .map(|it| {
+                    let (first, rest) = it.split_at_mut(count);
+                    taken.push(first);
+                    rest
+                })
+                .collect();
+            let range = start..start + count;
+            current.push(Part { layer, hidden: hidden.clone(), range, outputs: taken });
+            start += count;
+            room = room.saturating_sub(count * d_input);
+            if room == 0 {
+                all.push(std::mem::take(&mut current));
+                room = each;
+            }
+        }
+    }
+    if !current.is_empty() {
+        all.push(current);
+    }
+    all
+}
+
+impl Part<'_, '_> {
+    fn run(mut self, x: &Inputs) {
+        let (weight, few) = (&self.layer.weight, x.few());
+        match x.rounded().filter(|_| weight.is_packed()) {
+            Some(rounded) => weight.times_rounded(rounded, self.range.clone(), &mut self.outputs),
+            None => {
+                let numbers = &x.numbers()[..few * x.width()];
+                weight.times_few(numbers, self.range.clone(), &mut self.outputs);
+            }
+        }
+        for (row, y) in self.outputs.iter_mut().enumerate() {
+            self.hidden.finish(self.layer, row, self.range.start, y);
+        }
+    }
+}
