@@ -34,6 +34,10 @@
 //!
 //! All of this needs one of the features `flex` and `ndarray`, and their backends.
 
+use std::sync::{LazyLock, Mutex};
+
+use burn_lora_kernels::Team;
+
 mod attention;
 mod functions;
 mod inputs;
@@ -48,8 +52,26 @@ pub use linear::{Linear, forward};
 pub use table::{Table, TableUpdate};
 pub use update::Update;
 
-/// Does the work on a thread of the pool that products are shared in. From another thread, each product would have to wake
-/// the pool.
+/// Does the work on a thread of the pool that products of many rows are shared in. From another thread, each product would
+/// have to wake the pool.
 pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
+}
+
+/// The threads that share products of few rows: as many as the pool has.
+static TEAM: LazyLock<Team> = LazyLock::new(|| Team::new(rayon::current_num_threads() - 1));
+
+/// Does all jobs. Those that take so many multiplications together that it is worth it are shared among threads.
+fn share<J: Send>(jobs: Vec<J>, work: usize, run: impl Fn(J) + Sync) {
+    /// To wait for another thread takes about as long.
+    const WORTH_THREADS: usize = 1 << 15;
+
+    if work < WORTH_THREADS {
+        return jobs.into_iter().for_each(run);
+    }
+    let jobs: Vec<_> = jobs.into_iter().map(|job| Mutex::new(Some(job))).collect();
+    TEAM.run(jobs.len(), |index| {
+        let job = jobs[index].lock().expect("nobody else has it").take();
+        run(job.expect("it is taken once"));
+    });
 }

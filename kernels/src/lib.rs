@@ -19,6 +19,7 @@ mod product;
 #[forbid(unsafe_code)]
 mod right;
 mod round;
+mod team;
 mod tile;
 mod transpose;
 
@@ -29,6 +30,7 @@ pub use matrix::{Matrix, Number, Rows, round_all};
 pub use panels::{Panel, Tiles};
 pub use product::{Output, Term, multiply, multiply_by, sum_of_products};
 pub use right::Right;
+pub use team::Team;
 pub use tile::Tile;
 
 #[cfg(doctest)]

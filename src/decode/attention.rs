@@ -1,14 +1,10 @@
 use std::ops::Range;
 
-use rayon::prelude::*;
-
+use super::share;
 use crate::{
     ops::{Queries, Single},
     precision::Precision,
 };
-
-/// From this number of multiplications on, several threads are faster than one.
-const WORTH_THREADS: usize = 1 << 16;
 
 /// The heads of an attention, and how scores become weights. As in [`attention`](crate::nn::attention).
 #[derive(Clone, Copy, Debug)]
@@ -106,8 +102,5 @@ pub fn attend(heads: &Heads, texts: Vec<Reading>) {
     let attention =
         Single { size, stride: shared * size, scale: heads.scale, soft_cap: heads.soft_cap };
     let one = |(q, k, v, seen, y)| attention.attend(q, k, v, seen, y);
-    match work < WORTH_THREADS {
-        true => single.into_iter().for_each(one),
-        false => single.into_par_iter().for_each(one),
-    }
+    share(single, work, one);
 }

@@ -3,7 +3,7 @@ use std::{ops::Range, sync::Arc};
 use burn::tensor::backend::Backend;
 use rayon::prelude::*;
 
-use super::{Inputs, Update};
+use super::{Inputs, Update, share};
 use crate::{
     LoraLinear,
     ops::{HostWeight, OnHost, run, slices},
@@ -11,7 +11,7 @@ use crate::{
     tensors::at_least_f32,
 };
 
-/// From this number of multiplications on, several threads are faster than one.
+/// From this number of outputs on, several threads are faster than one.
 const WORTH_THREADS: usize = 1 << 16;
 
 /// A linear layer in the memory of the host. It shares the weight's memory with the layer that it was made of.
@@ -118,12 +118,7 @@ pub fn forward<'a, const N: usize>(
             jobs.push(Job { layer, hidden, outputs: first.chunks_exact_mut(d_output).collect() });
         }
     }
-    let parts = if work < WORTH_THREADS { 1 } else { rayon::current_num_threads() };
-    let parts = shared_out(jobs, parts);
-    match parts.len() {
-        0 | 1 => parts.into_iter().flatten().for_each(|part| part.run(x)),
-        _ => parts.into_par_iter().for_each(|parts| parts.into_iter().for_each(|it| it.run(x))),
-    }
+    share(shared_out(jobs), work, |parts| parts.into_iter().for_each(|it| it.run(x)));
 }
 
 /// What is multiplied with the factors B of some rows' updates.
@@ -170,10 +165,13 @@ struct Part<'a, 'y> {
 }
 
 /// Shares the outputs of all layers out evenly.
-fn shared_out<'a, 'y>(jobs: Vec<Job<'a, 'y>>, parts: usize) -> Vec<Vec<Part<'a, 'y>>> {
+fn shared_out<'a, 'y>(jobs: Vec<Job<'a, 'y>>) -> Vec<Vec<Part<'a, 'y>>> {
+    /// So many for each thread, since some threads are faster than others at times.
+    const EACH: usize = 4;
+
     let work = |layer: &Linear, count: usize| count * layer.dims()[0];
     let total: usize = jobs.iter().map(|it| work(it.layer, it.layer.dims()[1])).sum();
-    let each = total.div_ceil(parts).max(1);
+    let each = total.div_ceil(EACH * rayon::current_num_threads()).max(1);
     let (mut all, mut current, mut room) = (Vec::new(), Vec::new(), each);
     for Job { layer, hidden, mut outputs } in jobs {
         let ([d_input, d_output], hidden, mut start) = (layer.dims(), Arc::new(hidden), 0);

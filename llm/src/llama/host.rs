@@ -103,7 +103,10 @@ impl HostLlama {
             );
         }
         let complete: Vec<_> = steps.iter().map(|it| it.tokens >= it.text.unread()).collect();
-        decode::in_pool(|| self.pass(steps));
+        match steps.iter().all(|it| it.text.is_single()) {
+            true => self.pass(steps),
+            false => decode::in_pool(|| self.pass(steps)),
+        }
         let mut scores = self.scores.chunks_exact_mut(self.table.dims()[0]);
         complete.into_iter().map(|it| if it { scores.next() } else { None }).collect()
     }

@@ -3,7 +3,7 @@
 use std::{borrow::Cow, ops::Range};
 
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn_lora_kernels::{BlockFormat, Codes, DotMemory, Floats, SplitRow, Vector8, dots};
+use burn_lora_kernels::{Codes, DotMemory, Floats, SplitRow, Vector8, dots};
 
 use crate::{
     ops::{
@@ -60,12 +60,45 @@ impl<K: Cpu> Packed<K> {
         !matches!(self.weight.format.levels(), Levels::Upper | Levels::Half)
     }
 
+    /// The rows, to be read one after the other. To ask a tensor for its memory takes as long as a short row.
+    fn rows(&self) -> PackedRows<'_> {
+        let QuantizedWeight { format, columns, .. } = self.weight;
+        let [count, _] = self.weight.shape();
+        let mut minima = self.minima.as_ref().map(|it| Stride::full(rows::<K>(it), count));
+        let scales = match &self.scales {
+            HeldScales::None => None,
+            HeldScales::Full(scales) => Some(Stride::full(rows::<K>(scales), count)),
+            HeldScales::Unpacked(scales) => Some(Stride::full(scales, count)),
+            HeldScales::Halves(halves) => {
+                let numbers = bytes_of::<K>(halves).as_chunks::<2>().0;
+                let halves = |start| Stride {
+                    numbers: Floats::Halves(numbers),
+                    each: numbers.len() / count,
+                    start,
+                };
+                minima = format.has_minima().then(|| halves(columns.div_ceil(format.block())));
+                Some(halves(0))
+            }
+        };
+        let codes = match (format, format.levels()) {
+            (Format::Q4_0, _) => Codes::Nibbles,
+            (Format::Q4_1, _) => Codes::NibblesFromZero,
+            (_, Levels::Of(_)) => Codes::Nf4,
+            _ => Codes::Bytes,
+        };
+        let (block, blocks) = (format.block(), columns.div_ceil(format.block()));
+        // A row may be filled up to whole words.
+        let [each, used] = [format.row_bytes(columns), blocks * format.block_bytes()];
+        let bytes = bytes_of::<K>(&self.codes);
+        PackedRows { format, codes, bytes, each, used, block, blocks, scales, minima }
+    }
+
     /// The products by numbers in `f32`: a row is unpacked to a core's cache, and multiplied with all vectors.
     pub fn times(&self, x: &[f32], outputs: Range<usize>, to: &mut [&mut [f32]]) {
-        let columns = self.weight.columns;
+        let (columns, rows) = (self.weight.columns, self.rows());
         let mut numbers = vec![0.0; columns];
         for (place, output) in outputs.enumerate() {
-            self.row(output, &mut numbers);
+            rows.unpack(output, &mut numbers);
             for (to, x) in to.iter_mut().zip(x.chunks_exact(columns)) {
                 to[place] = widest(
                     #[inline(always)]
@@ -77,105 +110,125 @@ impl<K: Cpu> Packed<K> {
 
     /// The products by vectors in 8 bits.
     pub fn times_rounded(&self, x: &[Vector8], outputs: Range<usize>, to: &mut [&mut [f32]]) {
-        let (mut x, mut to) = (x, to);
+        let (mut x, mut to, rows) = (x, to, self.rows());
         // A row is read once for so many vectors.
         while let Some((eight, others)) = x.split_first_chunk::<8>() {
             let (first, rest) = to.split_at_mut(8);
-            self.times_some(eight, outputs.clone(), first);
+            rows.times(eight.each_ref(), outputs.clone(), first);
             (x, to) = (others, rest);
         }
         if let Some((four, others)) = x.split_first_chunk::<4>() {
             let (first, rest) = to.split_at_mut(4);
-            self.times_some(four, outputs.clone(), first);
+            rows.times(four.each_ref(), outputs.clone(), first);
             (x, to) = (others, rest);
         }
         match x {
-            [one] => self.times_some(&[one], outputs, to),
-            [one, two] => self.times_some(&[one, two], outputs, to),
-            [one, two, three] => self.times_some(&[one, two, three], outputs, to),
+            [one] => rows.times([one], outputs, to),
+            [one, two] => rows.times([one, two], outputs, to),
+            [one, two, three] => rows.times([one, two, three], outputs, to),
             _ => {}
         }
     }
 
-    fn times_some<const N: usize, V: AsVector>(
+    /// The numbers of a row.
+    pub fn row(&self, row: usize, to: &mut [f32]) {
+        self.rows().unpack(row, to);
+    }
+}
+
+/// The memory of all rows.
+struct PackedRows<'a> {
+    format: Format,
+    codes: Codes,
+    bytes: &'a [u8],
+    /// From the bytes of a row to those of the next, and how many of them are its codes.
+    each: usize,
+    used: usize,
+    /// The numbers of a block, and the blocks of a row.
+    block: usize,
+    blocks: usize,
+    scales: Option<Stride<'a>>,
+    minima: Option<Stride<'a>>,
+}
+
+/// The numbers of the blocks of all rows.
+struct Stride<'a> {
+    numbers: Floats<'a>,
+    /// From those of a row to those of the next.
+    each: usize,
+    /// From there to the first of a row.
+    start: usize,
+}
+
+impl<'a> Stride<'a> {
+    fn full(numbers: &'a [f32], rows: usize) -> Self {
+        Self { numbers: Floats::Full(numbers), each: numbers.len() / rows, start: 0 }
+    }
+
+    #[inline]
+    fn row(&self, row: usize, blocks: usize) -> Floats<'a> {
+        let start = row * self.each + self.start;
+        match self.numbers {
+            Floats::Full(numbers) => Floats::Full(&numbers[start..start + blocks]),
+            Floats::Halves(numbers) => Floats::Halves(&numbers[start..start + blocks]),
+        }
+    }
+}
+
+impl<'a> PackedRows<'a> {
+    #[inline]
+    fn bytes(&self, row: usize) -> &'a [u8] {
+        &self.bytes[row * self.each..][..self.used]
+    }
+
+    /// A row whose scales lie apart.
+    #[inline]
+    fn split(&self, row: usize) -> SplitRow<'a> {
+        let scales = self.scales.as_ref().expect("its scales are not among the codes");
+        SplitRow {
+            codes: self.codes,
+            bytes: self.bytes(row),
+            block: self.block,
+            scales: scales.row(row, self.blocks),
+            minima: self.minima.as_ref().map(|it| it.row(row, self.blocks)),
+        }
+    }
+
+    fn times<const N: usize>(
         &self,
-        x: &[V; N],
+        x: [&Vector8; N],
         outputs: Range<usize>,
         to: &mut [&mut [f32]],
     ) {
-        let x = x.each_ref().map(AsVector::as_vector);
         let (mut memory, by) = (DotMemory::new(), dots());
         let mut write = |place: usize, products: [f32; N]| {
             to.iter_mut().zip(products).for_each(|(to, product)| to[place] = product);
         };
-        match self.weight.format.levels() {
+        match self.format.levels() {
             Levels::Blocks(format) => {
                 for (place, output) in outputs.enumerate() {
-                    write(place, format.dots(by, self.blocks(format, output), x, &mut memory));
+                    write(place, format.dots(by, self.bytes(output), x, &mut memory));
                 }
             }
             _ => {
                 for (place, output) in outputs.enumerate() {
-                    write(place, self.split_row(output).dots(by, x, &mut memory));
+                    write(place, self.split(output).dots(by, x, &mut memory));
                 }
             }
         }
     }
 
-    /// The bytes of a row, which may be filled up to whole words.
-    fn bytes(&self, row: usize) -> &[u8] {
-        let size = self.weight.format.row_bytes(self.weight.columns);
-        &bytes_of::<K>(&self.codes)[row * size..][..size]
-    }
-
-    fn blocks(&self, format: BlockFormat, row: usize) -> &[u8] {
-        &self.bytes(row)[..format.row_bytes(self.weight.columns)]
-    }
-
-    /// A row whose scales lie apart.
-    fn split_row(&self, row: usize) -> SplitRow<'_> {
-        let format = self.weight.format;
-        let codes = match (format, format.levels()) {
-            (Format::Q4_0, _) => Codes::Nibbles,
-            (Format::Q4_1, _) => Codes::NibblesFromZero,
-            (_, Levels::Of(_)) => Codes::Nf4,
-            _ => Codes::Bytes,
-        };
-        let blocks = self.weight.columns.div_ceil(format.block());
-        let of_row = row * blocks..(row + 1) * blocks;
-        let full = |numbers| Floats::Full(&rows::<K>(numbers)[of_row.clone()]);
-        let mut minima = self.minima.as_ref().map(full);
-        let scales = match &self.scales {
-            HeldScales::None => unreachable!("its scales are not among the codes"),
-            HeldScales::Full(scales) => full(scales),
-            HeldScales::Unpacked(scales) => Floats::Full(&scales[of_row]),
-            HeldScales::Halves(halves) => {
-                let all = bytes_of::<K>(halves).as_chunks::<2>().0;
-                let [count, _] = self.weight.shape();
-                let halves = &all[row * (all.len() / count)..];
-                if format.has_minima() {
-                    minima = Some(Floats::Halves(&halves[blocks..2 * blocks]));
-                }
-                Floats::Halves(&halves[..blocks])
-            }
-        };
-        let bytes = &self.bytes(row)[..blocks * format.block_bytes()];
-        SplitRow { codes, bytes, block: format.block(), scales, minima }
-    }
-
-    /// The numbers of a row.
-    pub fn row(&self, row: usize, to: &mut [f32]) {
-        let format = self.weight.format;
+    fn unpack(&self, row: usize, to: &mut [f32]) {
         let mut unpack = |bytes: &[u8], scales: &[f32], minima: Option<&[f32]>| {
             widest(
                 #[inline(always)]
-                || unpack_row(format, bytes, scales, minima, to),
+                || unpack_row(self.format, bytes, scales, minima, to),
             );
         };
-        if !format.is_scaled() {
+        if !self.format.is_scaled() {
             return unpack(self.bytes(row), &[], None);
         }
-        let row = self.split_row(row);
+        let row = self.split(row);
         let minima = row.minima.map(in_full);
         unpack(row.bytes, &in_full(row.scales), minima.as_deref());
     }
@@ -185,22 +238,5 @@ fn in_full(numbers: Floats<'_>) -> Cow<'_, [f32]> {
     match numbers {
         Floats::Full(numbers) => numbers.into(),
         Floats::Halves(halves) => halves.iter().map(|&it| of_half(it)).collect(),
-    }
-}
-
-/// A vector, or a reference to one.
-trait AsVector {
-    fn as_vector(&self) -> &Vector8;
-}
-
-impl AsVector for Vector8 {
-    fn as_vector(&self) -> &Vector8 {
-        self
-    }
-}
-
-impl AsVector for &Vector8 {
-    fn as_vector(&self) -> &Vector8 {
-        self
     }
 }
