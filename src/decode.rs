@@ -16,8 +16,9 @@
 //! let adapted = config.init(layer.base.clone());
 //!
 //! // The base, and what an adapter adds to it.
-//! let linear = Linear::of(&layer).expect("the backend computes on the CPU");
-//! let update = Update::of(adapted.adapter().expect("it was put on")).expect("it is a low-rank update");
+//! let linear = Linear::of(&layer, false).expect("the backend computes on the CPU");
+//! let adapter = adapted.adapter().expect("it was put on");
+//! let update = Update::of(adapter, false).expect("it is a low-rank update");
 //!
 //! // Two rows, of which the second has the adapter.
 //! let mut x = Inputs::new(2, 64);

@@ -104,6 +104,11 @@ impl<B: Backend> QuantizedWeight<B> {
         [self.codes.dims()[0], self.columns]
     }
 
+    /// Whether its numbers have 16 bits each: bf16 or f16. All others have at most 8.
+    pub fn has_16_bits(&self) -> bool {
+        matches!(self.format.levels(), Levels::Upper | Levels::Half)
+    }
+
     /// The bytes that the matrix takes.
     pub fn num_bytes(&self) -> usize {
         let size = |dims: &[usize]| 4 * dims.iter().product::<usize>();

@@ -59,7 +59,7 @@ impl<B: Backend> Texts<B> {
     /// As [`MultiLora::new`].
     pub fn new(llama: Llama<B>, reading: Reading) -> Result<Self, LoraError> {
         let way = match HostLlama::of(&llama, reading.exact) {
-            Some(llama) => Way::Host(Box::new(HostTexts::new(llama, reading.prefix_bytes))),
+            Some(llama) => Way::Host(Box::new(HostTexts::new(llama, reading))),
             None => Way::Tensors(TensorTexts::default()),
         };
         Ok(Self { models: MultiLora::new(llama)?, way, next: 0 })

@@ -14,6 +14,9 @@ use crate::{
 /// From this number of outputs on, several threads are faster than one.
 const WORTH_THREADS: usize = 1 << 16;
 
+/// The ranks of an update that a thread takes at once.
+const FEW_RANKS: usize = 4;
+
 /// A linear layer in the memory of the host. It shares the weight's memory with the layer that it was made of.
 #[derive(Clone, Debug)]
 pub struct Linear {
@@ -26,8 +29,8 @@ pub struct Linear {
 impl Linear {
     /// The layer, with its adapter. `None` on other backends than those of the features `flex` and `ndarray`, if its
     /// numbers are of another type than `f32` or quantized, or if its adapter has [DoRA](crate::LoraConfig::dora)'s
-    /// magnitudes.
-    pub fn of<B: Backend>(layer: &LoraLinear<B>) -> Option<Self> {
+    /// magnitudes. `halves` is as in [`Update::of`].
+    pub fn of<B: Backend>(layer: &LoraLinear<B>, halves: bool) -> Option<Self> {
         if layer.is_mixed() {
             return None;
         }
@@ -36,7 +39,7 @@ impl Linear {
             data.into_vec().expect("it was converted")
         });
         let own = match layer.adapter() {
-            Some(adapter) => Some(Arc::new(Update::of(adapter)?)),
+            Some(adapter) => Some(Arc::new(Update::of(adapter, halves)?)),
             None => None,
         };
         Some(Self { weight: on_host(&layer.base_weight())?, bias, own })
@@ -92,18 +95,8 @@ pub fn forward<'a, const N: usize>(
             x.width(),
             y.len(),
         );
-        let mut hidden = Hidden::default();
-        for row in 0..rows {
-            let of_row = [layer.own.as_deref(), updates(place, row)];
-            for update in of_row.into_iter().flatten() {
-                let found = update.dims();
-                assert!(
-                    found == [d_input, d_output],
-                    "an update for [{d_input}, {d_output}] expected, got {found:?}"
-                );
-            }
-            hidden.add(of_row, x.row(row));
-        }
+        let of_row = |row: usize| [layer.own.as_deref(), updates(place, row)];
+        let hidden = Hidden::new((0..rows).map(of_row), x, layer.dims());
         let (first, many) = y.split_at_mut(few * d_output);
         if rows > few {
             layer.weight.times_many(&x.numbers()[few * d_input..], many);
@@ -122,7 +115,6 @@ pub fn forward<'a, const N: usize>(
 }
 
 /// What is multiplied with the factors B of some rows' updates.
-#[derive(Clone, Default)]
 struct Hidden<'a> {
     numbers: Vec<f32>,
     /// The updates of each row, and where their numbers begin.
@@ -130,9 +122,33 @@ struct Hidden<'a> {
 }
 
 impl<'a> Hidden<'a> {
-    fn add(&mut self, updates: Updates<'a>, x: &[f32]) {
-        self.rows.push((updates, self.numbers.len()));
-        updates.into_iter().flatten().for_each(|it| it.hidden(x, &mut self.numbers));
+    fn new(updates: impl Iterator<Item = Updates<'a>>, x: &Inputs, dims: [usize; 2]) -> Self {
+        let (mut rows, mut count) = (Vec::with_capacity(x.rows()), 0);
+        for updates in updates {
+            rows.push((updates, count));
+            for update in updates.into_iter().flatten() {
+                let found = update.dims();
+                assert!(found == dims, "an update for {dims:?} expected, got {found:?}");
+                count += update.rank();
+            }
+        }
+        let mut numbers = vec![0.0; count];
+        let (mut rest, mut jobs) = (&mut numbers[..], Vec::new());
+        // A single row is shared out, too.
+        let ranks = if x.rows() == 1 { FEW_RANKS } else { usize::MAX };
+        for (row, (updates, _)) in rows.iter().enumerate() {
+            for update in updates.iter().copied().flatten() {
+                let hidden;
+                (hidden, rest) = rest.split_at_mut(update.rank());
+                let parts = hidden.chunks_mut(ranks).enumerate();
+                jobs.extend(parts.map(|(part, hidden)| (update, row, part * ranks, hidden)));
+            }
+        }
+        // What takes the time is the memory that is read.
+        share(jobs, 4 * count * dims[0], |(update, row, first, hidden)| {
+            update.hidden(x.row(row), first, hidden);
+        });
+        Self { numbers, rows }
     }
 
     /// Adds the bias and the updates to outputs of a row, from `start` on.

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use burn::tensor::backend::Backend;
 
 use super::{Linear, Update, linear::on_host};
-use crate::nn::LoraEmbedding;
+use crate::{LoraAdapter, nn::LoraEmbedding};
 
 /// A table of embeddings in the memory of the host: `[n_embedding, d_model]`.
 #[derive(Clone, Debug)]
@@ -21,9 +21,9 @@ pub struct TableUpdate {
 
 impl TableUpdate {
     /// The update. `None` as for [`Update::of`].
-    pub fn of<B: Backend>(adapter: &crate::LoraAdapter<B>) -> Option<Self> {
-        let (lookup, projection) = (Update::of_lookup(adapter)?, Update::of_projection(adapter)?);
-        Some(Self { lookup, projection })
+    pub fn of<B: Backend>(adapter: &LoraAdapter<B>, halves: bool) -> Option<Self> {
+        let lookup = Update::of_lookup(adapter, halves)?;
+        Some(Self { lookup, projection: Update::of_projection(adapter, halves)? })
     }
 
     /// That of the table as an output projection, if there is one.
@@ -34,12 +34,12 @@ impl TableUpdate {
 
 impl Table {
     /// The table, with its adapter. `None` as for [`Linear::of`].
-    pub fn of<B: Backend>(layer: &LoraEmbedding<B>) -> Option<Self> {
+    pub fn of<B: Backend>(layer: &LoraEmbedding<B>, halves: bool) -> Option<Self> {
         if layer.is_mixed() {
             return None;
         }
         let own = match layer.adapter() {
-            Some(adapter) => Some(Arc::new(TableUpdate::of(adapter)?)),
+            Some(adapter) => Some(Arc::new(TableUpdate::of(adapter, halves)?)),
             None => None,
         };
         Some(Self { rows: Linear::of_weight(on_host(&layer.base_projection())?), own })
@@ -61,8 +61,7 @@ impl Table {
         assert!(row < count && to.len() == width, "row {row} of {count} x {width} to {}", to.len());
         self.rows.weight().row(row, to);
         for update in [self.own.as_deref(), update].into_iter().flatten() {
-            let hidden: Vec<_> = update.lookup.looked_up(row).collect();
-            update.lookup.add(&hidden, 0, to);
+            update.lookup.add(&update.lookup.looked_up(row), 0, to);
         }
     }
 

@@ -9,7 +9,10 @@ mod steps;
 mod text;
 
 use burn::{nn::RmsNorm, tensor::backend::Backend};
-use burn_lora::decode::{self, Inputs, Linear, Table};
+use burn_lora::{
+    decode::{self, Inputs, Linear, Table},
+    quantize::QuantizedWeight,
+};
 
 use super::Llama;
 use crate::config::Design;
@@ -50,17 +53,19 @@ impl HostLlama {
     /// The decoder, with its adapters. `None` on other backends than `flex` and `ndarray`, or with
     /// [DoRA](burn_lora::LoraConfig::dora)'s magnitudes.
     ///
-    /// With `exact`, tokens of answers are multiplied in `f32`, and otherwise in 8 bits with weights that are held in at
-    /// most 8 bits.
+    /// With `exact`, tokens of answers are multiplied in `f32`. Otherwise, where a weight is held in at most 8 bits, they are
+    /// multiplied in 8 bits, and adapters are held in half precision.
     pub fn of<B: Backend>(llama: &Llama<B>, exact: bool) -> Option<Self> {
-        let table = Table::of(&llama.model.embed_tokens)?;
+        let table = &llama.model.embed_tokens;
+        let table = Table::of(table, has_halves(table.quantized(), exact))?;
         let head = match &llama.lm_head {
-            Some(head) => Linear::of(head)?,
+            Some(head) => Linear::of(head, has_halves(head.quantized(), exact))?,
             None => table.projection(),
         };
         let design = llama.design.clone();
         let layers = llama.model.layers.iter().zip(&design.layers);
-        let layers = layers.map(|(layer, of_layer)| HostLayer::of(layer, &design, *of_layer));
+        let layers =
+            layers.map(|(layer, of_layer)| HostLayer::of(layer, &design, *of_layer, exact));
         Some(Self {
             table,
             layers: layers.collect::<Option<_>>()?,
@@ -157,6 +162,11 @@ impl HostLlama {
         text.take_over(other, common);
         common
     }
+}
+
+/// Whether the factors of a layer's adapters are in half precision. Where the weight is more exact, they are, too.
+fn has_halves<B: Backend>(weight: Option<&QuantizedWeight<B>>, exact: bool) -> bool {
+    !exact && weight.is_some_and(|it| !it.has_16_bits())
 }
 
 fn scale(numbers: &mut [f32], by: f64) {

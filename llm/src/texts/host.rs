@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::backend::Backend;
 
-use super::{Counts, Scores, TextId, prefixes::Prefixes};
+use super::{Counts, Reading, Scores, TextId, prefixes::Prefixes};
 use crate::llama::{HostLlama, HostSet, Llama, Step, Text};
 
 /// Texts that begin with so many tokens in common do not read them at the same time.
@@ -14,6 +14,7 @@ const WORTH_WAITING: usize = 32;
 #[derive(Debug)]
 pub(super) struct HostTexts {
     llama: HostLlama,
+    exact: bool,
     sets: BTreeMap<String, HostSet>,
     /// In the order in which they began.
     running: Vec<Running>,
@@ -29,14 +30,14 @@ struct Running {
 }
 
 impl HostTexts {
-    pub fn new(llama: HostLlama, prefix_bytes: usize) -> Self {
+    pub fn new(llama: HostLlama, Reading { exact, prefix_bytes }: Reading) -> Self {
         let (sets, running, counts) = Default::default();
-        Self { llama, sets, running, prefixes: Prefixes::new(prefix_bytes), counts }
+        Self { llama, exact, sets, running, prefixes: Prefixes::new(prefix_bytes), counts }
     }
 
     /// Adds the adapters of a model.
     pub fn insert<B: Backend>(&mut self, name: &str, adapted: &Llama<B>) {
-        let set = HostSet::of(adapted).expect("a set with magnitudes is not mixable");
+        let set = HostSet::of(adapted, self.exact).expect("a set with magnitudes is not mixable");
         self.sets.insert(name.to_owned(), set);
     }
 

@@ -57,7 +57,7 @@ impl<K: Cpu> Packed<K> {
 
     /// Whether the numbers have at most 8 bits.
     pub fn is_in_8_bits(&self) -> bool {
-        !matches!(self.weight.format.levels(), Levels::Upper | Levels::Half)
+        !self.weight.has_16_bits()
     }
 
     /// The rows, to be read one after the other. To ask a tensor for its memory takes as long as a short row.

@@ -6,7 +6,7 @@ use burn_lora::{
     decode::{self, Gate, Heads, Inputs, Linear, Reading, Update},
 };
 
-use super::{Norm, steps::Steps};
+use super::{Norm, has_halves, steps::Steps};
 use crate::{
     config::{Activation, Design, LayerDesign, Norms, Span},
     llama::{Layer, matrices::place},
@@ -64,6 +64,7 @@ impl HostLayer {
         layer: &Layer<B>,
         design: &Design,
         of_layer: LayerDesign,
+        exact: bool,
     ) -> Option<Self> {
         let (attention, mlp) = (&layer.self_attn, &layer.mlp);
         let [queries, keys] = attention.widths();
@@ -88,13 +89,13 @@ impl HostLayer {
                 precision: attention.o_proj.precision(),
             },
             before_attention: norm(&layer.input_layernorm),
-            projections: Projections::of(projections, "qkv_proj", &attention.qkv_proj)?,
+            projections: Projections::of(projections, "qkv_proj", &attention.qkv_proj, exact)?,
             queries_keys: [norm(&attention.q_norm), norm(&attention.k_norm)],
-            output: Named::of("o_proj", &attention.o_proj)?,
+            output: Named::of("o_proj", &attention.o_proj, exact)?,
             after_attention,
             before_mlp,
-            gates: Projections::of(gates, "gate_up_proj", &mlp.gate_up_proj)?,
-            down: Named::of("down_proj", &mlp.down_proj)?,
+            gates: Projections::of(gates, "gate_up_proj", &mlp.gate_up_proj, exact)?,
+            down: Named::of("down_proj", &mlp.down_proj, exact)?,
             after_mlp: norm(&layer.post_feedforward_layernorm),
         })
     }
@@ -202,8 +203,11 @@ impl HostLayer {
 }
 
 impl Named {
-    fn of<B: Backend>(name: &str, layer: &LoraLinear<B>) -> Option<Self> {
-        Some(Self { linear: Linear::of(layer)?, place: place(name) })
+    fn of<B: Backend>(name: &str, layer: &LoraLinear<B>, exact: bool) -> Option<Self> {
+        Some(Self {
+            linear: Linear::of(layer, has_halves(layer.quantized(), exact))?,
+            place: place(name),
+        })
     }
 
     fn forward(&self, index: usize, steps: &Steps, x: &Inputs, y: &mut Vec<f32>) {
@@ -216,11 +220,12 @@ impl<const N: usize> Projections<N> {
         apart: [(&str, &Option<LoraLinear<B>>); N],
         name: &str,
         fused: &Option<LoraLinear<B>>,
+        exact: bool,
     ) -> Option<Self> {
         if let Some(fused) = fused {
-            return Some(Self::Fused(Named::of(name, fused)?));
+            return Some(Self::Fused(Named::of(name, fused, exact)?));
         }
-        let layers = apart.map(|(name, layer)| Named::of(name, layer.as_ref()?));
+        let layers = apart.map(|(name, layer)| Named::of(name, layer.as_ref()?, exact));
         let layers: Vec<_> = layers.into_iter().collect::<Option<_>>()?;
         Some(Self::Apart(layers.try_into().expect("there are as many")))
     }

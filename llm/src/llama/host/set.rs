@@ -6,6 +6,7 @@ use burn_lora::{
     decode::{TableUpdate, Update},
 };
 
+use super::has_halves;
 use crate::llama::{
     Layer, Llama,
     matrices::{LINEAR, place},
@@ -21,10 +22,11 @@ pub struct HostSet {
 }
 
 impl HostSet {
-    /// The adapters of a model. `None` with [DoRA](burn_lora::LoraConfig::dora)'s magnitudes.
-    pub fn of<B: Backend>(adapted: &Llama<B>) -> Option<Self> {
+    /// The adapters of a model, for a decoder that is as exact. `None` with [DoRA](burn_lora::LoraConfig::dora)'s
+    /// magnitudes.
+    pub fn of<B: Backend>(adapted: &Llama<B>, exact: bool) -> Option<Self> {
         let update = |layer: &LoraLinear<B>| match layer.adapter() {
-            Some(adapter) => Update::of(adapter).map(Some),
+            Some(adapter) => Update::of(adapter, has_halves(layer.quantized(), exact)).map(Some),
             None => Some(None),
         };
         let of_layer = |layer: &Layer<B>| {
@@ -34,8 +36,9 @@ impl HostSet {
             }
             Some(updates)
         };
-        let table = match adapted.model.embed_tokens.adapter() {
-            Some(adapter) => Some(TableUpdate::of(adapter)?),
+        let table = &adapted.model.embed_tokens;
+        let table = match table.adapter() {
+            Some(adapter) => Some(TableUpdate::of(adapter, has_halves(table.quantized(), exact))?),
             None => None,
         };
         let head = match &adapted.lm_head {
