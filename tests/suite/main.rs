@@ -12,6 +12,7 @@ mod attention;
 mod conv;
 mod conv_sizes;
 mod correctness;
+mod decode;
 mod dora;
 mod dropout;
 #[cfg(feature = "ndarray")]
