@@ -103,14 +103,13 @@ impl<K: Cpu> HostWeight for Host<K> {
     }
 
     fn times_many(&self, x: &[f32], to: &mut [f32]) {
-        /// Backends have other functions for fewer rows, whose products have other last bits.
-        const LEAST: usize = 8;
-
         let [d_input, d_output] = self.dims();
         let count = x.len() / d_input;
+        // Backends have other functions for few rows, and for small results, whose products have other last bits.
+        let least = if d_output > 64 { 8 } else { 65.max(257_usize.div_ceil(d_output)) };
         let mut numbers = x.to_vec();
-        numbers.resize(count.max(LEAST) * d_input, 0.0);
-        let x = of_rows::<K, 2>(numbers, [count.max(LEAST), d_input], &Default::default());
+        numbers.resize(count.max(least) * d_input, 0.0);
+        let x = of_rows::<K, 2>(numbers, [count.max(least), d_input], &Default::default());
         let y = row_by_row(self.weight.times(x));
         to.copy_from_slice(&rows::<K>(&y)[..count * d_output]);
     }

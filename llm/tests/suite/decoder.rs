@@ -32,18 +32,18 @@ const MODELS: [&str; 7] = ["llama2", "llama3", "smollm2", "biases", "mistral", "
 
 /// Texts, and the scores from Python: a row per token.
 #[derive(Deserialize)]
-struct Expected {
-    ids: Vec<Vec<i32>>,
+pub struct Expected {
+    pub ids: Vec<Vec<i32>>,
     logits: Vec<Vec<f64>>,
 }
 
 impl Expected {
-    fn read(path: PathBuf) -> Self {
+    pub fn read(path: PathBuf) -> Self {
         serde_json::from_slice(&fs::read(path).unwrap()).unwrap()
     }
 
     /// The rows of some tokens of a text.
-    fn rows(&self, text: usize, tokens: std::ops::Range<usize>) -> Matrix {
+    pub fn rows(&self, text: usize, tokens: std::ops::Range<usize>) -> Matrix {
         let length = self.ids[0].len();
         let rows = &self.logits[text * length..][tokens];
         Matrix { rows: rows.len(), cols: rows[0].len(), data: rows.concat() }
@@ -54,7 +54,7 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/llama/fixtures").join(name)
 }
 
-fn tiny(name: &str) -> Llama<Plain> {
+pub fn tiny(name: &str) -> Llama<Plain> {
     pretrained::load(&fixture(name), None, &device::<Plain>()).unwrap().llama
 }
 

@@ -7,5 +7,6 @@ mod backend {
 mod bert;
 mod decoder;
 mod files;
+mod host;
 mod llamacpp;
 mod oracle;

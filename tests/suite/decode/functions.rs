@@ -129,20 +129,24 @@ fn attention_is_that_of_tensors() {
 #[test]
 fn attention_of_a_query_does_not_depend_on_other_queries() {
     let total = 400;
-    let q = random(total * 120, 1);
-    let [k, v] = [2, 3].map(|seed| random(total * 40, seed));
-    for window in [None, Some(7), Some(130)] {
-        let all = attend(&heads(None), [&q, &k, &v], window, false);
-        let mut start = 0;
-        for count in [1, 2, 5, 30, 64, 90, 1, 128, 79] {
-            let end = start + count;
-            let (of_q, of_k) = (start * 120..end * 120, 0..end * 40);
-            let part = [&q[of_q.clone()], &k[of_k.clone()], &v[of_k]];
-            let found = attend(&heads(None), part, window, false);
-            assert!(found == all[of_q], "{window:?}: queries {start} to {end}");
-            start = end;
+    for size in [2, 20, 64] {
+        let heads = Heads { size, ..heads(None) };
+        let [width, shared] = [6 * size, 2 * size];
+        let q = random(total * width, 1);
+        let [k, v] = [2, 3].map(|seed| random(total * shared, seed));
+        for window in [None, Some(7), Some(130)] {
+            let all = attend(&heads, [&q, &k, &v], window, false);
+            let mut start = 0;
+            for count in [1, 2, 5, 30, 64, 90, 1, 128, 79] {
+                let end = start + count;
+                let (of_q, of_k) = (start * width..end * width, 0..end * shared);
+                let part = [&q[of_q.clone()], &k[of_k.clone()], &v[of_k]];
+                let found = attend(&heads, part, window, false);
+                assert!(found == all[of_q], "{size}, {window:?}: queries {start} to {end}");
+                start = end;
+            }
+            assert_eq!(start, total);
         }
-        assert_eq!(start, total);
     }
 }
 

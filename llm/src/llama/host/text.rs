@@ -9,6 +9,8 @@ pub struct Text {
     /// How many of them were read as a prompt, or will be.
     prompt: usize,
     read: usize,
+    /// Whether it was longer than usual when it was read.
+    is_long: bool,
     /// The keys and the values of each layer, token by token. There is room for the next ones.
     layers: Vec<[Vec<f32>; 2]>,
 }
@@ -19,7 +21,7 @@ const ROOM: usize = 64;
 impl Text {
     pub(super) fn new(prompt: Vec<u32>, layers: usize) -> Self {
         let layers = (0..layers).map(|_| [const { Vec::new() }; 2]).collect();
-        Self { prompt: prompt.len(), ids: prompt, read: 0, layers }
+        Self { prompt: prompt.len(), ids: prompt, read: 0, is_long: false, layers }
     }
 
     /// All tokens.
@@ -122,11 +124,13 @@ impl Text {
         self.read += count;
     }
 
-    /// Begins again, if what is to be read makes the text longer than usual: all is then turned otherwise.
+    /// Begins again, if what is to be read makes the text longer than usual: all of it is then turned otherwise.
     pub(super) fn begin_again_beyond(&mut self, usual: usize) {
-        if (1..=usual).contains(&self.read) && self.ids.len() > usual {
+        let is_long = self.ids.len() > usual;
+        if self.read > 0 && is_long && !self.is_long {
             self.layers.iter_mut().flatten().for_each(Vec::clear);
             (self.read, self.prompt) = (0, self.ids.len());
         }
+        self.is_long = is_long;
     }
 }
