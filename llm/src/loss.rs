@@ -14,7 +14,7 @@ use burn_lora::{
 
 use crate::{
     data::{Batch, Text},
-    llama::Llama,
+    llama::{HostLlama, Llama, Step},
 };
 
 /// The sum over all targets of minus the logarithm of the probability that the model gives them: `[1]`.
@@ -119,4 +119,41 @@ pub fn evaluate<B: Backend>(
     }
     let targets: usize = texts.iter().map(Text::targets).sum();
     sum / targets as f64
+}
+
+/// The same by a [`HostLlama`], token by token as answers are computed, so many texts at once. `None` where there is none.
+pub fn evaluate_answers<B: Backend>(
+    llama: &Llama<B>,
+    texts: &[Text],
+    batch: usize,
+    exact: bool,
+) -> Option<f64> {
+    let mut llama = HostLlama::of(llama, exact)?;
+    let mut sum = 0.0;
+    for texts in texts.chunks(batch) {
+        let begin = |it: &Text| llama.text(it.ids[..it.given.max(1)].to_vec());
+        let mut running: Vec<_> = texts.iter().map(|it| (begin(it), &*it.ids)).collect();
+        running.retain(|(text, ids)| text.ids().len() < ids.len());
+        while !running.is_empty() {
+            let next: Vec<_> = running.iter().map(|(text, ids)| ids[text.ids().len()]).collect();
+            let steps = running.iter_mut();
+            let steps = steps.map(|(text, _)| Step { text, set: None, tokens: usize::MAX });
+            for (scores, next) in llama.read(steps.collect()).into_iter().zip(&next) {
+                let scores = scores.expect("all of the text was read");
+                sum += cross_entropy_of(scores, *next as usize);
+            }
+            running.iter_mut().zip(next).for_each(|((text, _), next)| text.push(next));
+            // Nothing comes after the last token.
+            running.retain(|(text, ids)| text.ids().len() < ids.len());
+        }
+    }
+    let targets: usize = texts.iter().map(Text::targets).sum();
+    Some(sum / targets as f64)
+}
+
+/// The cross-entropy of a token.
+fn cross_entropy_of(scores: &[f32], token: usize) -> f64 {
+    let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let total: f64 = scores.iter().map(|it| f64::from(it - top).exp()).sum();
+    total.ln() - f64::from(scores[token] - top)
 }

@@ -2,8 +2,9 @@
 
 use burn_lora::{Init, LoraAdapters, LoraConfig, LoraModule, quantize::Quantization};
 use burn_lora_llm::{
+    data,
     llama::{HostLlama, HostSet, Llama, Step, Text},
-    pretrained,
+    loss, pretrained,
     texts::{Reading, TextId, Texts},
 };
 
@@ -346,4 +347,26 @@ fn texts_can_be_ended_at_any_time() {
         texts.begin(Some("one"), vec![1]);
     }));
     assert!(unknown.is_err());
+}
+
+/// The same cross-entropy as on tensors, also where a prompt does not count.
+#[test]
+fn texts_are_evaluated_as_they_are_answered() {
+    let device = device::<Plain>();
+    let text = |length: u32, given| data::Text {
+        ids: (0..length).map(|it| it * it % 23).collect(),
+        given,
+    };
+    let texts = [text(30, 0), text(1, 0), text(9, 4), text(17, 1), text(5, 5), text(12, 11)];
+    for name in ["smollm2", "gemma2"] {
+        let (packed, _) = tiny(name).quantize(Quantization::Int8).unwrap();
+        let expected = loss::evaluate(&packed, &texts, 2, &device);
+        let found = [true, false].map(|exact| loss::evaluate_answers(&packed, &texts, 4, exact));
+        let [Some(exact), Some(fast)] = found else {
+            assert!(!HAS_OWN);
+            continue;
+        };
+        assert!((exact - expected).abs() < 1e-5 * expected, "{name}: {exact} and not {expected}");
+        assert!(fast != exact && (fast - expected).abs() < 0.01 * expected, "{name}: {fast}");
+    }
 }

@@ -225,6 +225,9 @@ pub struct EvaluateArgs {
         long, value_name = "BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true"
     )]
     pub mask_prompt: Option<bool>,
+    /// Also compute token by token, as answers are: what `generate` and `serve` do without --exact. Not on GPUs
+    #[arg(long)]
+    pub answers: bool,
 }
 
 #[derive(Parser, Debug)]

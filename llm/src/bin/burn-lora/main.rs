@@ -194,6 +194,9 @@ fn adapters(
     Ok((set, remembered))
 }
 
+/// The texts that are computed at once as answers are.
+const ANSWERS: usize = 16;
+
 fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
     let device = Default::default();
     let path = find(&args.base.model)?;
@@ -225,11 +228,19 @@ fn run_evaluate(args: &EvaluateArgs) -> Result<()> {
         let doing = format!("evaluating {name} on {} texts", texts.len());
         let loss = during(&doing, || loss::evaluate(llama, &texts, args.batch, &device));
         println!("{name:<24} loss {loss:.4}  perplexity {:.3}", loss.exp());
+        if !args.answers {
+            return Ok(());
+        }
+        let compute = || loss::evaluate_answers(llama, &texts, ANSWERS, false);
+        let none = || "--answers: this backend computes answers as `evaluate` does".to_owned();
+        let loss = during(&format!("{doing}, as it answers"), compute).ok_or_else(none)?;
+        println!("{:<24} loss {loss:.4}  perplexity {:.3}", "  as it answers", loss.exp());
+        Ok::<_, String>(())
     };
-    told("base", &llama);
+    told("base", &llama)?;
     if let Some((dir, (set, _))) = &adapter {
         let adapted = llama.switch(set).map_err(|error| error.to_string())?;
-        told(&dir.display().to_string(), &adapted);
+        told(&dir.display().to_string(), &adapted)?;
     }
     Ok(())
 }
