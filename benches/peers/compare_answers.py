@@ -1,5 +1,6 @@
 """Times answers of `burn-lora serve` beside those of llama.cpp's server (the wheel `xllamacpp`), in turn, from the same
-GGUF file: how fast prompts are read, one answer, eight at once, and eight with eight adapters. Prints a table in Markdown.
+GGUF file: how fast prompts are read, one answer, eight at once, and eight with eight adapters; how long clients wait for the
+first token and between tokens, and for how long a long prompt stops a running answer. Prints tables in Markdown.
 
     cargo build --release --bin burn-lora
     python -m venv env && env/bin/pip install xllamacpp==2026.10.11549 numpy safetensors gguf==0.19.0
@@ -116,13 +117,33 @@ def prefill(server, length):
 prefill.count = 0
 
 
-def decode(server, adapters):
-    """Tokens per second of answers at once, after their prompts."""
+def decode(server, adapters, waits=None):
+    """Tokens per second of answers at once, after their prompts. `waits` gets the times of waiting."""
     prompts = [f"Chapter {place}. Once upon a time there was a" for place in range(len(adapters))]
     times = server.answers(prompts, adapters, NEW)
     first, last = min(pieces[0] for _, pieces, *_ in times), max(pieces[-1] for _, pieces, *_ in times)
     assert all(new > NEW // 2 for *_, new in times), "answers are too short to be timed"
+    if waits is not None:
+        waits[0].extend(pieces[0] - start for start, pieces, *_ in times)
+        waits[1].extend(gap for _, pieces, *_ in times for gap in gaps(pieces))
     return sum(new - 1 for *_, new in times) / (last - first)
+
+
+def gaps(times):
+    return [later - earlier for earlier, later in zip(times, times[1:])]
+
+
+def pause(server):
+    """The longest time between two pieces of a running answer while a prompt of about 2,000 tokens is read."""
+    times = []
+    words = "Chapter 1. Once upon a time there was a"
+    running = threading.Thread(target=server.answer, args=(words, None, 4 * NEW, times))
+    running.start()
+    time.sleep(0.5)
+    prefill(server, 2000)
+    running.join()
+    [(_, pieces, *_)] = times
+    return max(gaps(pieces[5:]))
 
 
 CASES = {
@@ -149,6 +170,7 @@ def main():
         scales = lambda adapter: [{"id": it, "scale": float(it == adapter)} for it in range(ADAPTERS)]
         theirs = Server(command, lambda adapter: {"lora": scales(adapter), "ignore_eos": True, "cache_prompt": False}, "address")
         rates = {name: ([], []) for name in CASES}
+        waits, pauses = [([], []) for _ in range(2)], ([], [])
         for turn in range(turns + 1):
             for name, case in CASES.items():
                 for server, all in zip((theirs, ours), rates[name]):
@@ -156,10 +178,20 @@ def main():
                     # The first turn warms up.
                     if turn > 0:
                         all.append(rate)
+            for place, server in enumerate((theirs, ours)):
+                decode(server, [None] * 8, waits[place] if turn > 0 else None)
+                pauses[place].append(pause(server))
         print("| | llama.cpp, tokens/s | burn-lora, tokens/s | ratio |\n|---|---:|---:|---:|")
         for name, (peer, own) in rates.items():
             ratio = statistics.median(b / a for a, b in zip(peer, own))
             print(f"| {name} | {statistics.median(peer):.0f} | {statistics.median(own):.0f} | {ratio:.2f} |")
+        print("\n| ms | llama.cpp | burn-lora |\n|---|---:|---:|")
+        for place, name in enumerate(["the first of eight answers' tokens", "between two tokens of eight answers"]):
+            for share in (50, 99):
+                row = " | ".join(f"{1000 * statistics.quantiles(it[place], n=100)[share - 1]:.0f}" for it in waits)
+                print(f"| {name}, p{share} | {row} |")
+        row = " | ".join(f"{1000 * statistics.median(it[1:]):.0f}" for it in pauses)
+        print(f"| longest pause of an answer while 2,000 tokens are read | {row} |")
         for server in (theirs, ours):
             server.process.kill()
 

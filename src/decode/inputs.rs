@@ -1,4 +1,8 @@
 use burn_lora_kernels::Vector8;
+use rayon::prelude::*;
+
+/// From this number of numbers on, several threads round faster than one.
+const WORTH_THREADS: usize = 1 << 16;
 
 /// Rows that layers are applied to: `[rows, width]`.
 #[derive(Clone, Debug, Default)]
@@ -6,7 +10,7 @@ pub struct Inputs {
     width: usize,
     numbers: Vec<f32>,
     few: usize,
-    /// The first rows in 8 bits, if they are wanted.
+    /// The rows in 8 bits, if they are wanted.
     rounded: Vec<Vector8>,
     rounds: bool,
 }
@@ -55,23 +59,31 @@ impl Inputs {
     }
 
     /// Prepares the rows for products. The first `few` are multiplied by reading each weight once for all of them, the
-    /// others as tensors are. With `rounds`, the first are rounded to 8 bits where the weight has at most 8 bits, which is
-    /// several times as fast: each 32 numbers share a scale, and are off by at most 1/254 of the largest of them.
+    /// others as tensors are.
+    ///
+    /// With `rounds`, few rows are rounded to 8 bits where the weight has at most 8 bits, which is several times as fast: each
+    /// 32 numbers share a scale, and are off by at most 1/254 of the largest of them. So are many rows on processors with VNNI,
+    /// on which a step takes no longer then if there are some more of them, unless they are multiplied in
+    /// [bf16](crate::nn::Precision::Bf16).
     ///
     /// # Panics
     ///
     /// If there are fewer rows.
     pub fn prepare(&mut self, few: usize, rounds: bool) {
-        assert!(few <= self.rows(), "{few} of {} rows", self.rows());
+        let rows = self.rows();
+        assert!(few <= rows, "{few} of {rows} rows");
         (self.few, self.rounds) = (few, rounds);
         if !rounds {
             return;
         }
-        self.rounded.resize_with(self.rounded.len().max(few), Vector8::default);
-        for (rounded, row) in
-            self.rounded.iter_mut().zip(self.numbers.chunks_exact(self.width)).take(few)
-        {
-            rounded.set(row);
+        self.rounded.resize_with(self.rounded.len().max(rows), Vector8::default);
+        let numbers = self.numbers.par_chunks_exact(self.width);
+        let set = |(rounded, row): (&mut Vector8, &[f32])| rounded.set(row);
+        match self.numbers.len() < WORTH_THREADS {
+            true => {
+                self.rounded.iter_mut().zip(self.numbers.chunks_exact(self.width)).for_each(set)
+            }
+            false => self.rounded[..rows].par_iter_mut().zip(numbers).for_each(set),
         }
     }
 
@@ -80,9 +92,9 @@ impl Inputs {
         self.few
     }
 
-    /// Those in 8 bits.
+    /// All rows in 8 bits.
     pub(super) fn rounded(&self) -> Option<&[Vector8]> {
-        self.rounds.then(|| &self.rounded[..self.few])
+        self.rounds.then(|| &self.rounded[..self.rows()])
     }
 
     pub(super) fn row(&self, row: usize) -> &[f32] {

@@ -23,13 +23,13 @@ use rand::{SeedableRng, rngs::StdRng};
 use tokio::sync::mpsc::{Receiver, UnboundedSender};
 
 /// For how long a part of a prompt may keep those waiting who are being answered.
-const PAUSE: Duration = Duration::from_millis(60);
+const PAUSE: Duration = Duration::from_millis(40);
 
 /// The seconds that a token of a prompt takes, until one is read.
 const FIRST_PACE: f64 = 1.0 / 500.0;
 
 /// The least tokens of a prompt that are read at once.
-const LEAST: usize = 16;
+const LEAST: usize = 8;
 
 /// What is asked for.
 pub struct Job {
