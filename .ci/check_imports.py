@@ -11,8 +11,8 @@ src = Path(__file__).resolve().parent.parent / "src"
 # The modules of a folder, the lowest first.
 orders = {
     "src": """error pattern files table decomposition tensors burn_faults config precision quantized gguf_file ops products adapter layer
-        adapters traverse model overlay formats train serve""",
-    "src/ops": """pool backend operation autodiff rows simd patches quantized bf16 weight times linear mixed conv columns channels
+        decode adapters traverse model overlay formats train serve""",
+    "src/ops": """pool backend operation autodiff rows simd patches quantized slices bf16 weight host times linear mixed conv columns channels
         gelu gated heads rotation normalize attention cross_entropy along dispatch testing""",
 }
 problems = []

@@ -7,8 +7,8 @@
 //!            └─► step: the scores of the next token ─► …                              end
 //! ```
 //!
-//! On `flex` and `ndarray` a step is one pass of a [`HostLlama`](crate::llama::HostLlama), which reads parts of prompts beside
-//! the tokens of answers. On other backends it is passes of a [`Llama`](crate::llama::Llama) with a [`Cache`].
+//! On `flex` and `ndarray` a step is one pass of a [`HostLlama`], which reads parts of prompts beside
+//! the tokens of answers. On other backends it is passes of a [`Llama`] with a [`Cache`].
 
 mod host;
 mod prefixes;
@@ -48,7 +48,7 @@ pub struct Texts<B: Backend> {
 #[derive(Debug)]
 enum Way<B: Backend> {
     Host(Box<HostTexts>),
-    Tensors(TensorTexts<B>),
+    Tensors(Box<TensorTexts<B>>),
 }
 
 impl<B: Backend> Texts<B> {
@@ -60,7 +60,7 @@ impl<B: Backend> Texts<B> {
     pub fn new(llama: Llama<B>, reading: Reading) -> Result<Self, LoraError> {
         let way = match HostLlama::of(&llama, reading.exact) {
             Some(llama) => Way::Host(Box::new(HostTexts::new(llama, reading))),
-            None => Way::Tensors(TensorTexts::default()),
+            None => Way::Tensors(Box::default()),
         };
         Ok(Self { models: MultiLora::new(llama)?, way, next: 0 })
     }

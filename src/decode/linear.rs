@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::{Inputs, Update, share};
 use crate::{
-    LoraLinear,
+    layer::LoraLinear,
     ops::{HostWeight, OnHost, run, slices},
     quantized::Weight,
     tensors::at_least_f32,

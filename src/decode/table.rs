@@ -3,7 +3,7 @@ use std::sync::Arc;
 use burn::tensor::backend::Backend;
 
 use super::{Linear, Update, linear::on_host};
-use crate::{LoraAdapter, nn::LoraEmbedding};
+use crate::{adapter::LoraAdapter, layer::LoraEmbedding};
 
 /// A table of embeddings in the memory of the host: `[n_embedding, d_model]`.
 #[derive(Clone, Debug)]

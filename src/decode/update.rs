@@ -1,6 +1,10 @@
 use burn::tensor::{Tensor, TensorData, backend::Backend};
 
-use crate::{LoraAdapter, adapter::Tie, ops::slices, tensors::at_least_f32};
+use crate::{
+    adapter::{LoraAdapter, Tie},
+    ops::slices,
+    tensors::at_least_f32,
+};
 
 /// What an adapter adds to the output of a layer, `s·((x·A)·B + bias)`, in the memory of the host. The factors are copied.
 #[derive(Clone, Debug)]

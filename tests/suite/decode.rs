@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// Whether the backend of the tests has layers on slices.
-const HAS_OWN: bool = !cfg!(feature = "wgpu");
+static HAS_OWN: bool = !cfg!(feature = "wgpu");
 
 const RANKS: [usize; 2] = [3, 8];
 

@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// Whether the backend of the tests has decoders on slices.
-const HAS_OWN: bool = !cfg!(feature = "wgpu");
+static HAS_OWN: bool = !cfg!(feature = "wgpu");
 
 const ALL: [&str; 13] = [
     "llama2", "llama3", "smollm2", "biases", "mistral", "qwen2", "qwen3", "gemma2", "gemma3",

@@ -5,7 +5,7 @@ use crate::quantized::{APART, Format, Levels};
 /// Unpacks a row, or whole blocks of it, into `numbers`. In some formats there is a scale for each block, and in some a
 /// smallest number.
 #[inline(always)]
-pub(in crate::ops) fn unpack_row(
+pub fn unpack_row(
     format: Format,
     bytes: &[u8],
     scales: &[f32],
@@ -53,7 +53,7 @@ pub(super) fn widened(bytes: [u8; 2]) -> f32 {
 /// The finite number that these bytes are in half precision. The exponent of an `f32` counts from 127 and that of a half
 /// from 15, so the bits in the place of those of an `f32` are a number that is 2¹¹² times too small.
 #[inline(always)]
-pub(in crate::ops) fn of_half(bytes: [u8; 2]) -> f32 {
+pub fn of_half(bytes: [u8; 2]) -> f32 {
     const TOO_SMALL: f32 = f32::from_bits((127 + 112) << 23);
 
     let bits = u16::from_le_bytes(bytes);
