@@ -29,9 +29,10 @@
 //! decode::forward([&linear], &x, |_, row| updates[row], [&mut y]);
 //! ```
 //!
-//! Rows are of two kinds. The first are *few*: tokens of answers. They may be multiplied in 8 bits with weights that are
-//! held in at most 8 bits ([`Inputs::prepare`]). The others are *many*: prompts that are read. They are multiplied as
-//! tensors are. Whatever other rows there are, the result of a row is the same, to the bit.
+//! Rows are of two kinds. The first are *few*: tokens of answers, for which each weight is read once for all of them. The
+//! others are *many*: prompts that are read, which are multiplied as tensors are. Both may be multiplied in 8 bits where
+//! weights are held in at most 8 bits ([`Inputs::prepare`]). Whatever other rows there are, the result of a row is the same,
+//! to the bit.
 //!
 //! All of this needs one of the features `flex` and `ndarray`, and their backends.
 

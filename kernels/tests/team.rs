@@ -47,11 +47,14 @@ fn threads_that_sleep_are_woken() {
 #[test]
 fn several_threads_can_have_work_at_once() {
     let (team, sum) = (Team::new(1), AtomicUsize::new(0));
+    let add = |to: &AtomicUsize, index| {
+        to.fetch_add(index, Relaxed);
+    };
     thread::scope(|scope| {
         for _ in 0..4 {
             scope.spawn(|| {
                 for _ in 0..500 {
-                    team.run(10, |index| drop(sum.fetch_add(index, Relaxed)));
+                    team.run(10, |index| add(&sum, index));
                 }
             });
         }
@@ -59,7 +62,7 @@ fn several_threads_can_have_work_at_once() {
     assert_eq!(sum.into_inner(), 4 * 500 * 45);
     // Work within work.
     let sum = AtomicUsize::new(0);
-    team.run(5, |_| team.run(4, |index| drop(sum.fetch_add(index, Relaxed))));
+    team.run(5, |_| team.run(4, |index| add(&sum, index)));
     assert_eq!(sum.into_inner(), 5 * 6);
 }
 

@@ -31,7 +31,7 @@ pub type Scores = Vec<(TextId, Vec<f32>)>;
 /// How texts are read.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
-    /// Whether tokens of answers are multiplied in `f32`, and not in 8 bits where weights are held in at most 8 bits.
+    /// Whether all is multiplied in `f32`, as in [`HostLlama::of`].
     pub exact: bool,
     /// The bytes of keys and values that are kept of texts that have ended, for others that begin in the same way.
     pub prefix_bytes: usize,

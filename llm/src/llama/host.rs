@@ -53,8 +53,8 @@ impl HostLlama {
     /// The decoder, with its adapters. `None` on other backends than `flex` and `ndarray`, or with
     /// [DoRA](burn_lora::LoraConfig::dora)'s magnitudes.
     ///
-    /// With `exact`, tokens of answers are multiplied in `f32`. Otherwise, where a weight is held in at most 8 bits, they are
-    /// multiplied in 8 bits, and adapters are held in half precision.
+    /// With `exact`, all is multiplied in `f32`. Otherwise, where a weight is held in at most 8 bits, tokens are multiplied in 8
+    /// bits (those of prompts only where that is [fast](Inputs::prepare)), and adapters are held in half precision.
     pub fn of<B: Backend>(llama: &Llama<B>, exact: bool) -> Option<Self> {
         let table = &llama.model.embed_tokens;
         let table = Table::of(table, has_halves(table.quantized(), exact))?;
