@@ -164,7 +164,7 @@ def main():
     with tempfile.TemporaryDirectory() as dir:
         dir = Path(dir)
         files = list(write_adapters(program, model, dir))
-        ours = Server([program, "serve", "--model", model, "--adapters", dir / "sets", "--port", "0"],
+        ours = Server([program, "serve", "--model", model, "--adapters", dir / "sets", "--port", "0", "--prefix-memory", "0"],
                       lambda adapter: {"model": "base" if adapter is None else f"set{adapter}"}, "Serving on")
         command = [sys.executable, __file__, "--llamacpp", model, *files]
         scales = lambda adapter: [{"id": it, "scale": float(it == adapter)} for it in range(ADAPTERS)]

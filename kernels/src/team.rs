@@ -5,10 +5,10 @@
 
 use std::{
     any::Any,
-    hint,
+    hint, mem,
     panic::{AssertUnwindSafe, catch_unwind, resume_unwind},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{
             AtomicU32, AtomicUsize,
             Ordering::{Acquire, Relaxed, Release, SeqCst},
@@ -98,7 +98,7 @@ impl Team {
     ///
     /// # Panics
     ///
-    /// If a call panics, after all others.
+    /// If a call panics. Work that is shared is done by then, but for that call.
     pub fn run<F: Fn(usize) + Sync>(&self, count: usize, work: F) {
         /// # Safety
         ///
@@ -107,10 +107,12 @@ impl Team {
             // SAFETY: as above.
             unsafe { (*data.cast::<F>())(index) }
         }
-        let leader = self.leader.try_lock();
-        if count < 2 || self.threads.is_empty() || leader.is_err() {
-            return (0..count).for_each(work);
-        }
+        let leader = match self.leader.try_lock() {
+            _ if count < 2 || self.threads.is_empty() => return (0..count).for_each(work),
+            Ok(leader) => leader,
+            Err(TryLockError::Poisoned(leader)) => leader.into_inner(),
+            Err(TryLockError::WouldBlock) => return (0..count).for_each(work),
+        };
         let (shared, work) =
             (&*self.shared, Work { data: (&raw const work).cast(), call: call::<F>, count });
         shared.next.store(0, Relaxed);
@@ -190,7 +192,12 @@ impl Shared {
             // SAFETY: the closure is there. This is the thread that has it, or `Team::run` waits until this one is not busy.
             let done = catch_unwind(AssertUnwindSafe(|| unsafe { call(data, index) }));
             if let Err(panic) = done {
-                lock(&self.panic).get_or_insert(panic);
+                let mut first = lock(&self.panic);
+                match *first {
+                    None => *first = Some(panic),
+                    // To drop it may panic in turn, while others still call the closure.
+                    Some(_) => mem::forget(panic),
+                }
             }
         }
     }

@@ -62,6 +62,9 @@ pub fn generate<B: Backend>(
     Ok(new)
 }
 
+/// Below this temperature no other token than the best has a chance that could be told from none.
+const COLD: f64 = 1e-5;
+
 impl Sampling {
     /// The token that comes next.
     ///
@@ -70,7 +73,7 @@ impl Sampling {
     /// If there are no scores.
     pub fn choose(&self, scores: &[f32], rng: &mut StdRng) -> u32 {
         let by_score = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]);
-        if self.temperature == 0.0 {
+        if self.temperature < COLD {
             let best = (0..scores.len()).min_by(by_score);
             return best.expect("there are tokens") as u32;
         }
@@ -96,7 +99,8 @@ impl Sampling {
 fn nucleus(mut ids: Vec<usize>, weights: &[f32], wanted: f64) -> (Vec<usize>, f64) {
     let by_weight = |a: &usize, b: &usize| weights[*b].total_cmp(&weights[*a]);
     let (mut kept, mut total, mut step) = (0, 0.0, 64);
-    while total < wanted && kept < ids.len() {
+    // At least one, also where weights are no numbers.
+    while kept < ids.len() && (kept == 0 || total < wanted) {
         let rest = &mut ids[kept..];
         step = rest.len().min(4 * step);
         if step < rest.len() {
@@ -104,7 +108,7 @@ fn nucleus(mut ids: Vec<usize>, weights: &[f32], wanted: f64) -> (Vec<usize>, f6
         }
         rest[..step].sort_unstable_by(by_weight);
         for &id in &rest[..step] {
-            if total >= wanted {
+            if kept > 0 && total >= wanted {
                 break;
             }
             total += f64::from(weights[id]);

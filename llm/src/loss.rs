@@ -122,6 +122,10 @@ pub fn evaluate<B: Backend>(
 }
 
 /// The same by a [`HostLlama`], token by token as answers are computed, so many texts at once. `None` where there is none.
+///
+/// # Panics
+///
+/// If `batch` is 0.
 pub fn evaluate_answers<B: Backend>(
     llama: &Llama<B>,
     texts: &[Text],

@@ -31,7 +31,7 @@ pub type Scores = Vec<(TextId, Vec<f32>)>;
 /// How texts are read.
 #[derive(Clone, Copy, Debug)]
 pub struct Reading {
-    /// Whether all is multiplied in `f32`, as in [`HostLlama::of`].
+    /// As in [`HostLlama::of`].
     pub exact: bool,
     /// The bytes of keys and values that are kept of texts that have ended, for others that begin in the same way.
     pub prefix_bytes: usize,
@@ -74,9 +74,9 @@ impl<B: Backend> Texts<B> {
         if self.models.names().any(|it| it == name) {
             return Ok(());
         }
+        let adapted = self.models.base().switch(set)?;
         self.models.insert(name, set)?;
         if let Way::Host(texts) = &mut self.way {
-            let adapted = self.models.base().switch(set)?;
             texts.insert(name, &*adapted);
         }
         Ok(())
@@ -107,11 +107,11 @@ impl<B: Backend> Texts<B> {
         id
     }
 
-    /// Adds a token to a text that was read to its end.
+    /// Adds a token to a text, whose last scores it was chosen from.
     ///
     /// # Panics
     ///
-    /// If there is no such text.
+    /// If there is no such text, or its prompt was not read.
     pub fn push(&mut self, text: TextId, token: u32) {
         match &mut self.way {
             Way::Host(texts) => texts.push(text, token),
@@ -125,6 +125,11 @@ impl<B: Backend> Texts<B> {
             Way::Host(texts) => texts.end(text),
             Way::Tensors(texts) => texts.end(text),
         }
+        self.drop_unused();
+    }
+
+    /// Drops the sets that no text uses.
+    fn drop_unused(&mut self) {
         let unused: Vec<_> =
             self.models.names().filter(|it| !self.uses(it)).map(str::to_owned).collect();
         for set in unused {
@@ -144,11 +149,11 @@ impl<B: Backend> Texts<B> {
 
     /// Ends all texts. For callers that found that something went wrong in a step.
     pub fn clear(&mut self) {
-        let texts = match &self.way {
-            Way::Host(texts) => texts.ids(),
-            Way::Tensors(texts) => texts.ids(),
-        };
-        texts.into_iter().for_each(|it| self.end(it));
+        match &mut self.way {
+            Way::Host(texts) => texts.clear(),
+            Way::Tensors(texts) => texts.clear(),
+        }
+        self.drop_unused();
     }
 
     /// Reads the tokens that were pushed, and at most `prompt_tokens` of prompts, those that were begun first before the

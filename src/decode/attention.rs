@@ -57,7 +57,7 @@ impl Reading<'_> {
 ///
 /// # Panics
 ///
-/// If the slices of a text do not fit each other and the heads.
+/// If the slices of a text do not fit each other and the heads, or a single one has several queries.
 pub fn attend(heads: &Heads, texts: Vec<Reading>) {
     let Heads { queries, shared, size, .. } = *heads;
     assert!(shared > 0 && queries.is_multiple_of(shared), "{queries} heads cannot share {shared}");

@@ -27,7 +27,8 @@ impl Inputs {
         inputs
     }
 
-    /// Changes the numbers of rows and of columns. What numbers there are then is not said.
+    /// Changes the numbers of rows and of columns. What numbers there are then is not said, and no row is few until
+    /// [`prepare`](Self::prepare) is called.
     ///
     /// # Panics
     ///
@@ -36,6 +37,7 @@ impl Inputs {
         assert!(width > 0, "rows must have numbers, got a width of 0");
         self.width = width;
         self.numbers.resize(rows * width, 0.0);
+        (self.few, self.rounds) = (0, false);
     }
 
     /// The number of rows.

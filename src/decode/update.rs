@@ -31,7 +31,8 @@ impl Update {
     /// The update of a linear layer. `None` with [DoRA](crate::LoraConfig::dora)'s magnitudes, which change the layer itself.
     ///
     /// With `halves`, the factors are rounded to half precision: a step reads all of them from memory, and that is what they
-    /// cost. Their numbers are then off by at most 1/2048 of themselves.
+    /// cost. Their numbers are then off by at most 1/2048 of themselves, or less than 2⁻²⁴ of the largest one. Factors that are
+    /// not finite stay as they are.
     pub fn of<B: Backend>(adapter: &LoraAdapter<B>, halves: bool) -> Option<Self> {
         Self::by(adapter, halves, |[a, b]| [a.transpose(), b])
     }
@@ -61,6 +62,9 @@ impl Update {
         if adapter.magnitude.is_some() {
             return None;
         }
+        // What starts from the weight has twice the rank, with what is taken away at first.
+        let [a, _] = adapter.factors();
+        let rank = a.dims()[1];
         let factors = order(adapter.factors()).map(|it| numbers(at_least_f32(it).into_data()));
         let bias = adapter.bias_delta().map(|it| numbers(at_least_f32(it).into_data()));
         let mut scale = adapter.scale() as f32;
@@ -72,7 +76,7 @@ impl Update {
             }
             false => Factor::Full(numbers),
         });
-        Some(Self { rank: adapter.rank(), scale, a, b, bias })
+        Some(Self { rank, scale, a, b, bias })
     }
 
     /// `s·(x·A)`, to be added by [`add`](Self::add), from a rank on.
@@ -136,7 +140,7 @@ impl Factor {
     /// power.
     fn halves(mut numbers: Vec<f32>) -> (Self, f32) {
         let largest = numbers.iter().fold(0.0_f32, |largest, it| largest.max(it.abs()));
-        if !largest.is_normal() {
+        if !largest.is_normal() || !numbers.iter().all(|it| it.is_finite()) {
             return (Self::Full(numbers), 1.0);
         }
         let unit = largest.log2().floor().exp2();

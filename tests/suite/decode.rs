@@ -9,7 +9,7 @@ use burn::{
     tensor::{Tensor, TensorData},
 };
 use burn_lora::{
-    LoraAdapter, LoraLinear, Scaling,
+    Init, LoraAdapter, LoraConfig, LoraLinear, Scaling,
     decode::{self, Inputs, Linear, Update},
     quantize::{GgufType, Quantization, QuantizedWeight},
 };
@@ -292,6 +292,29 @@ fn several_layers_at_once_give_what_each_gives() {
         let layers = [&layers[0], &layers[1], &layers[2]];
         decode::forward(layers, &inputs, |layer, _| Some(&updates[layer]), [one, two, three]);
         assert!(found.to_vec() == expected);
+    }
+}
+
+/// An adapter that starts from the weight holds what is taken away at first, beside its factors.
+#[test]
+fn adapters_that_start_from_the_weight_are_what_they_are_on_tensors() {
+    if !HAS_OWN {
+        return;
+    }
+    let (device, shape) = (device::<Plain>(), [60, 44]);
+    let weight: Tensor<Plain, 2> = Matrix::random(60, 44, 1).tensor(shape, &device);
+    let base = BurnLinear { weight: Param::from_tensor(weight), bias: None };
+    let mut adapted: LoraLinear<Plain> = LoraConfig::new(4, 6.0).with_init(Init::Pissa).init(base);
+    let mut adapter = adapted.adapter().unwrap().clone();
+    // It has learned something.
+    adapter.b = adapter.b.map(|b: Tensor<Plain, 2>| b * 1.5);
+    adapted.set_adapter(Some(adapter));
+    let x = Matrix::random(3, 60, 2);
+    let expected = matrix(adapted.forward(x.tensor::<Plain, 2>([3, 60], &device)), 3);
+    let none = Matrix::from_fn(3, 44, |_, _| 0.0);
+    let host = Linear::of(&adapted, false).unwrap();
+    for few in [0, 2] {
+        assert_near(&forward(&host, &x, few, false, &[None]), &expected, &none, "PiSSA");
     }
 }
 

@@ -54,7 +54,7 @@ impl Vector8 {
         self.len == 0
     }
 
-    /// The codes of each 32 numbers, from -127 to 127. The last blocks may be filled up with zeros, and there may be
+    /// The codes of each 32 numbers, from -127 to 127. Those of a block whose scale is 0 or NaN mean nothing. The last blocks may be filled up with zeros, and there may be
     /// more blocks of zeros after them.
     pub fn codes(&self) -> &[[i8; BLOCK]] {
         &self.codes

@@ -53,7 +53,8 @@ impl HostLlama {
     /// The decoder, with its adapters. `None` on other backends than `flex` and `ndarray`, or with
     /// [DoRA](burn_lora::LoraConfig::dora)'s magnitudes.
     ///
-    /// With `exact`, all is multiplied in `f32`. Otherwise, where a weight is held in at most 8 bits, tokens are multiplied in 8
+    /// With `exact`, all is multiplied in `f32`, but for prompts where the model is set to [bf16](burn_lora::nn::Precision).
+    /// Otherwise, where a weight is held in at most 8 bits, tokens are multiplied in 8
     /// bits (those of prompts only where that is [fast](Inputs::prepare)), and adapters are held in half precision.
     pub fn of<B: Backend>(llama: &Llama<B>, exact: bool) -> Option<Self> {
         let table = &llama.model.embed_tokens;
@@ -95,7 +96,8 @@ impl HostLlama {
     ///
     /// # Panics
     ///
-    /// If a text has no token to be read.
+    /// If a text has no token to be read, or one that the decoder does not know, or if it or its set was made for another
+    /// decoder.
     pub fn read(&mut self, mut steps: Vec<Step>) -> Vec<Option<&mut [f32]>> {
         let usual = self.design.ropes.iter().find_map(|it| it.usual_length());
         for step in &mut steps {
@@ -151,16 +153,18 @@ impl HostLlama {
         steps.finish();
     }
 
-    /// Has a text take over what another one, with the same adapters, has read of the prompt that both begin with. Returns
-    /// how many tokens need not be read any more.
-    pub fn take_over(&self, text: &mut Text, other: &Text) -> usize {
-        // Where the length decides how tokens are turned, those of one text are not those of the other.
-        if self.design.ropes.iter().any(|it| it.depends_on_length()) {
-            return 0;
+    /// Whether texts that begin with the same tokens have the same keys and values. Where the length decides how tokens are
+    /// turned, those of one text are not those of the other.
+    pub fn shares_prefixes(&self) -> bool {
+        !self.design.ropes.iter().any(|it| it.depends_on_length())
+    }
+
+    /// Has a text take over what another one, with the same adapters, has read of the prompt that both begin with, if prefixes
+    /// are [shared](Self::shares_prefixes).
+    pub fn take_over(&self, text: &mut Text, other: &Text) {
+        if self.shares_prefixes() {
+            text.take_over(other, text.common(other));
         }
-        let common = text.common(other);
-        text.take_over(other, common);
-        common
     }
 }
 

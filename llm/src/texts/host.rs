@@ -27,6 +27,8 @@ struct Running {
     id: TextId,
     set: Option<String>,
     text: Text,
+    /// Whether its prompt is kept when it ends.
+    is_kept: bool,
 }
 
 impl HostTexts {
@@ -47,27 +49,34 @@ impl HostTexts {
 
     pub fn forget(&mut self, set: &str) {
         self.prefixes.forget(set);
+        let texts = self.running.iter_mut().filter(|it| it.set.as_deref() == Some(set));
+        texts.for_each(|it| it.is_kept = false);
     }
 
     pub fn begin(&mut self, id: TextId, set: Option<String>, prompt: Vec<u32>) {
         let text = self.llama.text(prompt);
-        self.running.push(Running { id, set, text });
+        self.running.push(Running { id, set, text, is_kept: true });
     }
 
     pub fn push(&mut self, id: TextId, token: u32) {
         let running = self.running.iter_mut().find(|it| it.id == id);
-        running.expect("the text has begun").text.push(token);
+        let text = &mut running.expect("the text has begun").text;
+        assert!(text.is_answered() && text.unread() == 0, "the text was not read to its end");
+        text.push(token);
     }
 
     pub fn end(&mut self, id: TextId) {
         if let Some(place) = self.running.iter().position(|it| it.id == id) {
-            let Running { set, text, .. } = self.running.remove(place);
-            self.prefixes.keep(set, text);
+            let Running { set, text, is_kept, .. } = self.running.remove(place);
+            if is_kept && self.llama.shares_prefixes() {
+                self.prefixes.keep(set, text);
+            }
         }
     }
 
-    pub fn ids(&self) -> Vec<TextId> {
-        self.running.iter().map(|it| it.id).collect()
+    /// Drops all texts. Nothing of them is kept: a step may have ended in its middle.
+    pub fn clear(&mut self) {
+        self.running.clear();
     }
 
     pub fn uses(&self, set: &str) -> bool {
@@ -102,14 +111,13 @@ impl HostTexts {
             if room == 0 {
                 continue;
             }
-            if self.running[place].text.read() == 0 {
+            if self.llama.shares_prefixes() && !self.running[place].text.has_computed() {
                 self.take_over(place);
                 let own = &self.running[place];
                 let waits = self.running[..place].iter().zip(&tokens).any(|(other, tokens)| {
                     let common = || own.text.common_ids(&other.text);
-                    *tokens > 0
-                        && other.set == own.set
-                        && common() >= own.text.read() + WORTH_WAITING
+                    let is_read = *tokens > 0 && !other.text.is_answered() && other.set == own.set;
+                    is_read && common() >= own.text.read() + WORTH_WAITING
                 });
                 // Another one is reading what this one begins with.
                 if waits {
@@ -129,8 +137,10 @@ impl HostTexts {
         let others = self.running.iter().filter(|it| it.set == own.set).map(|it| &it.text);
         let others = others.chain(self.prefixes.of(own.set.as_deref()));
         let longest = others.max_by_key(|it| own.text.common(it));
-        if let Some(longest) = longest {
-            self.counts.reused += self.llama.take_over(&mut own.text, longest);
+        let before = own.text.read();
+        if let Some(longest) = longest.filter(|it| own.text.common(it) > before) {
+            self.llama.take_over(&mut own.text, longest);
+            self.counts.reused += own.text.read() - before;
             self.prefixes.used(own.set.as_deref(), &own.text);
         }
         self.running.insert(place, own);

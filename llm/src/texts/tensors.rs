@@ -64,9 +64,11 @@ impl<B: Backend> TensorTexts<B> {
         }
     }
 
-    pub fn ids(&self) -> Vec<TextId> {
-        let waiting = self.waiting.iter().map(|it| it.id);
-        waiting.chain(self.rows.iter().map(|it| it.id)).collect()
+    /// Drops all texts, without any work on the device.
+    pub fn clear(&mut self) {
+        self.waiting.clear();
+        self.rows.clear();
+        (self.cache, self.model) = (None, None);
     }
 
     pub fn uses(&self, set: &str) -> bool {

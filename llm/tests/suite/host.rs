@@ -322,6 +322,11 @@ fn texts_that_depend_on_their_length_share_nothing() {
         assert!(answers(&mut kept, &[], &asked, part) == alone);
     }
     assert_eq!(kept.counts().reused, 0);
+    // Nor does one wait for the other.
+    let prompt: Vec<_> = (0..40).map(|it| it % 23).collect();
+    kept.begin(None, [&*prompt, &[1]].concat());
+    kept.begin(None, [&*prompt, &[2]].concat());
+    assert_eq!(kept.step(1000).unwrap().len(), 2);
 }
 
 #[test]

@@ -9,6 +9,8 @@ pub struct Text {
     /// How many of them were read as a prompt, or will be.
     prompt: usize,
     read: usize,
+    /// Whether tokens were read that were not taken over.
+    has_computed: bool,
     /// Whether it was longer than usual when it was read.
     is_long: bool,
     /// The keys and the values of each layer, token by token. There is room for the next ones.
@@ -21,7 +23,14 @@ const ROOM: usize = 64;
 impl Text {
     pub(super) fn new(prompt: Vec<u32>, layers: usize) -> Self {
         let layers = (0..layers).map(|_| [const { Vec::new() }; 2]).collect();
-        Self { prompt: prompt.len(), ids: prompt, read: 0, is_long: false, layers }
+        Self {
+            prompt: prompt.len(),
+            ids: prompt,
+            read: 0,
+            has_computed: false,
+            is_long: false,
+            layers,
+        }
     }
 
     /// All tokens.
@@ -64,6 +73,11 @@ impl Text {
             .zip(&other.ids[..other.prompt])
             .take_while(|(own, other)| own == other)
             .count()
+    }
+
+    /// Whether tokens were read that were not taken over from another text.
+    pub fn has_computed(&self) -> bool {
+        self.has_computed
     }
 
     /// Whether the prompt was read, so that only tokens of the answer are to come.
@@ -122,6 +136,7 @@ impl Text {
     /// So many tokens were read by all layers.
     pub(super) fn finish(&mut self, count: usize) {
         self.read += count;
+        self.has_computed = true;
     }
 
     /// Begins again, if what is to be read makes the text longer than usual: all of it is then turned otherwise.

@@ -85,8 +85,9 @@ pub struct Engine {
     rows: Vec<Row>,
     /// The fingerprints of the sets that were last asked for, by their names.
     sets: BTreeMap<String, String>,
-    /// The seconds that a token of a prompt took lately.
+    /// The seconds that a token of a prompt took lately, and that a step without any took.
     pace: f64,
+    without: f64,
 }
 
 impl Engine {
@@ -99,7 +100,7 @@ impl Engine {
     ) -> Result<Self> {
         let texts = Texts::new(llama, reading).map_err(|error| error.to_string())?;
         let (rows, sets) = Default::default();
-        Ok(Self { texts, chat, batch, metrics, rows, sets, pace: FIRST_PACE })
+        Ok(Self { texts, chat, batch, metrics, rows, sets, pace: FIRST_PACE, without: 0.0 })
     }
 
     /// Answers until the queue is closed and empty.
@@ -121,7 +122,13 @@ impl Engine {
                 for row in self.rows.drain(..) {
                     let _ = row.answer.send(Event::Failed(problem.clone()));
                 }
-                self.texts.clear();
+                let clear = || {
+                    self.texts.clear();
+                    Ok(())
+                };
+                if let Err(problem) = caught(clear) {
+                    eprintln!("error: {problem}");
+                }
             }
             self.metrics.batch(self.rows.len());
         }
@@ -183,8 +190,12 @@ impl Engine {
         let read = counts.read - before.read;
         self.metrics.prompt_tokens.add(read);
         self.metrics.reused_tokens.add(counts.reused - before.reused);
-        if read >= LEAST {
-            self.pace = start.elapsed().as_secs_f64() / read as f64;
+        let spent = start.elapsed().as_secs_f64();
+        match read {
+            0 => self.without = spent,
+            // Noise must not let it come out as nothing.
+            _ if read >= LEAST => self.pace = (spent - self.without).max(spent / 4.0) / read as f64,
+            _ => {}
         }
         let count = scores.len();
         for (id, scores) in scores {
@@ -214,7 +225,7 @@ fn waiting(jobs: &mut Receiver<Job>) -> Option<Job> {
     std::iter::from_fn(|| jobs.try_recv().ok()).find(|job| !job.answer.is_closed())
 }
 
-/// The result of the work. A panic is an error of the requests that it was for, and of no others.
+/// The result of the work. A panic is an error of the requests that it was for: all texts that are under way, if it was a step.
 fn caught(work: impl FnOnce() -> Result<()>) -> Result<()> {
     let panicked =
         |_| Err("the engine has panicked; its message is in the server's log".to_owned());

@@ -212,6 +212,7 @@ impl Server {
 
     /// Reads a request, and puts it into the queue.
     fn prepare(&self, body: &[u8], kind: Kind) -> Result<Answering, Fault> {
+        let asked = Instant::now();
         let request = Request::parse(kind, body)?;
         let set = match (&*request.model, &self.sets) {
             (BASE, _) => None,
@@ -266,7 +267,6 @@ impl Server {
         let seed = request.seed.unwrap_or(random);
         let (sampling, stops) = (request.sampling, request.stops);
         let continues = kind != Kind::Chat;
-        let asked = Instant::now();
         let job = Job { set, prompt, continues, limit, sampling, seed, asked, stops, answer };
         self.queue.try_send(job).map_err(|error| match error {
             TrySendError::Full(_) => Fault::new(429, "too many requests wait; try again later"),

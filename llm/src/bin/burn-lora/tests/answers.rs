@@ -50,7 +50,18 @@ fn tokens_are_chosen_as_often_as_they_are_probable() {
     // The two most probable are kept.
     let nucleus = counts(1.0, 0.7);
     assert!(nucleus[1] == 0 && nucleus[3] == 0 && near(nucleus[0], 2.0 / 3.0), "{nucleus:?}");
-    assert_eq!(counts(0.0, 1.0), [8000, 0, 0, 0]);
+    for cold in [0.0, 1e-300, 1e-42, 1e-6, 1e-4] {
+        assert_eq!(counts(cold, 1.0), [8000, 0, 0, 0], "{cold}");
+    }
+    // Scores that are no numbers, of a model that has diverged, choose something.
+    for broken in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for (temperature, top_p) in [(0.0, 1.0), (1.0, 1.0), (1.0, 0.5), (1.0, 0.0)] {
+            let sampling = Sampling { temperature, top_p };
+            let mut rng = StdRng::seed_from_u64(5);
+            assert!(sampling.choose(&[broken; 200], &mut rng) < 200);
+            assert!(sampling.choose(&[broken, 1.0, 2.0], &mut rng) < 3);
+        }
+    }
     // With half the temperature, the probabilities are squared.
     assert!(near(counts(0.5, 1.0)[0], 0.25 / (0.25 + 0.0625 + 2.0 / 64.0)));
 }
