@@ -30,7 +30,7 @@
 //! ```
 //!
 //! Rows are of two kinds. The first are *few*: tokens of answers, for which each weight is read once for all of them. The
-//! others are *many*: prompts that are read, which are multiplied as tensors are. Both may be multiplied in 8 bits where
+//! others are *many*: prompts that are read, which are multiplied as tensors are. The first may be multiplied in 8 bits where
 //! weights are held in at most 8 bits ([`Inputs::prepare`]). Whatever other rows there are, the result of a row is the same,
 //! to the bit.
 //!

@@ -1,8 +1,4 @@
 use burn_lora_kernels::Vector8;
-use rayon::prelude::*;
-
-/// From this number of numbers on, several threads round faster than one.
-const WORTH_THREADS: usize = 1 << 16;
 
 /// Rows that layers are applied to: `[rows, width]`.
 #[derive(Clone, Debug, Default)]
@@ -10,7 +6,7 @@ pub struct Inputs {
     width: usize,
     numbers: Vec<f32>,
     few: usize,
-    /// The rows in 8 bits, if they are wanted.
+    /// The few rows in 8 bits, if they are wanted.
     rounded: Vec<Vector8>,
     rounds: bool,
 }
@@ -64,9 +60,7 @@ impl Inputs {
     /// others as tensors are.
     ///
     /// With `rounds`, few rows are rounded to 8 bits where the weight has at most 8 bits, which is several times as fast: each
-    /// 32 numbers share a scale, and are off by at most 1/254 of the largest of them. So are many rows on processors with VNNI,
-    /// on which a step takes no longer then if there are some more of them, unless they are multiplied in
-    /// [bf16](crate::nn::Precision::Bf16).
+    /// 32 numbers share a scale, and are off by at most 1/254 of the largest of them.
     ///
     /// # Panics
     ///
@@ -78,15 +72,9 @@ impl Inputs {
         if !rounds {
             return;
         }
-        self.rounded.resize_with(self.rounded.len().max(rows), Vector8::default);
-        let numbers = self.numbers.par_chunks_exact(self.width);
-        let set = |(rounded, row): (&mut Vector8, &[f32])| rounded.set(row);
-        match self.numbers.len() < WORTH_THREADS {
-            true => {
-                self.rounded.iter_mut().zip(self.numbers.chunks_exact(self.width)).for_each(set)
-            }
-            false => self.rounded[..rows].par_iter_mut().zip(numbers).for_each(set),
-        }
+        self.rounded.resize_with(self.rounded.len().max(few), Vector8::default);
+        let numbers = self.numbers.chunks_exact(self.width).take(few);
+        self.rounded.iter_mut().zip(numbers).for_each(|(rounded, row)| rounded.set(row));
     }
 
     /// The number of rows that are few.
@@ -94,9 +82,9 @@ impl Inputs {
         self.few
     }
 
-    /// All rows in 8 bits.
+    /// Those in 8 bits.
     pub(super) fn rounded(&self) -> Option<&[Vector8]> {
-        self.rounds.then(|| &self.rounded[..self.rows()])
+        self.rounds.then(|| &self.rounded[..self.few])
     }
 
     pub(super) fn row(&self, row: usize) -> &[f32] {

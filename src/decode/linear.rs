@@ -96,7 +96,7 @@ pub fn forward<'a, const N: usize>(
             y.len(),
         );
         let rounded = x.rounded().filter(|_| layer.weight.is_packed());
-        let few = if rounded.is_some() && layer.weight.is_fast_for_many() { rows } else { x.few() };
+        let few = x.few();
         let of_row = |row: usize| [layer.own.as_deref(), updates(place, row)];
         let hidden = Hidden::new((0..rows).map(of_row), x, layer.dims());
         let (first, many) = y.split_at_mut(few * d_output);

@@ -10,7 +10,7 @@ use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
     tensor::backend::Backend,
 };
-use burn_lora_kernels::{Dots, Vector8, dots};
+use burn_lora_kernels::Vector8;
 
 use super::{
     backend::Cpu,
@@ -18,10 +18,7 @@ use super::{
     rows::{of_rows, row_by_row, rows},
     weight::plain,
 };
-use crate::{
-    precision::Precision,
-    quantized::{Matrix, Weight},
-};
+use crate::quantized::{Matrix, Weight};
 use full::Full;
 use packed::Packed;
 
@@ -32,9 +29,6 @@ pub(crate) trait HostWeight: fmt::Debug + Send + Sync {
 
     /// Whether it is held in at most 8 bits, so that vectors in 8 bits are fast.
     fn is_packed(&self) -> bool;
-
-    /// Whether vectors in 8 bits are fast also if they are many. Products in bf16 are faster still where they are asked for.
-    fn is_fast_for_many(&self) -> bool;
 
     /// Some outputs of all rows x: `[rows, d_input]` to a slice for each row.
     fn times_few(&self, x: &[f32], outputs: Range<usize>, to: &mut [&mut [f32]]);
@@ -94,10 +88,6 @@ impl<K: Cpu> HostWeight for Host<K> {
 
     fn is_packed(&self) -> bool {
         matches!(&self.held, Held::Packed(it) if it.is_in_8_bits())
-    }
-
-    fn is_fast_for_many(&self) -> bool {
-        self.is_packed() && self.weight.precision == Precision::F32 && dots() >= Dots::Vnni
     }
 
     fn times_few(&self, x: &[f32], outputs: Range<usize>, to: &mut [&mut [f32]]) {

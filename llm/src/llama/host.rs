@@ -54,8 +54,8 @@ impl HostLlama {
     /// [DoRA](burn_lora::LoraConfig::dora)'s magnitudes.
     ///
     /// With `exact`, all is multiplied in `f32`, but for prompts where the model is set to [bf16](burn_lora::nn::Precision).
-    /// Otherwise, where a weight is held in at most 8 bits, tokens are multiplied in 8
-    /// bits (those of prompts only where that is [fast](Inputs::prepare)), and adapters are held in half precision.
+    /// Otherwise, where a weight is held in at most 8 bits, tokens of answers are multiplied with it in 8 bits, but for the
+    /// head, and adapters are held in half precision.
     pub fn of<B: Backend>(llama: &Llama<B>, exact: bool) -> Option<Self> {
         let table = &llama.model.embed_tokens;
         let table = Table::of(table, has_halves(table.quantized(), exact))?;
@@ -136,7 +136,8 @@ impl HostLlama {
             norm.apply(&buffers.x[row * width..][..width], to);
             scale(to, design.logit_scale);
         }
-        last.prepare(ends.len(), self.rounds);
+        // In `f32`: rounding here would change the order of scores that are near each other, and so the text.
+        last.prepare(ends.len(), false);
         scores.resize(ends.len() * vocab_size, 0.0);
         let is_tied = self.is_tied;
         let update = |_, place: usize| {

@@ -29,7 +29,7 @@ const PAUSE: Duration = Duration::from_millis(40);
 const FIRST_PACE: f64 = 1.0 / 500.0;
 
 /// The least tokens of a prompt that are read at once.
-const LEAST: usize = 8;
+const LEAST: usize = 16;
 
 /// What is asked for.
 pub struct Job {
