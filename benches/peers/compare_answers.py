@@ -72,11 +72,11 @@ def write_adapters(program, model, dir):
 class Server:
     """A server that was started, and what its requests look like."""
 
-    def __init__(self, command, model, marker):
+    def __init__(self, command, fields, marker):
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         line = next(it for it in self.process.stdout if marker in it)
         self.address = next(it for it in line.split() if it.startswith("http")).split("/")[2]
-        self.fields = model
+        self.fields = fields
 
     def answer(self, prompt, adapter, limit, times):
         """Appends when each piece of an answer came, with the numbers of tokens of the prompt and of the answer."""
@@ -109,7 +109,8 @@ class Server:
 def prefill(server, length):
     """Tokens per second of a prompt."""
     prefill.count += 1
-    words = " ".join(f"{place * 7 % 100}" for place in range(prefill.count, prefill.count + length // 3))
+    words = " ".join(f"{(place + prefill.count) * 7 % 100}" for place in range(length // 3 - 2))
+    words = f"{prefill.count}. {words}"
     [(start, pieces, prompt, _)] = server.answers([words], [None], 1)
     return prompt / (pieces[0] - start)
 
@@ -169,31 +170,37 @@ def main():
         command = [sys.executable, __file__, "--llamacpp", model, *files]
         scales = lambda adapter: [{"id": it, "scale": float(it == adapter)} for it in range(ADAPTERS)]
         theirs = Server(command, lambda adapter: {"lora": scales(adapter), "ignore_eos": True, "cache_prompt": False}, "address")
-        rates = {name: ([], []) for name in CASES}
-        waits, pauses = [([], []) for _ in range(2)], ([], [])
-        for turn in range(turns + 1):
-            for name, case in CASES.items():
-                for server, all in zip((theirs, ours), rates[name]):
-                    rate = case(server)
-                    # The first turn warms up.
-                    if turn > 0:
-                        all.append(rate)
-            for place, server in enumerate((theirs, ours)):
-                decode(server, [None] * 8, waits[place] if turn > 0 else None)
-                pauses[place].append(pause(server))
-        print("| | llama.cpp, tokens/s | burn-lora, tokens/s | ratio |\n|---|---:|---:|---:|")
-        for name, (peer, own) in rates.items():
-            ratio = statistics.median(b / a for a, b in zip(peer, own))
-            print(f"| {name} | {statistics.median(peer):.0f} | {statistics.median(own):.0f} | {ratio:.2f} |")
-        print("\n| ms | llama.cpp | burn-lora |\n|---|---:|---:|")
-        for place, name in enumerate(["the first of eight answers' tokens", "between two tokens of eight answers"]):
-            for share in (50, 99):
-                row = " | ".join(f"{1000 * statistics.quantiles(it[place], n=100)[share - 1]:.0f}" for it in waits)
-                print(f"| {name}, p{share} | {row} |")
-        row = " | ".join(f"{1000 * statistics.median(it[1:]):.0f}" for it in pauses)
-        print(f"| longest pause of an answer while 2,000 tokens are read | {row} |")
-        for server in (theirs, ours):
-            server.process.kill()
+        try:
+            compare(theirs, ours, turns)
+        finally:
+            for server in (theirs, ours):
+                server.process.kill()
+
+
+def compare(theirs, ours, turns):
+    rates = {name: ([], []) for name in CASES}
+    waits, pauses = [([], []) for _ in range(2)], ([], [])
+    for turn in range(turns + 1):
+        for name, case in CASES.items():
+            for server, all in zip((theirs, ours), rates[name]):
+                rate = case(server)
+                # The first turn warms up.
+                if turn > 0:
+                    all.append(rate)
+        for place, server in enumerate((theirs, ours)):
+            decode(server, [None] * 8, waits[place] if turn > 0 else None)
+            pauses[place].append(pause(server))
+    print("| | llama.cpp, tokens/s | burn-lora, tokens/s | ratio |\n|---|---:|---:|---:|")
+    for name, (peer, own) in rates.items():
+        ratio = statistics.median(b / a for a, b in zip(peer, own))
+        print(f"| {name} | {statistics.median(peer):.0f} | {statistics.median(own):.0f} | {ratio:.2f} |")
+    print("\n| ms | llama.cpp | burn-lora |\n|---|---:|---:|")
+    for place, name in enumerate(["the first of eight answers' tokens", "between two tokens of eight answers"]):
+        for share in (50, 99):
+            row = " | ".join(f"{1000 * statistics.quantiles(it[place], n=100)[share - 1]:.0f}" for it in waits)
+            print(f"| {name}, p{share} | {row} |")
+    row = " | ".join(f"{1000 * statistics.median(it[1:]):.0f}" for it in pauses)
+    print(f"| longest pause of an answer while 2,000 tokens are read | {row} |")
 
 
 main()

@@ -70,7 +70,7 @@ impl Sampling {
     ///
     /// # Panics
     ///
-    /// If there are no scores.
+    /// If there are no scores, or the temperature is NaN.
     pub fn choose(&self, scores: &[f32], rng: &mut StdRng) -> u32 {
         let by_score = |&a: &usize, &b: &usize| scores[b].total_cmp(&scores[a]);
         if self.temperature < COLD {

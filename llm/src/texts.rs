@@ -21,6 +21,9 @@ use crate::llama::{Cache, HostLlama, Llama, Step, Text};
 use host::HostTexts;
 use tensors::TensorTexts;
 
+/// The tokens of prompts that are read at once if nobody waits for others.
+pub const PART: usize = 512;
+
 /// The number of a text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct TextId(u64);
@@ -74,9 +77,13 @@ impl<B: Backend> Texts<B> {
         if self.models.names().any(|it| it == name) {
             return Ok(());
         }
-        let adapted = self.models.base().switch(set)?;
+        // First, so that a set that fails is in neither of the two.
+        let adapted = match self.way {
+            Way::Host(_) => Some(self.models.base().switch(set)?),
+            Way::Tensors(_) => None,
+        };
         self.models.insert(name, set)?;
-        if let Way::Host(texts) = &mut self.way {
+        if let (Way::Host(texts), Some(adapted)) = (&mut self.way, adapted) {
             texts.insert(name, &*adapted);
         }
         Ok(())
@@ -230,6 +237,3 @@ impl<'a, B: Backend> Reader<'a, B> {
         }
     }
 }
-
-/// The tokens of prompts that are read at once if nobody waits for others.
-pub const PART: usize = 512;

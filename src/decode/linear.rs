@@ -1,7 +1,6 @@
 use std::{ops::Range, sync::Arc};
 
 use burn::tensor::backend::Backend;
-use burn_lora_kernels::Vector8;
 use rayon::prelude::*;
 
 use super::{Inputs, Update, share};
@@ -86,7 +85,7 @@ pub fn forward<'a, const N: usize>(
     outputs: [&mut [f32]; N],
 ) {
     let mut jobs = Vec::new();
-    let (rows, mut work) = (x.rows(), 0);
+    let (rows, few, mut work) = (x.rows(), x.few(), 0);
     for (place, (layer, y)) in layers.iter().zip(outputs).enumerate() {
         let [d_input, d_output] = layer.dims();
         assert!(
@@ -95,8 +94,6 @@ pub fn forward<'a, const N: usize>(
             x.width(),
             y.len(),
         );
-        let rounded = x.rounded().filter(|_| layer.weight.is_packed());
-        let few = x.few();
         let of_row = |row: usize| [layer.own.as_deref(), updates(place, row)];
         let hidden = Hidden::new((0..rows).map(of_row), x, layer.dims());
         let (first, many) = y.split_at_mut(few * d_output);
@@ -111,7 +108,7 @@ pub fn forward<'a, const N: usize>(
         if few > 0 {
             work += few * d_input * d_output;
             let outputs = first.chunks_exact_mut(d_output).collect();
-            jobs.push(Job { layer, rounded, hidden, outputs });
+            jobs.push(Job { layer, hidden, outputs });
         }
     }
     share(shared_out(jobs), work, |parts| parts.into_iter().for_each(|it| it.run(x)));
@@ -168,26 +165,23 @@ impl<'a> Hidden<'a> {
 }
 
 /// The outputs of a layer for few rows.
-struct Job<'a, 'x, 'y> {
+struct Job<'a, 'y> {
     layer: &'a Linear,
-    /// The rows in 8 bits, if they are multiplied so.
-    rounded: Option<&'x [Vector8]>,
     hidden: Hidden<'a>,
     /// Of each row.
     outputs: Vec<&'y mut [f32]>,
 }
 
 /// A part of them.
-struct Part<'a, 'x, 'y> {
+struct Part<'a, 'y> {
     layer: &'a Linear,
-    rounded: Option<&'x [Vector8]>,
     hidden: Arc<Hidden<'a>>,
     range: Range<usize>,
     outputs: Vec<&'y mut [f32]>,
 }
 
 /// Shares the outputs of all layers out evenly.
-fn shared_out<'a, 'x, 'y>(jobs: Vec<Job<'a, 'x, 'y>>) -> Vec<Vec<Part<'a, 'x, 'y>>> {
+fn shared_out<'a, 'y>(jobs: Vec<Job<'a, 'y>>) -> Vec<Vec<Part<'a, 'y>>> {
     /// So many for each thread, since some threads are faster than others at times.
     const EACH: usize = 4;
 
@@ -195,7 +189,7 @@ fn shared_out<'a, 'x, 'y>(jobs: Vec<Job<'a, 'x, 'y>>) -> Vec<Vec<Part<'a, 'x, 'y
     let total: usize = jobs.iter().map(|it| work(it.layer, it.layer.dims()[1])).sum();
     let each = total.div_ceil(EACH * rayon::current_num_threads()).max(1);
     let (mut all, mut current, mut room) = (Vec::new(), Vec::new(), each);
-    for Job { layer, rounded, hidden, mut outputs } in jobs {
+    for Job { layer, hidden, mut outputs } in jobs {
         let ([d_input, d_output], hidden, mut start) = (layer.dims(), Arc::new(hidden), 0);
         while start < d_output {
             let count = room.div_ceil(d_input).clamp(1, d_output - start);
@@ -209,7 +203,7 @@ fn shared_out<'a, 'x, 'y>(jobs: Vec<Job<'a, 'x, 'y>>) -> Vec<Vec<Part<'a, 'x, 'y
                 })
                 .collect();
             let range = start..start + count;
-            current.push(Part { layer, rounded, hidden: hidden.clone(), range, outputs: taken });
+            current.push(Part { layer, hidden: hidden.clone(), range, outputs: taken });
             start += count;
             room = room.saturating_sub(count * d_input);
             if room == 0 {
@@ -224,16 +218,14 @@ fn shared_out<'a, 'x, 'y>(jobs: Vec<Job<'a, 'x, 'y>>) -> Vec<Vec<Part<'a, 'x, 'y
     all
 }
 
-impl Part<'_, '_, '_> {
+impl Part<'_, '_> {
     fn run(mut self, x: &Inputs) {
-        let (weight, rows) = (&self.layer.weight, self.outputs.len());
-        match self.rounded {
-            Some(rounded) => {
-                weight.times_rounded(&rounded[..rows], self.range.clone(), &mut self.outputs);
-            }
+        let (weight, outputs) = (&self.layer.weight, self.range.clone());
+        match x.rounded().filter(|_| weight.is_packed()) {
+            Some(rounded) => weight.times_rounded(rounded, outputs, &mut self.outputs),
             None => {
-                let numbers = &x.numbers()[..rows * x.width()];
-                weight.times_few(numbers, self.range.clone(), &mut self.outputs);
+                let numbers = &x.numbers()[..x.few() * x.width()];
+                weight.times_few(numbers, outputs, &mut self.outputs);
             }
         }
         for (row, y) in self.outputs.iter_mut().enumerate() {

@@ -141,7 +141,7 @@ pub(crate) struct Queries<'a> {
 }
 
 impl Queries<'_> {
-    /// The outputs, `[length, heads, size]`. They do not depend on how many queries there are.
+    /// The outputs, `[length, heads, size]`. In `f32` they do not depend on how many queries there are, to the bit.
     pub fn outputs(&self) -> Vec<f32> {
         let &Self { q, k, v, ranges, heads: [heads, shared, size], scale, soft_cap, precision } =
             self;

@@ -229,7 +229,7 @@ fn add_group<F: Format, const N: usize, const WHOLE: bool>(
 /// Scales that are read at once.
 const GROUP: usize = 16;
 
-/// Eight times the number of a block of a group, and of that after it.
+/// For each pair of blocks of a group, the number of the first one eight times, and then that of the second.
 const PAIRS: [[i32; 16]; GROUP / 2] = {
     let mut places = [[0; 16]; GROUP / 2];
     let mut place = 0;

@@ -347,6 +347,12 @@ fn texts_can_be_ended_at_any_time() {
     assert_eq!(found[0].0, two);
     texts.clear();
     assert!(texts.step(10).unwrap().is_empty());
+    // Of what was cleared nothing is kept: a step may have ended in its middle.
+    let before = texts.counts();
+    let again = texts.begin(None, vec![2; 40]);
+    while texts.step(100).unwrap().is_empty() {}
+    texts.end(again);
+    assert_eq!(texts.counts().reused, before.reused);
     // The set has gone with its text.
     let unknown = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         texts.begin(Some("one"), vec![1]);

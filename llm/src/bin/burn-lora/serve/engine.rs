@@ -210,11 +210,9 @@ impl Engine {
             }
         }
         // Those that nobody waits for any more, before their prompts are read to the end.
-        let (left, gone) =
-            std::mem::take(&mut self.rows).into_iter().partition(|it| !it.answer.is_closed());
-        self.rows = left;
-        let gone: Vec<Row> = gone;
-        gone.into_iter().for_each(|it| self.texts.end(it.id));
+        for gone in self.rows.extract_if(.., |it| it.answer.is_closed()) {
+            self.texts.end(gone.id);
+        }
         self.metrics.step(count, start.elapsed());
         Ok(())
     }

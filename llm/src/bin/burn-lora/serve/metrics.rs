@@ -164,3 +164,35 @@ fn push(text: &mut String, name: &str, kind: &str, help: &str, value: f64) {
     writeln!(text, "# HELP {name} {help}\n# TYPE {name} {kind}\n{name} {value}")
         .expect("a string takes all");
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_counted_up_to_each_bound() {
+        let metrics = Metrics::default();
+        assert_eq!(metrics.first.quantile(0.5), 0.0);
+        for millis in [1, 5, 15, 15, 40, 400, 60_000] {
+            metrics.first.note(Duration::from_millis(millis));
+        }
+        let text = metrics.text(0, 0, 0, 0);
+        let lines: Vec<_> = text.lines().filter(|it| it.contains("first_token")).collect();
+        for line in [
+            "# TYPE burn_lora_first_token_seconds histogram",
+            "burn_lora_first_token_seconds_bucket{le=\"0.005\"} 2",
+            "burn_lora_first_token_seconds_bucket{le=\"0.01\"} 2",
+            "burn_lora_first_token_seconds_bucket{le=\"0.02\"} 4",
+            "burn_lora_first_token_seconds_bucket{le=\"20\"} 6",
+            "burn_lora_first_token_seconds_bucket{le=\"+Inf\"} 7",
+            "burn_lora_first_token_seconds_count 7",
+            "burn_lora_first_token_seconds_sum 60.476",
+        ] {
+            assert!(lines.contains(&line), "{line} is not in {lines:?}");
+        }
+        // The fourth of seven took between 10 and 20 ms, and what is above all bounds counts as the last of them.
+        let median = metrics.first.quantile(0.5);
+        assert!((0.01..=0.02).contains(&median), "{median}");
+        assert_eq!(metrics.first.quantile(0.99), 20.0);
+    }
+}
