@@ -19,6 +19,8 @@ mod product;
 #[forbid(unsafe_code)]
 mod right;
 mod round;
+#[forbid(unsafe_code)]
+mod stripes;
 mod team;
 mod tile;
 mod transpose;
@@ -30,6 +32,7 @@ pub use matrix::{Matrix, Number, Rows, round_all};
 pub use panels::{Panel, Tiles};
 pub use product::{Output, Term, multiply, multiply_by, sum_of_products};
 pub use right::Right;
+pub use stripes::Stripes;
 pub use team::Team;
 pub use tile::Tile;
 

@@ -7,6 +7,7 @@ mod refused;
 mod rounding;
 mod sizes;
 mod special;
+mod stripes;
 mod terms;
 mod threads;
 mod tiles;
