@@ -30,9 +30,9 @@
 //! ```
 //!
 //! Rows are of two kinds. The first are *few*: tokens of answers, for which each weight is read once for all of them. The
-//! others are *many*: prompts that are read, which are multiplied as tensors are. The first may be multiplied in 8 bits where
-//! weights are held in at most 8 bits ([`Inputs::prepare`]). Whatever other rows there are, the result of a row is the same,
-//! to the bit.
+//! others are *many*: prompts that are read. They are multiplied in `f32`, or in [bf16](crate::nn::Precision) where the layer
+//! is set to that. The first may be multiplied in 8 bits where weights are held in at most 8 bits ([`Inputs::prepare`]).
+//! Whatever other rows there are, the result of a row is the same, to the bit.
 //!
 //! All of this needs one of the features `flex` and `ndarray`, and their backends.
 
@@ -54,8 +54,8 @@ pub use linear::{Linear, forward};
 pub use table::{Table, TableUpdate};
 pub use update::Update;
 
-/// Does the work on a thread of the pool that products of many rows are shared in. From another thread, each product would
-/// have to wake the pool.
+/// Does the work on a thread of the pool that products in bf16 are shared in. From another thread, each of them would have to
+/// wake the pool.
 pub fn in_pool<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
 }

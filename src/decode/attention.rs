@@ -47,9 +47,9 @@ impl Reading<'_> {
     }
 
     /// The keys that a query sees.
-    fn seen(&self, query: usize, [count, total]: [usize; 2]) -> Range<usize> {
+    fn seen(&self, query: usize, [count, total]: [usize; 2]) -> [u32; 2] {
         let end = total - count + query + 1;
-        end - self.window.map_or(end, |it| it.min(end))..end
+        [end - self.window.map_or(end, |it| it.min(end)), end].map(|it| it as u32)
     }
 }
 
@@ -58,11 +58,10 @@ impl Reading<'_> {
 /// # Panics
 ///
 /// If the slices of a text do not fit each other and the heads, or a single one has several queries.
-pub fn attend(heads: &Heads, texts: Vec<Reading>) {
-    let Heads { queries, shared, size, .. } = *heads;
+pub fn attend(heads: &Heads, mut texts: Vec<Reading>) {
+    let Heads { queries, shared, size, scale, soft_cap, precision } = *heads;
     assert!(shared > 0 && queries.is_multiple_of(shared), "{queries} heads cannot share {shared}");
-    let (mut single, mut work) = (Vec::new(), 0);
-    for text in texts {
+    let check = |text: &Reading| {
         let counts = text.counts(heads);
         let [count, total] = counts;
         assert!(
@@ -76,31 +75,55 @@ pub fn attend(heads: &Heads, texts: Vec<Reading>) {
             text.v.len(),
             text.y.len(),
         );
-        if !text.is_single {
-            let range = |query| {
-                let seen = text.seen(query, counts);
-                [seen.start, seen.end].map(|it| it as u32)
-            };
-            let ranges: Vec<_> = (0..count).map(range).collect();
-            let Heads { scale, soft_cap, precision, .. } = *heads;
-            let Reading { q, k, v, y, .. } = text;
-            let (ranges, heads) = (&*ranges, [queries, shared, size]);
-            let queries = Queries { q, k, v, ranges, heads, scale, soft_cap, precision };
-            y.copy_from_slice(&queries.outputs());
+        assert!(count == 1 || !text.is_single, "one query expected, got {count}");
+        let seen = (0..count).map(|query| text.seen(query, counts));
+        seen.collect::<Vec<_>>()
+    };
+    let ranges: Vec<_> = texts.iter().map(check).collect();
+    let single = Single { size, stride: shared * size, scale, soft_cap };
+    let (mut jobs, mut work) = (Vec::new(), 0);
+    for (text, ranges) in texts.iter_mut().zip(&ranges) {
+        let Reading { q, k, v, is_single, y, .. } = text;
+        work += ranges.iter().map(|[start, end]| (end - start) as usize).sum::<usize>()
+            * queries
+            * size;
+        if *is_single {
+            let group = queries / shared * size;
+            let parts = q.chunks_exact(group).zip(y.chunks_exact_mut(group)).enumerate();
+            jobs.extend(parts.map(|(head, (q, y))| {
+                let [k, v] = [&*k, &*v].map(|it| &it[head * size..]);
+                Job::Head { q, k, v, seen: ranges[0], y }
+            }));
             continue;
         }
-        assert!(count == 1, "one query expected, got {count}");
-        let seen = text.seen(0, counts);
-        work += seen.len() * queries * size;
-        let group = queries / shared * size;
-        let parts = text.q.chunks_exact(group).zip(text.y.chunks_exact_mut(group)).enumerate();
-        single.extend(parts.map(|(head, (q, y))| {
-            let [k, v] = [text.k, text.v].map(|it| &it[head * size..]);
-            (q, k, v, seen.clone(), y)
+        let of_text =
+            Queries { q, k, v, ranges, heads: [queries, shared, size], scale, soft_cap, precision };
+        if precision == Precision::Bf16 {
+            y.copy_from_slice(&of_text.outputs());
+            continue;
+        }
+        let each = ranges.len().div_ceil(rayon::current_num_threads()).min(QUERIES);
+        let parts = y.chunks_mut(each * queries * size).enumerate();
+        jobs.extend(parts.map(|(part, y)| {
+            let queries = part * each..ranges.len().min((part + 1) * each);
+            Job::Queries { of_text, queries, y }
         }));
     }
-    let attention =
-        Single { size, stride: shared * size, scale: heads.scale, soft_cap: heads.soft_cap };
-    let one = |(q, k, v, seen, y)| attention.attend(q, k, v, seen, y);
-    share(single, work, one);
+    share(jobs, work, |job| match job {
+        Job::Head { q, k, v, seen: [start, end], y } => {
+            single.attend(q, k, v, start as usize..end as usize, y);
+        }
+        Job::Queries { of_text, queries, y } => of_text.outputs_here(queries, y),
+    });
+}
+
+/// The queries that a thread takes at once.
+const QUERIES: usize = 64;
+
+/// A part of an attention.
+enum Job<'a> {
+    /// A head of keys of a token of an answer, from its numbers in the first key on.
+    Head { q: &'a [f32], k: &'a [f32], v: &'a [f32], seen: [u32; 2], y: &'a mut [f32] },
+    /// Some queries of a prompt.
+    Queries { of_text: Queries<'a>, queries: Range<usize>, y: &'a mut [f32] },
 }

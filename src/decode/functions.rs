@@ -1,11 +1,10 @@
 //! Functions of numbers next to each other.
 
-use rayon::prelude::*;
-
+use super::share;
 use crate::ops::{GeluTanh, Silu, gated, slices, turn};
 
 /// The numbers that a thread takes at once.
-const BLOCK: usize = 1 << 13;
+const BLOCK: usize = 1 << 12;
 
 /// The activation of a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,10 +26,9 @@ pub fn gate(gate: &mut [f32], up: &[f32], activation: Gate) {
         Gate::Silu => gated::<Silu>,
         Gate::GeluTanh => gated::<GeluTanh>,
     };
-    if gate.len() < 2 * BLOCK {
-        return gated(gate, up);
-    }
-    gate.par_chunks_mut(BLOCK).zip(up.par_chunks(BLOCK)).for_each(|(gate, up)| gated(gate, up));
+    let work = gate.len();
+    let jobs = gate.chunks_mut(BLOCK).zip(up.chunks(BLOCK)).collect();
+    share(jobs, work, |(gate, up)| gated(gate, up));
 }
 
 /// RMS norm ([Zhang and Sennrich 2019](https://arxiv.org/abs/1910.07467)): each row, as long as the weight, is divided by
@@ -52,10 +50,11 @@ pub fn norm(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32]) {
         let factor = 1.0 / (variance + epsilon).sqrt();
         slices::set_scaled(y, factor, x, weight);
     };
-    match x.len() < 2 * BLOCK {
-        true => x.chunks_exact(width).zip(y.chunks_exact_mut(width)).for_each(row),
-        false => x.par_chunks_exact(width).zip(y.par_chunks_exact_mut(width)).for_each(row),
-    }
+    let rows = BLOCK.div_ceil(width) * width;
+    let (work, jobs) = (x.len(), x.chunks(rows).zip(y.chunks_mut(rows)).collect());
+    share(jobs, work, |(x, y)| {
+        x.chunks_exact(width).zip(y.chunks_exact_mut(width)).for_each(row);
+    });
 }
 
 /// Turns pairs of each head, i and i + pairs, by an angle, whose cosines and sines these are. What comes after the pairs

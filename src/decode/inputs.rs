@@ -1,4 +1,4 @@
-use burn_lora_kernels::Vector8;
+use burn_lora_kernels::{Stripes, Vector8};
 
 /// Rows that layers are applied to: `[rows, width]`.
 #[derive(Clone, Debug, Default)]
@@ -8,6 +8,8 @@ pub struct Inputs {
     few: usize,
     /// The few rows in 8 bits, if they are wanted.
     rounded: Vec<Vector8>,
+    /// The others.
+    many: Stripes,
     rounds: bool,
 }
 
@@ -56,8 +58,8 @@ impl Inputs {
         &mut self.numbers
     }
 
-    /// Prepares the rows for products. The first `few` are multiplied by reading each weight once for all of them, the
-    /// others as tensors are.
+    /// Prepares the rows for products. The first `few` are multiplied as rows of answers are, and the others as those of
+    /// prompts are.
     ///
     /// With `rounds`, few rows are rounded to 8 bits where the weight has at most 8 bits, which is several times as fast: each
     /// 32 numbers share a scale, and are off by at most 1/254 of the largest of them.
@@ -69,6 +71,7 @@ impl Inputs {
         let rows = self.rows();
         assert!(few <= rows, "{few} of {rows} rows");
         (self.few, self.rounds) = (few, rounds);
+        self.many.fill(&self.numbers[few * self.width..], self.width);
         if !rounds {
             return;
         }
@@ -85,6 +88,11 @@ impl Inputs {
     /// Those in 8 bits.
     pub(super) fn rounded(&self) -> Option<&[Vector8]> {
         self.rounds.then(|| &self.rounded[..self.few])
+    }
+
+    /// The rows that are many.
+    pub(super) fn many(&self) -> &Stripes {
+        &self.many
     }
 
     pub(super) fn row(&self, row: usize) -> &[f32] {

@@ -1,8 +1,5 @@
 use std::{ops::Range, sync::Arc};
 
-use burn::tensor::backend::Backend;
-use rayon::prelude::*;
-
 use super::{Inputs, Update, share};
 use crate::{
     layer::LoraLinear,
@@ -10,9 +7,7 @@ use crate::{
     quantized::Weight,
     tensors::at_least_f32,
 };
-
-/// From this number of outputs on, several threads are faster than one.
-const WORTH_THREADS: usize = 1 << 16;
+use burn::tensor::backend::Backend;
 
 /// The ranks of an update that a thread takes at once.
 const FEW_RANKS: usize = 4;
@@ -85,7 +80,7 @@ pub fn forward<'a, const N: usize>(
     outputs: [&mut [f32]; N],
 ) {
     let mut jobs = Vec::new();
-    let (rows, few, mut work) = (x.rows(), x.few(), 0);
+    let (rows, mut work) = (x.rows(), 0);
     for (place, (layer, y)) in layers.iter().zip(outputs).enumerate() {
         let [d_input, d_output] = layer.dims();
         assert!(
@@ -96,20 +91,14 @@ pub fn forward<'a, const N: usize>(
         );
         let of_row = |row: usize| [layer.own.as_deref(), updates(place, row)];
         let hidden = Hidden::new((0..rows).map(of_row), x, layer.dims());
-        let (first, many) = y.split_at_mut(few * d_output);
-        if rows > few {
-            layer.weight.times_many(&x.numbers()[few * d_input..], many);
-            let each = |(row, y): (usize, &mut [f32])| hidden.finish(layer, few + row, 0, y);
-            match (rows - few) * d_output < WORTH_THREADS {
-                true => many.chunks_exact_mut(d_output).enumerate().for_each(each),
-                false => many.par_chunks_exact_mut(d_output).enumerate().for_each(each),
-            }
+        if layer.weight.is_in_bf16() && x.few() < rows {
+            let many = x.few()..rows;
+            let numbers = &x.numbers()[many.start * d_input..];
+            layer.weight.times_in_bf16(numbers, &mut y[many.start * d_output..]);
         }
-        if few > 0 {
-            work += few * d_input * d_output;
-            let outputs = first.chunks_exact_mut(d_output).collect();
-            jobs.push(Job { layer, hidden, outputs });
-        }
+        work += rows * d_input * d_output;
+        let outputs = y.chunks_exact_mut(d_output).collect();
+        jobs.push(Job { layer, hidden, outputs });
     }
     share(shared_out(jobs), work, |parts| parts.into_iter().for_each(|it| it.run(x)));
 }
@@ -164,7 +153,7 @@ impl<'a> Hidden<'a> {
     }
 }
 
-/// The outputs of a layer for few rows.
+/// The outputs of a layer.
 struct Job<'a, 'y> {
     layer: &'a Linear,
     hidden: Hidden<'a>,
@@ -220,13 +209,17 @@ fn shared_out<'a, 'y>(jobs: Vec<Job<'a, 'y>>) -> Vec<Vec<Part<'a, 'y>>> {
 
 impl Part<'_, '_> {
     fn run(mut self, x: &Inputs) {
-        let (weight, outputs) = (&self.layer.weight, self.range.clone());
+        let weight = &self.layer.weight;
+        let (few, many) = self.outputs.split_at_mut(x.few());
         match x.rounded().filter(|_| weight.is_packed()) {
-            Some(rounded) => weight.times_rounded(rounded, outputs, &mut self.outputs),
+            Some(rounded) => weight.times_rounded(rounded, self.range.clone(), few),
             None => {
                 let numbers = &x.numbers()[..x.few() * x.width()];
-                weight.times_few(numbers, outputs, &mut self.outputs);
+                weight.times_few(numbers, self.range.clone(), few);
             }
+        }
+        if !many.is_empty() && !weight.is_in_bf16() {
+            weight.times_many(x.many(), self.range.clone(), many);
         }
         for (row, y) in self.outputs.iter_mut().enumerate() {
             self.hidden.finish(self.layer, row, self.range.start, y);

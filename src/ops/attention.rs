@@ -12,7 +12,7 @@ mod node;
 mod panels;
 mod single;
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
@@ -125,6 +125,7 @@ impl<K: Cpu> Attention<K> {
 }
 
 /// What attention of slices is computed from: many queries of one text.
+#[derive(Clone, Copy)]
 pub(crate) struct Queries<'a> {
     /// `[length, heads, size]`
     pub q: &'a [f32],
@@ -141,14 +142,23 @@ pub(crate) struct Queries<'a> {
 }
 
 impl Queries<'_> {
-    /// The outputs, `[length, heads, size]`. In `f32` they do not depend on how many queries there are, to the bit.
+    /// The outputs, `[length, heads, size]`, on all cores.
     pub fn outputs(&self) -> Vec<f32> {
+        forward::forward(self.call()).0
+    }
+
+    /// The same in `f32`, on this core, of these queries. They do not depend on how many there are, to the bit.
+    pub fn outputs_here(&self, queries: Range<usize>, y: &mut [f32]) {
+        forward::block_by_block(self.call(), queries, y);
+    }
+
+    fn call(&self) -> Call<'_> {
         let &Self { q, k, v, ranges, heads: [heads, shared, size], scale, soft_cap, precision } =
             self;
         let (length, total) = (ranges.len(), k.len() / (shared * size));
         let shape = Shape { batch: 1, length, total, heads, shared, size };
         let quiet = false;
-        forward::forward(Call { shape, q, k, v, ranges, scale, soft_cap, quiet, precision }).0
+        Call { shape, q, k, v, ranges, scale, soft_cap, quiet, precision }
     }
 }
 

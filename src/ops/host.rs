@@ -10,15 +10,19 @@ use burn::{
     backend::{Autodiff, autodiff::checkpoint::strategy::CheckpointStrategy},
     tensor::backend::Backend,
 };
-use burn_lora_kernels::Vector8;
+use burn_lora_kernels::{Stripes, Vector8};
 
 use super::{
     backend::Cpu,
     operation::Operation,
+    quantized::FEW,
     rows::{of_rows, row_by_row, rows},
     weight::plain,
 };
-use crate::quantized::{Matrix, Weight};
+use crate::{
+    precision::Precision,
+    quantized::{Matrix, Weight},
+};
 use full::Full;
 use packed::Packed;
 
@@ -36,8 +40,14 @@ pub(crate) trait HostWeight: fmt::Debug + Send + Sync {
     /// The same for rows that were rounded. Panics unless the weight is [packed](Self::is_packed).
     fn times_rounded(&self, x: &[Vector8], outputs: Range<usize>, to: &mut [&mut [f32]]);
 
-    /// All outputs of many rows: `[rows, d_input]` to `[rows, d_output]`, on all cores.
-    fn times_many(&self, x: &[f32], to: &mut [f32]);
+    /// The same for many rows.
+    fn times_many(&self, x: &Stripes, outputs: Range<usize>, to: &mut [&mut [f32]]);
+
+    /// Whether many rows are multiplied in [bf16](crate::nn::Precision).
+    fn is_in_bf16(&self) -> bool;
+
+    /// All outputs of many rows in bf16: `[rows, d_input]` to `[rows, d_output]`, on all cores.
+    fn times_in_bf16(&self, x: &[f32], to: &mut [f32]);
 
     /// The numbers by which an output is computed, which is a row of a table: `[d_input]`.
     fn row(&self, output: usize, to: &mut [f32]);
@@ -102,14 +112,25 @@ impl<K: Cpu> HostWeight for Host<K> {
         packed.times_rounded(x, outputs, to);
     }
 
-    fn times_many(&self, x: &[f32], to: &mut [f32]) {
+    fn times_many(&self, x: &Stripes, outputs: Range<usize>, to: &mut [&mut [f32]]) {
+        match &self.held {
+            Held::Full(full) => full.times_many(x, outputs, to),
+            Held::Packed(packed) => packed.times_many(x, outputs, to),
+        }
+    }
+
+    fn is_in_bf16(&self) -> bool {
+        self.weight.precision == Precision::Bf16
+    }
+
+    fn times_in_bf16(&self, x: &[f32], to: &mut [f32]) {
         let [d_input, d_output] = self.dims();
         let count = x.len() / d_input;
-        // Backends have other functions for few rows, and for small results, whose products have other last bits.
-        let least = if d_output > 64 { 8 } else { 65.max(257_usize.div_ceil(d_output)) };
+        // Few rows would be multiplied in `f32`.
+        let rows_of = count.max(FEW + 1);
         let mut numbers = x.to_vec();
-        numbers.resize(count.max(least) * d_input, 0.0);
-        let x = of_rows::<K, 2>(numbers, [count.max(least), d_input], &Default::default());
+        numbers.resize(rows_of * d_input, 0.0);
+        let x = of_rows::<K, 2>(numbers, [rows_of, d_input], &Default::default());
         let y = row_by_row(self.weight.times(x));
         to.copy_from_slice(&rows::<K>(&y)[..count * d_output]);
     }

@@ -2,6 +2,8 @@
 //! 2018](https://arxiv.org/abs/1805.02867)): blocks of keys are read one after the other, and what was summed so
 //! far is scaled down whenever a larger score is found. So the scores of a text are never there as a whole.
 
+use std::ops::Range;
+
 use pulp::{Arch, Simd, WithSimd};
 use rayon::prelude::*;
 
@@ -25,6 +27,20 @@ pub(super) fn forward(call: Call) -> (Vec<f32>, Vec<f32>) {
                 let keys = keys.of(&block);
                 Arch::new().dispatch(bf16::forward::Forward { block, keys, outputs, scratch });
             })
+        }
+    }
+}
+
+/// The outputs of some queries of the only text in `f32`, on this core: `[queries, heads, size]`.
+pub(super) fn block_by_block(call: Call, queries: Range<usize>, y: &mut [f32]) {
+    let (shape, step) = (call.shape, call.shape.queries());
+    let mut sums = vec![0.0; step * shape.heads];
+    let (mut scratch, ends) = (Scratch::default(), queries.end);
+    for (start, y) in queries.step_by(step).zip(y.chunks_mut(step * shape.heads * shape.size)) {
+        for head in 0..shape.shared {
+            let block = Block::new(call, 0, start..ends.min(start + step), head);
+            let (outputs, scratch) = (Outputs { y: &mut *y, sums: &mut sums }, &mut scratch);
+            Arch::new().dispatch(Forward { block, outputs, scratch });
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Tensor, ops::FloatTensor};
+use burn_lora_kernels::{Stripes, instructions};
 
 use crate::{
     ops::{
@@ -63,6 +64,11 @@ impl<K: Cpu> Full<K> {
                 }
             }
         }
+    }
+
+    pub fn times_many(&self, x: &Stripes, outputs: Range<usize>, to: &mut [&mut [f32]]) {
+        let (count, start) = (outputs.len(), outputs.start);
+        x.times(instructions(), count, |output, numbers| self.row(start + output, numbers), to);
     }
 
     pub fn row(&self, output: usize, to: &mut [f32]) {

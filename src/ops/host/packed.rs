@@ -3,7 +3,7 @@
 use std::{borrow::Cow, ops::Range};
 
 use burn::tensor::ops::{FloatTensor, IntTensor};
-use burn_lora_kernels::{Codes, DotMemory, Floats, SplitRow, Vector8, dots};
+use burn_lora_kernels::{Codes, DotMemory, Floats, SplitRow, Stripes, Vector8, dots, instructions};
 
 use crate::{
     ops::{
@@ -106,6 +106,17 @@ impl<K: Cpu> Packed<K> {
                 );
             }
         }
+    }
+
+    /// The same for many vectors.
+    pub fn times_many(&self, x: &Stripes, outputs: Range<usize>, to: &mut [&mut [f32]]) {
+        let (rows, start) = (self.rows(), outputs.start);
+        x.times(
+            instructions(),
+            outputs.len(),
+            |output, numbers| rows.unpack(start + output, numbers),
+            to,
+        );
     }
 
     /// The products by vectors in 8 bits.
@@ -219,21 +230,21 @@ impl<'a> PackedRows<'a> {
     }
 
     fn unpack(&self, row: usize, to: &mut [f32]) {
-        let mut unpack = |bytes: &[u8], scales: &[f32], minima: Option<&[f32]>| {
-            widest(
-                #[inline(always)]
-                || unpack_row(self.format, bytes, scales, minima, to),
-            );
-        };
-        if !self.format.is_scaled() {
-            return unpack(self.bytes(row), &[], None);
-        }
-        let row = self.split(row);
-        let minima = row.minima.map(in_full);
-        unpack(row.bytes, &in_full(row.scales), minima.as_deref());
+        widest(
+            #[inline(always)]
+            || {
+                if !self.format.is_scaled() {
+                    return unpack_row(self.format, self.bytes(row), &[], None, to);
+                }
+                let row = self.split(row);
+                let minima = row.minima.map(in_full);
+                unpack_row(self.format, row.bytes, &in_full(row.scales), minima.as_deref(), to);
+            },
+        );
     }
 }
 
+#[inline(always)]
 fn in_full(numbers: Floats<'_>) -> Cow<'_, [f32]> {
     match numbers {
         Floats::Full(numbers) => numbers.into(),
