@@ -20,6 +20,10 @@ pub struct Text {
 /// The least number of tokens for which a cache gets room at once.
 const ROOM: usize = 64;
 
+/// A layer's cache gets room for all that is known of the text once so many tokens for each layer before it are read. The
+/// system clears new memory slowly: for all layers in one step, it would take longer than the step.
+const SPREAD: usize = 32;
+
 impl Text {
     pub(super) fn new(prompt: Vec<u32>, layers: usize) -> Self {
         let layers = (0..layers).map(|_| [const { Vec::new() }; 2]).collect();
@@ -122,10 +126,12 @@ impl Text {
 
     /// The keys and the values of a layer, with those of the next tokens added, of which each has `width` numbers.
     pub(super) fn add(&mut self, layer: usize, width: usize, new: [&[f32]; 2]) -> [&[f32]; 2] {
+        let is_early = self.read < layer * SPREAD;
+        let known = self.unread() * width;
         for (all, new) in self.layers[layer].iter_mut().zip(new) {
             if all.capacity() - all.len() < new.len() {
-                // A quarter more, so that what is there is seldom moved.
-                all.reserve_exact(new.len().max(all.len() / 4).max(ROOM * width));
+                let room = if is_early { new.len() } else { known.max(all.len() / 4) };
+                all.reserve_exact(room + (ROOM + 4 * layer) * width);
             }
             all.extend_from_slice(new);
         }

@@ -28,7 +28,7 @@ const PAUSE: Duration = Duration::from_millis(40);
 /// The seconds that a token of a prompt takes, until one is read.
 const FIRST_PACE: f64 = 1.0 / 500.0;
 
-/// The least tokens of a prompt that are read at once.
+/// The least tokens of a prompt that are read at once. Others are multiples: they fill whole vectors.
 const LEAST: usize = 16;
 
 /// What is asked for.
@@ -183,7 +183,10 @@ impl Engine {
         let answering = self.rows.iter().filter(|it| it.text.tokens() > 0).count();
         let part = match answering {
             0 => PART,
-            _ => ((PAUSE.as_secs_f64() / self.pace) as usize).clamp(LEAST, PART),
+            _ => {
+                let tokens = (PAUSE.as_secs_f64() / self.pace) as usize;
+                (tokens / LEAST * LEAST).clamp(LEAST, PART)
+            }
         };
         let scores = self.texts.step(part).map_err(|error| error.to_string())?;
         let counts = self.texts.counts();
