@@ -1,5 +1,5 @@
-//! Products of matrices in bfloat16 with sums in `f32`, and dot products in 8 bits, by the fastest instructions that the
-//! processor has.
+//! Products of matrices in bfloat16 with sums in `f32`, dot products in 8 bits, and products in `f32` with weights that are
+//! unpacked on the way ([`Stripes`]), by the fastest instructions that the processor has.
 //!
 //! A product has a left factor that is packed once ([`Left`]), and right factors that are packed on the way from whatever
 //! gives rows of numbers ([`Rows`]): slices of `f32`, `f16` and `bf16` ([`Matrix`]), blocks of GGUF files ([`Blocks`]), or
