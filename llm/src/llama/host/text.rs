@@ -155,3 +155,43 @@ impl Text {
         self.is_long = is_long;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYERS: usize = 30;
+
+    /// Reads tokens, and counts the layers whose caches were moved.
+    fn moved_by(text: &mut Text, tokens: usize) -> usize {
+        let capacities =
+            |text: &Text| text.layers.iter().map(|[keys, _]| keys.capacity()).collect::<Vec<_>>();
+        let before = capacities(text);
+        for layer in 0..LAYERS {
+            let new = vec![layer as f32; 2 * tokens];
+            let [keys, values] = text.add(layer, 2, [&new, &new]);
+            assert_eq!([keys.len(), values.len()], [2 * (text.read + tokens); 2]);
+        }
+        text.finish(tokens);
+        before.iter().zip(capacities(text)).filter(|(before, now)| **before != *now).count()
+    }
+
+    /// To move a cache takes time, and somebody waits for each step.
+    #[test]
+    fn few_layers_are_moved_in_one_step() {
+        let mut text = Text::new(vec![0; 2000], LAYERS);
+        assert_eq!(moved_by(&mut text, 16), LAYERS);
+        for _ in 0..124 {
+            let moved = moved_by(&mut text, 16);
+            assert!(moved <= LAYERS / 3, "{moved} layers at {}", text.read());
+        }
+        assert_eq!(text.unread(), 0);
+        for _ in 0..3000 {
+            text.push(0);
+            let moved = moved_by(&mut text, 1);
+            assert!(moved <= 3, "{moved} layers at {}", text.read());
+        }
+        // No more than a quarter is empty.
+        assert!(text.num_bytes() <= 5000 * LAYERS * 2 * 2 * 4 * 5 / 4 + LAYERS * 200 * 16);
+    }
+}
