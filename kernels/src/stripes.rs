@@ -3,7 +3,7 @@
 //! A weight of few bits is small in memory, and eight times as large in `f32`. So it is never written there as a whole: some
 //! of its rows at a time are unpacked to where the core's cache holds them, and multiplied with all rows before the next.
 
-use std::cell::Cell;
+use std::{cell::Cell, ops::Range};
 
 use pulp::{Scalar, Simd, WithSimd};
 
@@ -60,8 +60,8 @@ impl Stripes {
         self.inner
     }
 
-    /// The products of all rows with `outputs` others, which `unpack` writes: output o of a row comes to place o of its slice.
-    /// The result of a row does not depend on the others.
+    /// The products of all rows with `outputs` others: output o of a row comes to place o of its slice. `unpack` writes some of
+    /// the others, which begin as far apart as it is told. The result of a row does not depend on the others.
     ///
     /// # Panics
     ///
@@ -70,7 +70,7 @@ impl Stripes {
         &self,
         by: Instructions,
         outputs: usize,
-        unpack: impl FnMut(usize, &mut [f32]),
+        unpack: impl FnMut(Range<usize>, usize, &mut [f32]),
         to: &mut [&mut [f32]],
     ) {
         assert!(by.are_there(), "this processor has no {by}");
@@ -105,7 +105,7 @@ struct Product<'a, 'y, F> {
     to: &'a mut [&'y mut [f32]],
 }
 
-impl<F: FnMut(usize, &mut [f32])> WithSimd for Product<'_, '_, F> {
+impl<F: FnMut(Range<usize>, usize, &mut [f32])> WithSimd for Product<'_, '_, F> {
     type Output = ();
 
     #[inline(always)]
@@ -123,7 +123,7 @@ impl<F: FnMut(usize, &mut [f32])> WithSimd for Product<'_, '_, F> {
 /// The unpacked numbers that are multiplied with all rows before the next: half of what the cache of a core holds.
 const HELD: usize = 1 << 16;
 
-impl<F: FnMut(usize, &mut [f32])> Product<'_, '_, F> {
+impl<F: FnMut(Range<usize>, usize, &mut [f32])> Product<'_, '_, F> {
     #[inline(always)]
     fn by<S: Simd, const OUTPUTS: usize, const VECTORS: usize>(mut self, simd: S) {
         let inner = self.stripes.inner;
@@ -138,9 +138,7 @@ impl<F: FnMut(usize, &mut [f32])> Product<'_, '_, F> {
         numbers.resize(numbers.len().max(held * stride), 0.0);
         for start in (0..self.outputs).step_by(held) {
             let count = held.min(self.outputs - start);
-            for (place, to) in numbers.chunks_exact_mut(stride).take(count).enumerate() {
-                (self.unpack)(start + place, &mut to[..inner]);
-            }
+            (self.unpack)(start..start + count, stride, &mut numbers[..count * stride]);
             let stripes = self.stripes.columns.chunks_exact(inner);
             for (columns, to) in stripes.zip(self.to.chunks_mut(SIDE)) {
                 for first in (0..count).step_by(OUTPUTS) {

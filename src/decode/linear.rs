@@ -1,5 +1,7 @@
 use std::{ops::Range, sync::Arc};
 
+use burn::tensor::backend::Backend;
+
 use super::{Inputs, Update, share};
 use crate::{
     layer::LoraLinear,
@@ -7,7 +9,6 @@ use crate::{
     quantized::Weight,
     tensors::at_least_f32,
 };
-use burn::tensor::backend::Backend;
 
 /// The ranks of an update that a thread takes at once.
 const FEW_RANKS: usize = 4;

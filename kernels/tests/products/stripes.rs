@@ -1,5 +1,7 @@
 //! Products in `f32` with rows that are unpacked on the way.
 
+use std::ops::Range;
+
 use burn_lora_kernels::{Instructions, Stripes};
 use rand::{RngExt, rngs::StdRng};
 
@@ -20,8 +22,12 @@ fn products(by: Instructions, x: &[f32], weight: &[f32], inner: usize) -> Vec<f3
     assert_eq!([stripes.rows(), stripes.inner()], [rows, inner]);
     let mut y = vec![f32::NAN; rows * outputs];
     let mut to: Vec<_> = y.chunks_exact_mut(outputs).collect();
-    let unpack =
-        |output: usize, to: &mut [f32]| to.copy_from_slice(&weight[output * inner..][..inner]);
+    let unpack = |rows: Range<usize>, stride: usize, to: &mut [f32]| {
+        let weight = weight[rows.start * inner..].chunks_exact(inner);
+        to.chunks_exact_mut(stride)
+            .zip(weight)
+            .for_each(|(to, row)| to[..inner].copy_from_slice(row));
+    };
     stripes.times(by, outputs, unpack, &mut to);
     y
 }
@@ -77,7 +83,7 @@ fn do_not_depend_on_other_rows_and_outputs() {
 fn need_a_slice_for_each_row() {
     let mut stripes = Stripes::default();
     stripes.fill(&[1.0; 6], 3);
-    stripes.times(Instructions::Portable, 1, |_, to| to.fill(1.0), &mut [&mut [0.0]]);
+    stripes.times(Instructions::Portable, 1, |_, _, to| to.fill(1.0), &mut [&mut [0.0]]);
 }
 
 #[test]

@@ -67,8 +67,23 @@ impl<K: Cpu> Full<K> {
     }
 
     pub fn times_many(&self, x: &Stripes, outputs: Range<usize>, to: &mut [&mut [f32]]) {
-        let (count, start) = (outputs.len(), outputs.start);
-        x.times(instructions(), count, |output, numbers| self.row(start + output, numbers), to);
+        let ([d_input, d_output], numbers) = (self.dims, rows::<K>(&self.numbers));
+        let unpack = |places: Range<usize>, stride: usize, to: &mut [f32]| {
+            let first = outputs.start + places.start;
+            if self.by_column {
+                let columns = numbers[first * d_input..].chunks_exact(d_input);
+                let to = to.chunks_exact_mut(stride).zip(columns);
+                return to.for_each(|(to, column)| to[..d_input].copy_from_slice(column));
+            }
+            // Some rows at a time, so that whole lines of the cache are written.
+            for (part, rows) in numbers.chunks(LINE * d_output).enumerate() {
+                for (place, to) in to.chunks_exact_mut(stride).enumerate() {
+                    let column = rows[first + place..].iter().step_by(d_output);
+                    to[part * LINE..].iter_mut().zip(column).for_each(|(to, it)| *to = *it);
+                }
+            }
+        };
+        x.times(instructions(), outputs.len(), unpack, to);
     }
 
     pub fn row(&self, output: usize, to: &mut [f32]) {
@@ -82,6 +97,9 @@ impl<K: Cpu> Full<K> {
         }
     }
 }
+
+/// The numbers in a line of the cache.
+const LINE: usize = 16;
 
 /// The outputs that are summed up at once.
 const LANES: usize = 64;

@@ -110,13 +110,13 @@ impl<K: Cpu> Packed<K> {
 
     /// The same for many vectors.
     pub fn times_many(&self, x: &Stripes, outputs: Range<usize>, to: &mut [&mut [f32]]) {
-        let (rows, start) = (self.rows(), outputs.start);
-        x.times(
-            instructions(),
-            outputs.len(),
-            |output, numbers| rows.unpack(start + output, numbers),
-            to,
-        );
+        let (rows, first) = (self.rows(), outputs.start);
+        let unpack = |places: Range<usize>, stride: usize, to: &mut [f32]| {
+            for (place, to) in places.zip(to.chunks_exact_mut(stride)) {
+                rows.unpack(first + place, &mut to[..self.weight.columns]);
+            }
+        };
+        x.times(instructions(), outputs.len(), unpack, to);
     }
 
     /// The products by vectors in 8 bits.
